@@ -1,0 +1,46 @@
+# Two commands work on a bare machine with Python 3.11 or newer: `make demo` and `make test`.
+# The environment is made in .venv: a venv, then uv inside it, then the versions of constraints.txt.
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11 python,\
+	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+BIN := .venv/bin
+READY := .venv/.ready
+EXTRAS := experiments,dev
+
+.PHONY: help demo test test-slow lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "gradmask needs Python 3.11 or newer; none was found. Install it, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@echo "Preparing .venv (first run only; PyTorch is a download of a few GB) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(READY) ## train on real digits with and without the mask, print the table (2 minutes)
+	$(BIN)/gradmask run demo
+
+test: $(READY) ## run the tests
+	$(BIN)/pytest
+
+test-slow: $(READY) ## run every test, the long ones too
+	$(BIN)/pytest -m ""
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## measure the Fisher diagonal against a plain forward and backward
+	$(BIN)/python benchmarks/fisher_diagonal.py
+
+clean: ## remove the environment and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
