@@ -1,0 +1,68 @@
+"""Named errors: each message says what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GradmaskError(Exception):
+    """Base class of all errors that gradmask raises on purpose."""
+
+
+class OptionError(GradmaskError, ValueError):
+    """An option has a value that cannot work."""
+
+
+class ModelError(GradmaskError, ValueError):
+    """The model cannot be measured or masked as it is."""
+
+
+class DataError(GradmaskError, ValueError):
+    """The data are empty, out of range, or not where they were said to be."""
+
+
+class OptimizerError(GradmaskError, ValueError):
+    """The optimizer does not fit the model or cannot be masked."""
+
+
+class StateError(GradmaskError, ValueError):
+    """A saved state does not fit the object it is loaded into."""
+
+
+class GradmaskWarning(UserWarning):
+    """Something works, but perhaps not as the user expects."""
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Raise an error that names the nearest known value unless `value` is one of `choices`.
+
+    Args:
+        option: The option's name, for the message.
+        value: The value that was given.
+        choices: The known values.
+
+    Raises:
+        OptionError: If `value` is not known.
+    """
+    known = list(choices)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise OptionError(f"Unknown {option} {value!r}.{hint} Known: {', '.join(known)}.")
+
+
+def check_keep(keep: float) -> None:
+    """Raise an error unless 0 < keep <= 1.
+
+    Args:
+        keep: The share of parameters that still learn.
+
+    Raises:
+        OptionError: If `keep` is outside (0, 1].
+    """
+    if not 0.0 < keep <= 1.0:
+        raise OptionError(
+            f"keep={keep!r} must be in (0, 1]: it is the share of parameters that still learn, "
+            "for example keep=0.25 masks three quarters of them."
+        )

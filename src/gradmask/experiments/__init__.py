@@ -1,0 +1,1 @@
+"""Controlled comparisons of training with and without the gradient mask."""

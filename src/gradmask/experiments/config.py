@@ -1,0 +1,101 @@
+"""One frozen dataclass holds every option of a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gradmask.errors import OptionError, check_choice, check_keep
+
+ARMS = ("none", "fisher", "random", "random_matched", "inverse")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Options of `gradmask run`: the same network and seeds, with each kind of mask.
+
+    Attributes:
+        data: `digits` (embedded), a Hugging Face hub name, a parquet folder or an image folder.
+        train_size: Take a seeded stratified part of the training images (default: all).
+        classes: Take a seeded choice of the classes (default: all).
+        image_size: Resize images to this many pixels (needed when they differ in size).
+        label_noise: Share of training labels replaced by a different class, drawn once per seed.
+        validation: Share of the training images held out to choose an epoch.
+        augment: Random crop with padding and horizontal flip on training batches.
+        model: Model name: `mlp`, `small_cnn`, `cifar_resnet18`, ..., or any torchvision name.
+        width: Base width of `mlp`, `small_cnn` and the `cifar_resnet` models (default: theirs).
+        stem_stride: Stride of the first convolution of the `cifar_resnet` models.
+        arms: The kinds of mask to compare; `none` is training without a mask.
+        keep: Share of the parameters that still learn, in (0, 1].
+        scope: Mask the `gradient` (equation 10) or freeze the whole `update`.
+        fisher_kind: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
+        fisher_samples: Training images in each Fisher pass (default: all).
+        epochs: Passes over the training images.
+        seeds: One run per arm and seed; a seed fixes data, noise, weights and order.
+        batch_size: Images in a training batch.
+        optimizer: `sgd` or `adamw`.
+        lr: Learning rate, the peak of the schedule.
+        momentum: Momentum of `sgd`.
+        nesterov: Nesterov momentum for `sgd`.
+        weight_decay: Weight decay.
+        schedule: `onecycle`, `cosine` or `constant`, stepped after each batch.
+        device: `auto`, `cpu`, `cuda`, ...
+        threads: CPU threads (default: PyTorch's choice).
+        output: Folder for results.
+    """
+
+    data: str = "digits"
+    train_size: int | None = None
+    classes: int | None = None
+    image_size: int | None = None
+    label_noise: float = 0.0
+    validation: float = 0.1
+    augment: bool = True
+    model: str = "small_cnn"
+    width: int | None = None
+    stem_stride: int = 1
+    arms: tuple[str, ...] = ARMS
+    keep: float = 0.25
+    scope: Literal["gradient", "update"] = "gradient"
+    fisher_kind: Literal["empirical", "sampled", "exact"] = "empirical"
+    fisher_samples: int | None = None
+    epochs: int = 30
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    device: str = "auto"
+    threads: int | None = None
+    output: Path = Path("runs/compare")
+
+    def __post_init__(self) -> None:
+        """Check every option before any work starts.
+
+        Raises:
+            OptionError: If an option's value cannot work.
+        """
+        check_keep(self.keep)
+        for arm in self.arms:
+            check_choice("arm", arm, ARMS)
+        for name in ("epochs", "batch_size", "stem_stride"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
+        for name in ("train_size", "classes", "image_size", "width", "fisher_samples", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}={value!r} must be at least 1, or left out.")
+        if not 0.0 <= self.label_noise <= 1.0:
+            raise OptionError(f"label_noise={self.label_noise!r} must be a share in [0, 1].")
+        if not 0.0 < self.validation < 1.0:
+            raise OptionError(f"validation={self.validation!r} must be a share in (0, 1).")
+        if self.lr <= 0:
+            raise OptionError(f"lr={self.lr!r} must be positive.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise OptionError(f"seeds={list(self.seeds)} must be one or more different integers.")
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise OptionError(f"arms={list(self.arms)} must be one or more different names.")
