@@ -1,1 +1,16 @@
+"""Mask the gradients of parameters with low Fisher information."""
+
+from gradmask.fisher import fisher_diagonal, register_rule
+from gradmask.mask import FisherMask
+from gradmask.selection import global_threshold, make_masks
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "FisherMask",
+    "__version__",
+    "fisher_diagonal",
+    "global_threshold",
+    "make_masks",
+    "register_rule",
+]

@@ -1,0 +1,6 @@
+"""The diagonal of the Fisher information: rules per layer, capture, reference, public function."""
+
+from gradmask.fisher.diagonal import fisher_diagonal
+from gradmask.fisher.rules import register_rule
+
+__all__ = ["fisher_diagonal", "register_rule"]

@@ -1,0 +1,134 @@
+"""The public function: the Fisher diagonal of a model over data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradmask.errors import DataError, OptionError
+from gradmask.fisher.capture import LayerCapture
+from gradmask.fisher.likelihood import (
+    Loss,
+    check_likelihood,
+    draw_targets,
+    exact_terms,
+    nll,
+)
+from gradmask.fisher.reference import call, per_sample_squares
+from gradmask.fisher.sampling import random_samples
+from gradmask.parameters import evaluation_mode, trainable_parameters
+
+logger = logging.getLogger("gradmask")
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    kind: str = "empirical",
+    loss: Loss = "cross_entropy",
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Diagonal of the Fisher information: a_jj = (1/n) Σ_i (∂ log f(x_i) / ∂θ_j)².
+
+    Per-sample gradients are squared, THEN averaged over samples (equations 7 and 9 of L. Jiang,
+    "Gradient mask and neural network generalization"). The pass runs in eval mode and leaves the
+    model, its gradients, modes and running statistics, and the random state of PyTorch unchanged.
+
+    Args:
+        model: Any module that treats its samples (dimension 0) independently in eval mode.
+        loader: Iterable of `(inputs, targets)` batches. Inputs are a tensor, or a tuple or dict
+            of tensors that become the model's arguments.
+        kind: `empirical` (the data's labels), `sampled` (labels drawn from the model) or `exact`
+            (expectation over all labels: one backward pass for each class).
+        loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits), or a
+            callable `(outputs, targets)` that is a negative log-likelihood, with any reduction.
+        max_samples: Measure on a seeded random part of the data of this size (default: all).
+        seed: Seed of that part and of sampled labels.
+
+    Returns:
+        `{parameter name: tensor of the parameter's shape}`, the mean over samples, in the
+        parameter's precision (float32 for half-precision parameters).
+
+    Raises:
+        OptionError: If an option is unknown or does not fit the others.
+        ModelError: If the model has nothing to train or mixes samples by batch statistics.
+        DataError: If there are no samples, a label is out of range, or the loss is not finite.
+    """
+    check_likelihood(kind, loss)
+    if max_samples is not None and max_samples < 1:
+        raise OptionError(f"max_samples={max_samples!r} must be at least 1, or None for all.")
+    parameters = trainable_parameters(model)
+    device = next(iter(parameters.values())).device
+    generator = torch.Generator().manual_seed(seed)
+    totals: dict[str, Tensor] = {}
+    excluded: set[str] = set()
+    count, checked = 0, False
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        batches = loader if max_samples is None else random_samples(loader, max_samples, seed)
+        for batch in batches:
+            inputs, targets = _unpack(batch, device)
+            n = len(targets)
+            if n == 0:
+                continue
+            with LayerCapture(model, parameters, n, excluded) as capture:
+                outputs = call(model, inputs)
+                capture.resolve(outputs)
+                if not checked and n > 1:
+                    excluded |= capture.check_samples(outputs)
+                    checked = True
+                if kind == "sampled":
+                    targets = draw_targets(outputs, targets, loss, generator)
+                if kind == "exact":
+                    terms = exact_terms(outputs, targets, loss)
+                else:
+                    terms = iter([nll(outputs, targets, loss)])
+                _accumulate(totals, capture.squared_sums(terms))
+                rest = {k: p for k, p in parameters.items() if k not in capture.handled}
+                del outputs, terms
+            if rest:
+                if count == 0:
+                    logger.info("One sample at a time (no rule applies): %s", ", ".join(rest))
+                squares = per_sample_squares(
+                    model, inputs, targets, rest, exact=kind == "exact", loss=loss
+                )
+                _accumulate(totals, squares)
+            count += n
+    if count == 0:
+        raise DataError("The loader gave no samples: an iterator may be used up already.")
+    return {
+        name: totals[name].div_(count) if name in totals else torch.zeros_like(p).detach()
+        for name, p in parameters.items()
+    }
+
+
+def _accumulate(totals: dict[str, Tensor], squares: dict[str, Tensor]) -> None:
+    for name, square in squares.items():
+        totals[name] = totals[name].add_(square) if name in totals else square
+
+
+def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+    """Move a batch to the device and check its form."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise DataError(
+            f"The loader gave a {type(batch).__name__}: expected (inputs, targets) batches."
+        )
+    move = lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t  # noqa: E731
+    inputs, targets = tree_map(move, batch[0]), tree_map(move, batch[1])
+    sizes = {len(t) for t in tree_leaves((inputs, targets)) if isinstance(t, Tensor) and t.dim()}
+    if not isinstance(targets, Tensor) or len(sizes) != 1:
+        raise DataError(
+            f"A batch must hold tensors with the same number of samples; found {sorted(sizes)}."
+        )
+    return inputs, targets

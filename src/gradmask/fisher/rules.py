@@ -1,0 +1,317 @@
+"""Per-sample parameter gradients of one layer, from its input and the gradient of its output.
+
+A rule maps `(module, input, grad_output)`, both with the samples first, to
+`{"weight": (N, *weight.shape), "bias": (N, *bias.shape)}`: positions (pixels, tokens) are summed
+BEFORE anything is squared. A layer may have a second function that gives the sum over the samples
+of the squares directly, where that is cheaper than forming the per-sample gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+
+# Per-sample gradients are formed for as many samples at a time as fit in this many elements.
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """A layer type's rule, the names it covers, and perhaps a cheaper sum of squares."""
+
+    layer: type[nn.Module]
+    per_sample: Rule
+    squared_sum: Rule | None
+    parameters: tuple[str, ...]
+
+
+_RULES: dict[type[nn.Module], LayerRule] = {}
+
+
+def register_rule(
+    *layers: type[nn.Module],
+    squared_sum: Rule | None = None,
+    parameters: tuple[str, ...] = ("weight", "bias"),
+) -> Callable[[Rule], Rule]:
+    """Register a per-sample gradient rule for layer types, as a decorator.
+
+    Example:
+        ```python
+        @gradmask.register_rule(Scale, parameters=("scale",))
+        def scale_rule(module, input, grad_output):
+            return {"scale": (grad_output * input).flatten(2).sum(2)}
+        ```
+
+    Args:
+        layers: Module types; a subclass inherits the rule unless it overrides `forward`.
+        squared_sum: Optional function of the same arguments that returns the sum over samples of
+            the squared per-sample gradients, shaped like the parameters.
+        parameters: Names of the layer's own parameters that the rule covers.
+
+    Returns:
+        The decorator; it returns the rule unchanged.
+    """
+
+    def decorate(rule: Rule) -> Rule:
+        for layer in layers:
+            _RULES[layer] = LayerRule(layer, rule, squared_sum, parameters)
+        return rule
+
+    return decorate
+
+
+def find_rule(module: nn.Module) -> LayerRule | None:
+    """Return the rule for a module, or None if none is sure to be right.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The rule of the nearest class in the MRO whose `forward` the module still uses.
+    """
+    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm):
+        return None
+    for cls in type(module).__mro__:
+        rule = _RULES.get(cls)
+        if rule is not None:
+            same = all(
+                getattr(type(module), name, None) is getattr(cls, name, None)
+                for name in ("forward", "_conv_forward")
+            )
+            return rule if same and "forward" not in vars(module) else None
+    return None
+
+
+def sum_of_squares(rule: LayerRule, module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Sum over samples of squared per-sample gradients: Σ_n (∂ℓ_n/∂w)².
+
+    Args:
+        rule: The layer's rule.
+        module: The layer.
+        x: Its input, shape (N, ...).
+        g: Gradient of the summed loss with respect to its output, shape (N, ...).
+
+    Returns:
+        `{local parameter name: tensor of the parameter's shape}`.
+    """
+    if rule.squared_sum is not None:
+        return rule.squared_sum(module, x, g)
+    total: dict[str, Tensor] = {}
+    chunk = chunk_size(p for p in module.parameters(recurse=False))
+    for start in range(0, len(x), chunk):
+        part = slice(start, start + chunk)
+        for name, gradient in rule.per_sample(module, x[part], g[part]).items():
+            squares = gradient.square_().sum(0)
+            total[name] = total[name].add_(squares) if name in total else squares
+    return total
+
+
+def chunk_size(parameters: object) -> int:
+    """Samples whose gradients of these parameters fit in `CHUNK_ELEMENTS`, at least 1."""
+    elements = sum(p.numel() for p in parameters)  # type: ignore[attr-defined]
+    return max(1, CHUNK_ELEMENTS // max(1, elements))
+
+
+def _trains(module: nn.Module, name: str) -> bool:
+    parameter = module._parameters.get(name)
+    return parameter is not None and parameter.requires_grad
+
+
+def _tokens(tensor: Tensor) -> Tensor:
+    """Fold all dimensions between the samples and the features into one."""
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+def _linear_squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    x, g = _tokens(x), _tokens(g)
+    out = {}
+    if _trains(module, "weight"):
+        if x.shape[1] == 1:  # a rank-one gradient: its square is the product of the squares
+            out["weight"] = g[:, 0].square().t() @ x[:, 0].square()
+        else:
+            total = g.new_zeros(g.shape[-1], x.shape[-1])
+            for n in range(len(x)):  # one sample's gradient stays in cache between its two uses
+                gradient = g[n].t() @ x[n]
+                total.addcmul_(gradient, gradient)
+            out["weight"] = total
+    if _trains(module, "bias"):
+        out["bias"] = g.sum(1).square_().sum(0)
+    return out
+
+
+@register_rule(nn.Linear, squared_sum=_linear_squared_sum)
+def linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Σ_t g_t x_tᵀ over the positions t; input (N, ..., in), output gradient (N, ..., out)."""
+    x, g = _tokens(x), _tokens(g)
+    out = {}
+    if _trains(module, "weight"):
+        out["weight"] = g.transpose(1, 2) @ x
+    if _trains(module, "bias"):
+        out["bias"] = g.sum(1)
+    return out
+
+
+def _conv_weight_gradient(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
+    """Weight gradient of a batch (here: of one sample); `x` is padded already where needed."""
+    padding = module.padding
+    if isinstance(padding, str) or module.padding_mode != "zeros":
+        padding = (0,) * len(module.kernel_size)
+    gradients = torch.ops.aten.convolution_backward(
+        g,
+        x,
+        module.weight,
+        None,
+        module.stride,
+        padding,
+        module.dilation,
+        module.transposed,
+        module.output_padding,
+        module.groups,
+        [False, True, False],
+    )
+    return gradients[1]  # type: ignore[no-any-return]
+
+
+def _conv_input(module: _ConvNd, x: Tensor) -> Tensor:
+    if isinstance(module.padding, str) or module.padding_mode != "zeros":
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    return x
+
+
+def _conv_squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    assert isinstance(module, _ConvNd)
+    out = {}
+    if _trains(module, "weight"):
+        x = _conv_input(module, x)
+        total = torch.zeros_like(module.weight, dtype=g.dtype, requires_grad=False)
+        for n in range(len(x)):
+            gradient = _conv_weight_gradient(module, x[n : n + 1], g[n : n + 1])
+            total.addcmul_(gradient, gradient)
+        out["weight"] = total
+    if _trains(module, "bias"):
+        out["bias"] = g.flatten(2).sum(2).square_().sum(0)
+    return out
+
+
+@register_rule(
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    squared_sum=_conv_squared_sum,
+)
+def convolution(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """One weight-gradient convolution per sample; input (N, C, ...), gradient (N, K, ...)."""
+    assert isinstance(module, _ConvNd)
+    out = {}
+    if _trains(module, "weight"):
+        x = _conv_input(module, x)
+        samples = zip(x.split(1), g.split(1), strict=True)
+        out["weight"] = torch.stack([_conv_weight_gradient(module, xn, gn) for xn, gn in samples])
+    if _trains(module, "bias"):
+        out["bias"] = g.flatten(2).sum(2)
+    return out
+
+
+def _scale_and_shift(module: nn.Module, normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Gradients of y = w * x̂ + b with channels in dimension 1."""
+    out = {}
+    if _trains(module, "weight"):
+        out["weight"] = (g * normalised).reshape(*g.shape[:2], -1).sum(2)
+    if _trains(module, "bias"):
+        out["bias"] = g.reshape(*g.shape[:2], -1).sum(2)
+    return out
+
+
+@register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def batch_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Scale and shift after normalisation by the running statistics."""
+    assert isinstance(module, _BatchNorm)
+    mean = None if module.running_mean is None else module.running_mean.to(x.dtype)
+    var = None if module.running_var is None else module.running_var.to(x.dtype)
+    normalised = F.batch_norm(x, mean, var, None, None, False, 0.0, module.eps)
+    return _scale_and_shift(module, normalised, g)
+
+
+@register_rule(nn.GroupNorm)
+def group_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Scale and shift after normalisation over groups of channels."""
+    assert isinstance(module, nn.GroupNorm)
+    return _scale_and_shift(module, F.group_norm(x, module.num_groups, eps=module.eps), g)
+
+
+@register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def instance_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Scale and shift after normalisation of each channel (running statistics if tracked)."""
+    assert isinstance(module, _InstanceNorm)
+    normalised = F.instance_norm(
+        x,
+        module.running_mean,
+        module.running_var,
+        use_input_stats=not module.track_running_stats,
+        eps=module.eps,
+    )
+    return _scale_and_shift(module, normalised, g)
+
+
+@register_rule(nn.LayerNorm, nn.RMSNorm)
+def layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Elementwise scale and shift over the last dimensions, summed over the positions."""
+    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    shape = list(module.normalized_shape)
+    if isinstance(module, nn.LayerNorm):
+        normalised = F.layer_norm(x, shape, eps=module.eps)
+    else:
+        normalised = F.rms_norm(x, shape, eps=module.eps)
+    positions = (len(x), -1, *shape)
+    out = {}
+    if _trains(module, "weight"):
+        out["weight"] = (g * normalised).reshape(positions).sum(1)
+    if _trains(module, "bias"):
+        out["bias"] = g.reshape(positions).sum(1)
+    return out
+
+
+def _embedding_rows(module: nn.Embedding, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient rows summed over a sample's positions of the same token: (keys, rows).
+
+    A key is sample * num_embeddings + token.
+    """
+    tokens, g = x.reshape(len(x), -1), g.reshape(len(x), -1, g.shape[-1])
+    if module.padding_idx is not None:
+        g = g * (tokens != module.padding_idx).unsqueeze(-1)
+    samples = torch.arange(len(x), device=x.device).unsqueeze(1)
+    keys, inverse = (
+        (samples * module.num_embeddings + tokens).reshape(-1).unique(return_inverse=True)
+    )
+    rows = g.new_zeros(len(keys), g.shape[-1])
+    return keys, rows.index_add_(0, inverse, g.reshape(-1, g.shape[-1]))
+
+
+def _embedding_squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    assert isinstance(module, nn.Embedding)
+    keys, rows = _embedding_rows(module, x, g)
+    total = g.new_zeros(module.num_embeddings, g.shape[-1])
+    return {"weight": total.index_add_(0, keys % module.num_embeddings, rows.square_())}
+
+
+@register_rule(nn.Embedding, squared_sum=_embedding_squared_sum)
+def embedding(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Rows of the output gradient added up by token; input (N, ...) of integers."""
+    assert isinstance(module, nn.Embedding)
+    keys, rows = _embedding_rows(module, x, g)
+    weight = g.new_zeros(len(x) * module.num_embeddings, g.shape[-1])
+    weight[keys] = rows
+    return {"weight": weight.reshape(len(x), module.num_embeddings, -1)}

@@ -1,0 +1,274 @@
+"""The gradient mask, attached to an optimizer (equation 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmask.errors import OptimizerError, OptionError, StateError, check_choice, check_keep
+from gradmask.fisher.diagonal import fisher_diagonal
+from gradmask.fisher.likelihood import Loss, check_likelihood
+from gradmask.parameters import trainable_parameters
+from gradmask.selection import STRATEGIES, make_masks
+
+SCOPES = ("gradient", "update")
+_OPTIONS = ("keep", "scope", "strategy", "kind", "max_samples", "seed")
+
+
+class FisherMask:
+    """Mask the gradients of the parameters with the least Fisher information.
+
+    θ ← θ − α (g ⊙ M), M_j = 1 where a_jj ≥ k, else 0 (equation 10 of L. Jiang, "Gradient mask and
+    neural network generalization"). Until the first `refresh` nothing is masked.
+
+    Example:
+        ```python
+        mask = gradmask.FisherMask(model, keep=0.25)
+        mask.attach(optimizer)
+        for epoch in range(epochs):
+            train_one_epoch(...)
+            mask.refresh(loader)
+        ```
+
+    Args:
+        model: The model that is trained.
+        keep: Share of all trainable parameters together that still learn, in (0, 1].
+        scope: `gradient` zeroes masked gradients: momentum and weight decay of the optimizer still
+            move a masked weight. `update` also puts masked weights back after the step.
+        strategy: `fisher`, or a control of the same share: `random`, `random_matched` (the share
+            of every tensor as in the Fisher mask) or `inverse` (the least information).
+        kind: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
+        loss: Negative log-likelihood: `cross_entropy`, `bernoulli` or a callable.
+        max_samples: Size of the random part of the data a refresh measures on (default: all).
+        seed: Seed of random parts, drawn labels and random masks; each refresh draws afresh.
+
+    Raises:
+        OptionError: If an option is out of range or unknown.
+        ModelError: If the model has no trainable parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        keep: float = 0.25,
+        *,
+        scope: str = "gradient",
+        strategy: str = "fisher",
+        kind: str = "empirical",
+        loss: Loss = "cross_entropy",
+        max_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_keep(keep)
+        check_choice("scope", scope, SCOPES)
+        check_choice("strategy", strategy, STRATEGIES)
+        check_likelihood(kind, loss)
+        if max_samples is not None and max_samples < 1:
+            raise OptionError(f"max_samples={max_samples!r} must be at least 1, or None for all.")
+        self.model, self.keep, self.scope, self.strategy = model, keep, scope, strategy
+        self.kind, self.loss, self.max_samples, self.seed = kind, loss, max_samples, seed
+        self.refreshes = 0
+        self.masks: dict[str, Tensor] = {}
+        self._parameters = trainable_parameters(model)
+        self._names = {id(p): name for name, p in self._parameters.items()}
+        self._handles: list[Any] = []
+        self._before: dict[int, dict[str, Tensor]] = {}
+
+    def attach(self, optimizer: Optimizer) -> FisherMask:
+        """Mask every following step of an optimizer, through its own step hooks.
+
+        Args:
+            optimizer: Any `torch.optim` optimizer over parameters of the model, except L-BFGS.
+
+        Returns:
+            The mask itself.
+
+        Raises:
+            OptimizerError: If the optimizer has none of the model's parameters or is L-BFGS.
+        """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise OptimizerError(
+                "L-BFGS builds its step from gradients at several points, which no mask fits: "
+                "use another optimizer, such as SGD or AdamW."
+            )
+        if not any(
+            id(p) in self._names for group in optimizer.param_groups for p in group["params"]
+        ):
+            raise OptimizerError(
+                "The optimizer holds none of the model's trainable parameters: build it from this "
+                "model's parameters(), after moving or wrapping the model."
+            )
+        self._handles.append(optimizer.register_step_pre_hook(self._pre_step))
+        if self.scope == "update":
+            self._handles.append(optimizer.register_step_post_hook(self._post_step))
+        return self
+
+    def detach(self) -> None:
+        """Take the mask off every optimizer it is attached to."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._before.clear()
+
+    def refresh(self, loader: Iterable[Any]) -> None:
+        """Measure the Fisher diagonal and make the mask of the next epoch.
+
+        Args:
+            loader: Iterable of `(inputs, targets)` batches (see `fisher_diagonal`).
+
+        Raises:
+            ModelError: If the model cannot be measured.
+            DataError: If the data cannot be used, or the loss is not finite. The mask stays.
+        """
+        self._parameters = trainable_parameters(self.model)
+        self._names = {id(p): name for name, p in self._parameters.items()}
+        if self.strategy == "random":  # needs shapes only
+            self.update({name: p.detach() for name, p in self._parameters.items()})
+            return
+        seed = self.seed + self.refreshes
+        options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "seed": seed}
+        self.update(fisher_diagonal(self.model, loader, max_samples=self.max_samples, **options))
+
+    def update(self, fisher: dict[str, Tensor]) -> None:
+        """Make the mask from a Fisher diagonal that was measured already.
+
+        Args:
+            fisher: `{parameter name: tensor}` for all trainable parameters.
+
+        Raises:
+            StateError: If names or shapes are not those of the model's trainable parameters.
+            DataError: If values are NaN, infinite or negative.
+        """
+        self._check_shapes(fisher, "Fisher diagonal")
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.refreshes)
+        self.masks = make_masks(fisher, self.keep, strategy=self.strategy, generator=generator)
+        self.refreshes += 1
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Mask the gradients in place now, for example before clipping; twice does no harm."""
+        self._apply(self._parameters)
+
+    def _apply(self, parameters: dict[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if name in self.masks and parameter.grad is not None:
+                if parameter.grad.is_sparse:
+                    raise OptimizerError(
+                        f"Parameter {name!r} has a sparse gradient: use sparse=False in its layer."
+                    )
+                parameter.grad.mul_(self._mask(name, parameter))
+
+    def _mask(self, name: str, parameter: nn.Parameter) -> Tensor:
+        if self.masks[name].device != parameter.device:  # the model was moved
+            self.masks[name] = self.masks[name].to(parameter.device)
+        return self.masks[name]
+
+    def _of(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """The optimizer's parameters that belong to the model, groups added later included."""
+        return {
+            self._names[id(p)]: p
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if id(p) in self._names
+        }
+
+    @torch.no_grad()
+    def _pre_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        parameters = self._of(optimizer)
+        if self.scope == "update":
+            self._before[id(optimizer)] = {
+                name: p.detach().clone() for name, p in parameters.items() if name in self.masks
+            }
+        # Inside `step` the optimizer's own first argument may come along; the closure follows it.
+        found = [a for a in (*args, kwargs.get("closure")) if a is not None and a is not optimizer]
+        if not found:
+            self._apply(parameters)
+            return None
+
+        # The closure computes the gradients inside the step: mask them as it returns.
+        def masked(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def call() -> Any:
+                value = closure()
+                with torch.no_grad():
+                    self._apply(parameters)
+                return value
+
+            return call
+
+        wrap = lambda a: masked(a) if callable(a) and a is not optimizer else a  # noqa: E731
+        return tuple(wrap(a) for a in args), {k: wrap(a) for k, a in kwargs.items()}
+
+    @torch.no_grad()
+    def _post_step(self, optimizer: Optimizer, *_: Any) -> None:
+        parameters = self._of(optimizer)
+        for name, before in self._before.pop(id(optimizer), {}).items():
+            parameter = parameters[name]
+            parameter.copy_(torch.where(self._mask(name, parameter), parameter, before))
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of all trainable parameters that learn now, as realised (1 before a refresh)."""
+        if not self.masks:
+            return 1.0
+        kept = sum(int(m.sum()) for m in self.masks.values())
+        return kept / sum(m.numel() for m in self.masks.values())
+
+    @property
+    def kept_fractions(self) -> dict[str, float]:
+        """The same share for every parameter by name."""
+        if not self.masks:
+            return dict.fromkeys(self._parameters, 1.0)
+        return {name: float(m.float().mean()) for name, m in self.masks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Options, refresh count and masks; plain values and tensors that load without pickle."""
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        masks = {name: mask.clone() for name, mask in self.masks.items()}
+        return {"version": 1, **options, "refreshes": self.refreshes, "masks": masks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; nothing changes unless all of it fits.
+
+        Args:
+            state: What `state_dict` returned, from a mask with the same options.
+
+        Raises:
+            StateError: If the state is of another version, other options or another model.
+        """
+        if not isinstance(state, dict) or state.get("version") != 1:
+            raise StateError("This is not the state of a FisherMask that this version can read.")
+        missing = {*_OPTIONS, "refreshes", "masks"} - state.keys()
+        if missing:
+            raise StateError(f"The state lacks {', '.join(sorted(missing))}: the file is damaged.")
+        for name in _OPTIONS:
+            if state[name] != getattr(self, name):
+                raise StateError(
+                    f"The state was saved with {name}={state[name]!r}, but this mask has "
+                    f"{name}={getattr(self, name)!r}: build it with the same options."
+                )
+        if state["masks"]:
+            self._check_shapes(state["masks"], "state")
+        self.masks = {
+            name: mask.to(self._parameters[name].device, torch.bool, copy=True)
+            for name, mask in state["masks"].items()
+        }
+        self.refreshes = int(state["refreshes"])
+
+    def _check_shapes(self, tensors: dict[str, Tensor], what: str) -> None:
+        if tensors.keys() != self._parameters.keys():
+            odd = sorted(tensors.keys() ^ self._parameters.keys())
+            raise StateError(
+                f"The {what} and the model's trainable parameters differ: {', '.join(odd[:5])}."
+            )
+        for name, parameter in self._parameters.items():
+            if tensors[name].shape != parameter.shape:
+                raise StateError(
+                    f"The {what} has shape {tuple(tensors[name].shape)} for {name!r}, the model "
+                    f"{tuple(parameter.shape)}."
+                )

@@ -1,0 +1,67 @@
+"""The trainable parameters of a model, and the state a measuring pass must not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
+
+from gradmask.errors import ModelError
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return `{name: parameter}` of all parameters with `requires_grad`; tied ones appear once.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Trainable parameters under the first name that `model.named_parameters()` gives them.
+
+    Raises:
+        ModelError: If nothing is trainable or a lazy layer has no shape yet.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ModelError(
+            "The model has no trainable parameters: set requires_grad=True on those that learn."
+        )
+    for name, parameter in parameters.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ModelError(f"Parameter {name!r} has no shape yet: run one batch first.")
+    return parameters
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; give every module its own mode back, and the random state.
+
+    Per-sample gradients exist only where samples do not mix, so normalisation must use its
+    running statistics, which eval mode also leaves unchanged.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        ModelError: If a BatchNorm layer would use batch statistics even in eval mode.
+    """
+    modes = {module: module.training for module in model.modules()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        model.eval()
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                raise ModelError(
+                    f"Layer {name!r} ({type(module).__name__}) normalises with batch statistics, "
+                    "which mix the samples: per-sample gradients do not exist. Use running "
+                    "statistics (track_running_stats=True, eval mode) or GroupNorm."
+                )
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
