@@ -1,0 +1,198 @@
+"""The images of one run as uint8 tensors: splits, label noise, augmentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from gradmask.errors import DataError
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.sources import SPLIT_SEED, Source, load_source, stratified
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images (uint8, NCHW) and labels (int64) of one run.
+
+    Attributes:
+        train_images: Training images.
+        train_labels: Training labels, possibly noisy.
+        train_clean_labels: Training labels before noise.
+        val_images: Images held out of the training images.
+        val_labels: Their labels, always clean.
+        test_images: Test images.
+        test_labels: Their labels, always clean.
+        class_names: Name of each label.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    train_clean_labels: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+
+
+def load_images(config: Comparison, seed: int) -> ImageData:
+    """Load the images of a comparison and make its choices in order.
+
+    Classes are chosen first, then `train_size` images, then the validation share of those is held
+    out (all with a fixed seed); at last labels of the remaining training images are made noisy
+    with `seed`. A data set without a test split gives up a fixed stratified 20 % of its images.
+
+    Args:
+        config: Options of the comparison.
+        seed: Seed of the label noise.
+
+    Returns:
+        Images and labels of the run.
+
+    Raises:
+        DataError: If the data cannot be found, decoded, or are fewer than asked for.
+    """
+    source = load_source(config.data, config.image_size)
+    source = _choose_classes(source, config.classes)
+    available = len(source.labels)
+    train_size = available if config.train_size is None else config.train_size
+    if train_size > available:
+        raise DataError(f"train_size={train_size} is more than the {available} training images.")
+    chosen, _ = stratified(source.labels, torch.arange(available), train_size)
+    held_out = round(config.validation * train_size)
+    val, train = stratified(source.labels, chosen, held_out)
+    if not len(val) or not len(train):
+        raise DataError(
+            f"validation={config.validation} of {train_size} images leaves {len(train)} images to "
+            f"train on and {len(val)} to validate on: both must be at least 1."
+        )
+    clean = source.labels[train]
+    return ImageData(
+        train_images=source.images[train],
+        train_labels=_with_noise(clean, len(source.class_names), config.label_noise, seed),
+        train_clean_labels=clean,
+        val_images=source.images[val],
+        val_labels=source.labels[val],
+        test_images=source.test_images,
+        test_labels=source.test_labels,
+        class_names=source.class_names,
+    )
+
+
+def channel_statistics(train_images: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute mean and standard deviation of each channel, on the scale 0 to 1.
+
+    Args:
+        train_images: uint8 images, NCHW.
+
+    Returns:
+        Mean and standard deviation, float32, one value per channel.
+    """
+    # Counts of the 256 values are exact and need no float copy of the images.
+    counts = torch.stack(
+        [torch.bincount(c.flatten(), minlength=256) for c in train_images.unbind(1)]
+    ).double()
+    shares = counts / counts.sum(1, keepdim=True)
+    values = torch.arange(256, device=shares.device, dtype=torch.float64) / 255
+    mean = shares @ values
+    variance = (shares * (values - mean[:, None]) ** 2).sum(1)
+    return mean.float(), variance.sqrt().float()
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn uint8 images into float32 with mean 0 and standard deviation 1 per channel.
+
+    Args:
+        images: uint8 images, NCHW.
+        mean: Mean of each channel on the scale 0 to 1.
+        std: Standard deviation of each channel; a constant channel may have 0.
+
+    Returns:
+        float32 images of the same shape.
+    """
+    # One grey level at least, so that a constant channel becomes 0 and not NaN.
+    scale = std.clamp_min(1 / 255)
+    return (images.float() / 255 - mean[:, None, None]) / scale[:, None, None]
+
+
+def augment(
+    images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True
+) -> Tensor:
+    """Crop each image at its own random place in a zero-padded copy, and mirror half of them.
+
+    Args:
+        images: uint8 images, NCHW.
+        generator: Source of the random numbers; may be on another device than the images.
+        padding: Pixels of zeros on each side.
+        flip: Mirror each image left to right with probability 1/2.
+
+    Returns:
+        Images of the same shape.
+    """
+    count, _, height, width = images.shape
+    top, left = torch.randint(
+        2 * padding + 1, (2, count), generator=generator, device=generator.device
+    ).to(images.device)
+    padded = transforms.pad(images, [padding] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: N, C, top, left, H, W
+    images = windows[torch.arange(count, device=images.device), :, top, left]
+    if not flip:
+        return images
+    mirrored = torch.rand(count, generator=generator, device=generator.device) < 0.5
+    return torch.where(
+        mirrored.to(images.device)[:, None, None, None], transforms.horizontal_flip(images), images
+    )
+
+
+def augment_batch(config: Comparison, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Augment a training batch as the comparison asks for.
+
+    Args:
+        config: Options of the comparison.
+        images: uint8 images, NCHW.
+        generator: Source of the random numbers.
+
+    Returns:
+        Images of the same shape; the same object if `config.augment` is off.
+    """
+    if not config.augment:
+        return images
+    if config.data == "digits":  # 8 x 8 pixels, and a mirrored digit is no digit
+        return augment(images, generator, padding=1, flip=False)
+    return augment(images, generator)
+
+
+def _choose_classes(source: Source, classes: int | None) -> Source:
+    available = len(source.class_names)
+    if classes is None:
+        return source
+    if classes > available:
+        raise DataError(f"classes={classes} is more than the {available} classes of the data.")
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    chosen = order[:classes].sort().values
+    new_label = torch.full((available,), -1).scatter(0, chosen, torch.arange(classes))
+    train = new_label[source.labels] >= 0
+    test = new_label[source.test_labels] >= 0
+    return Source(
+        images=source.images[train],
+        labels=new_label[source.labels[train]],
+        test_images=source.test_images[test],
+        test_labels=new_label[source.test_labels[test]],
+        class_names=tuple(source.class_names[label] for label in chosen.tolist()),
+    )
+
+
+def _with_noise(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
+    count = round(share * len(labels))
+    if count and classes < 2:
+        raise DataError("label_noise needs at least 2 classes.")
+    if not count:
+        return labels.clone()
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.randperm(len(labels), generator=generator)[:count]
+    # An offset of 1 to K - 1 makes each of the other classes equally likely.
+    offset = torch.randint(1, classes, (count,), generator=generator)
+    return labels.scatter(0, noisy, (labels[noisy] + offset) % classes)
