@@ -45,8 +45,10 @@ def part(batch: Any, which: slice) -> Any:
 
 
 def _classes_last(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits with the classes in the last dimension: (N, C, ...) is PyTorch's layout, (N, ..., C)
-    that of language models; the targets' shape tells them apart.
+    """Logits with the classes in the last dimension.
+
+    (N, C, ...) is PyTorch's layout, (N, ..., C) that of language models; the targets' shape
+    tells them apart.
     """
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise DataError(
@@ -109,9 +111,10 @@ def nll(outputs: Any, targets: Any, loss: Loss) -> Tensor:
         assert not isinstance(loss, str)
         samples = [slice(n, n + 1) for n in range(len(targets))]
         total = torch.stack([loss(part(outputs, n), part(targets, n)).sum() for n in samples]).sum()
-    if not math.isfinite(float(total)):
+    value = total.item()
+    if not math.isfinite(value):
         raise DataError(
-            f"The loss of a batch is {float(total)}: check the inputs for NaN or infinity, and "
+            f"The loss of a batch is {value}: check the inputs for NaN or infinity, and "
             "that training has not diverged (a lower learning rate)."
         )
     return total
