@@ -49,7 +49,8 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise OptionError(f"Unknown {option} {value!r}.{hint} Known: {', '.join(known)}.")
+        names = f"Known: {', '.join(known)}." if len(known) <= 40 else f"{len(known)} are known."
+        raise OptionError(f"Unknown {option} {value!r}.{hint} {names}")
 
 
 def check_keep(keep: float) -> None:

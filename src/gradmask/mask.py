@@ -13,6 +13,7 @@ from gradmask.errors import OptimizerError, OptionError, StateError, check_choic
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.parameters import trainable_parameters
+from gradmask.seeding import derive_seed, seeded_generator
 from gradmask.selection import STRATEGIES, make_masks
 
 SCOPES = ("gradient", "update")
@@ -129,7 +130,7 @@ class FisherMask:
         if self.strategy == "random":  # needs shapes only
             self.update({name: p.detach() for name, p in self._parameters.items()})
             return
-        seed = self.seed + self.refreshes
+        seed = derive_seed(self.seed, "fisher", self.refreshes)
         options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "seed": seed}
         self.update(fisher_diagonal(self.model, loader, max_samples=self.max_samples, **options))
 
@@ -144,7 +145,7 @@ class FisherMask:
             DataError: If values are NaN, infinite or negative.
         """
         self._check_shapes(fisher, "Fisher diagonal")
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.refreshes)
+        generator = seeded_generator(self.seed, "mask", self.refreshes)
         self.masks = make_masks(fisher, self.keep, strategy=self.strategy, generator=generator)
         self.refreshes += 1
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torchvision.transforms.v2 import functional as transforms
 from gradmask.errors import DataError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.sources import SPLIT_SEED, Source, load_source, stratified
+from gradmask.seeding import seeded_generator
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ class ImageData:
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
+
+    def to(self, device: torch.device) -> ImageData:
+        """The same images and labels on another device."""
+        tensors: dict[str, Any] = {
+            k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def load_images(config: Comparison, seed: int) -> ImageData:
@@ -191,7 +200,7 @@ def _with_noise(labels: Tensor, classes: int, share: float, seed: int) -> Tensor
         raise DataError("label_noise needs at least 2 classes.")
     if not count:
         return labels.clone()
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed, "label noise")
     noisy = torch.randperm(len(labels), generator=generator)[:count]
     # An offset of 1 to K - 1 makes each of the other classes equally likely.
     offset = torch.randint(1, classes, (count,), generator=generator)

@@ -1,0 +1,232 @@
+"""The main job: every arm with every seed, in one folder that can be gone on with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+import yaml
+
+import gradmask
+from gradmask import fisher_diagonal
+from gradmask.errors import OptionError, StateError
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data import ImageData, channel_statistics, load_images, normalize
+from gradmask.experiments.files import write_atomically
+from gradmask.experiments.progress import Progress
+from gradmask.experiments.statistics import Results, summary_table
+from gradmask.experiments.train import new_model, resolve_device, train_run
+
+RESULTS_VERSION = 1
+# What may change between two visits to a folder: more arms and seeds are added to it.
+_EXTENDABLE = ("arms", "seeds")
+_NOT_RESULTS = ("output", "device", "threads")
+
+
+def run_comparison(config: Comparison, progress: Progress) -> Results:
+    """Train every arm with every seed and write the results after each run.
+
+    The output folder then holds `config.yaml`, `results.json` and `runs/<arm>-seed<k>/`. Runs
+    that `results.json` already holds are not done again, so an interrupted comparison goes on and
+    a finished one can be given more seeds or arms.
+
+    Args:
+        config: Options of the comparison.
+        progress: Shows how far the work is.
+
+    Returns:
+        The contents of `results.json`.
+
+    Raises:
+        GradmaskError: If an option, the data, the model or the folder cannot be used; all of
+            these are checked before training starts.
+    """
+    device = resolve_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.deterministic = True
+    config, results = open_folder(config)
+    data = load_images(config, config.seeds[0])
+    _check_model(config, data)
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output / "config.yaml", to_yaml(config))
+    results |= {
+        "config": to_plain(config),
+        "environment": environment(device),
+        "data": _describe(data),
+        "parameters": [
+            [name, p.numel()]
+            for name, p in new_model(config, data, 0).named_parameters()
+            if p.requires_grad
+        ],
+    }
+    with progress:
+        for arm, seed in _missing(config, results, progress):
+            directory = config.output / "runs" / f"{arm}-seed{seed}"
+            run = train_run(config, load_images(config, seed), arm, seed, directory, progress.epoch)
+            results["runs"].append(run)
+            results["summary"] = summary_table(results)
+            save_results(config.output, results)
+            progress.finish(run)
+    save_results(config.output, results)
+    return results
+
+
+def open_folder(config: Comparison) -> tuple[Comparison, Results]:
+    """Check the output folder, and read what it holds already.
+
+    Args:
+        config: Options of the comparison.
+
+    Returns:
+        The options with the folder's earlier arms and seeds added, and its results so far.
+
+    Raises:
+        OptionError: If the folder holds a different comparison, or other files.
+    """
+    results: Results = {"version": RESULTS_VERSION, "runs": []}
+    folder = config.output
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"output={str(folder)!r} is a file: choose another --output.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return config, results
+    if not (folder / "config.yaml").exists():
+        raise OptionError(
+            f"{folder} holds files, but no comparison (no config.yaml): choose another --output."
+        )
+    earlier = yaml.safe_load((folder / "config.yaml").read_text())
+    ours = to_plain(config)
+    for name, value in ours.items():
+        if name not in (*_EXTENDABLE, *_NOT_RESULTS) and earlier.get(name) != value:
+            raise OptionError(
+                f"{folder} holds a different run, with {name}={earlier.get(name)!r}, not "
+                f"{value!r}: choose another --output, or delete it."
+            )
+    merged: dict[str, Any] = {
+        name: tuple(dict.fromkeys([*earlier.get(name, []), *ours[name]])) for name in _EXTENDABLE
+    }
+    if (folder / "results.json").exists():
+        results = read_results(folder)
+    return replace(config, **merged), results
+
+
+def read_results(folder: Path) -> Results:
+    """Read `results.json` of a comparison.
+
+    Args:
+        folder: The comparison's output folder.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        StateError: If there is none, or it is damaged or of another version.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise StateError(f"No results.json in {folder}: give the --output folder of a run.")
+    try:
+        results: Results = json.loads(path.read_text(encoding="utf-8"))
+        version = results["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path} is damaged ({error}): delete it and run again.") from error
+    if version != RESULTS_VERSION:
+        raise StateError(
+            f"{path} is of version {version}; this gradmask reads version {RESULTS_VERSION}."
+        )
+    return results
+
+
+def save_results(folder: Path, results: Results) -> None:
+    """Write `results.json`, with its runs in the order of arms and seeds."""
+    order = {arm: i for i, arm in enumerate(results["config"]["arms"])}
+    results["runs"].sort(key=lambda run: (order[run["arm"]], run["seed"]))
+    write_atomically(folder / "results.json", _dump(results) + "\n")
+
+
+def _dump(value: Any, indent: str = "") -> str:
+    """JSON with one line for each epoch, option and parameter."""
+    inner = indent + "  "
+    if isinstance(value, dict) and "epoch" not in value:
+        lines = [f"{inner}{json.dumps(k)}: {_dump(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
+        return "[\n" + ",\n".join(inner + _dump(v, inner) for v in value) + f"\n{indent}]"
+    return json.dumps(value)
+
+
+def to_plain(config: Comparison) -> dict[str, Any]:
+    """Options as values that YAML and JSON know."""
+    plain = {tuple: list, Path: str}
+    return {
+        name: next((turn(v) for kind, turn in plain.items() if isinstance(v, kind)), v)
+        for name, v in asdict(config).items()
+    }
+
+
+def to_yaml(config: Comparison) -> str:
+    """Options as the YAML that `gradmask run compare --config` reads."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine that the results were measured with."""
+    cuda = device.type == "cuda"
+    return {
+        "gradmask": gradmask.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source this runs from, if it is a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run([*git, "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _check_model(config: Comparison, data: ImageData) -> None:
+    """Measure two images, so that a model that cannot be masked is refused before training."""
+    model = new_model(config, data, config.seeds[0])
+    inputs = normalize(data.train_images[:2], *channel_statistics(data.train_images))
+    fisher_diagonal(model, [(inputs, data.train_labels[:2])], kind=config.fisher_kind)
+
+
+def _describe(data: ImageData) -> dict[str, Any]:
+    return {
+        "train": len(data.train_labels),
+        "validation": len(data.val_labels),
+        "test": len(data.test_labels),
+        "classes": len(data.class_names),
+        "image": list(data.train_images.shape[1:]),
+    }
+
+
+def _missing(config: Comparison, results: Results, progress: Progress) -> Iterator[tuple[str, int]]:
+    """Runs still to do, seed by seed, so that every arm has results early."""
+    done = {(run["arm"], run["seed"]) for run in results["runs"]}
+    every = [(arm, seed) for seed in config.seeds for arm in config.arms]
+    missing = [pair for pair in every if pair not in done]
+    progress.plan(len(missing), len(done), config.epochs)
+    for arm, seed in missing:
+        progress.start(arm, seed)
+        yield arm, seed
+
+
+assert {*_EXTENDABLE, *_NOT_RESULTS} <= {field.name for field in fields(Comparison)}

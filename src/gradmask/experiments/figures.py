@@ -1,0 +1,172 @@
+"""Figures of a comparison."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gradmask.experiments.statistics import (
+    ARM_TITLES,
+    JUDGED,
+    METRICS,
+    Results,
+    arms,
+    compare_arms,
+    values,
+)
+
+# Okabe and Ito's palette: told apart with any colour vision.
+COLOURS = {
+    "none": "#3b3b3b",
+    "fisher": "#0072b2",
+    "random": "#e69f00",
+    "random_matched": "#009e73",
+    "inverse": "#cc79a7",
+}
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+_MAX_LABELS = 70
+
+
+def draw_all(results: Results) -> dict[str, str]:
+    """Draw every figure that the results have data for.
+
+    Args:
+        results: Contents of `results.json`.
+
+    Returns:
+        `{name: SVG source}`, in the order of the report.
+    """
+    with mpl.rc_context(_STYLE):
+        figures = {"curves": _curves(results), "differences": _differences(results)}
+        figures["kept"] = _kept(results)
+        return {name: _svg(name, figure) for name, figure in figures.items() if figure is not None}
+
+
+def _svg(name: str, figure: Figure) -> str:
+    text = io.StringIO()
+    # The salt keeps ids of figures on one page apart, and the same figure the same file.
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _series(results: Results, arm: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs, and an array (runs, epochs) of one measurement."""
+    runs = [run["epochs"] for run in results["runs"] if run["arm"] == arm]
+    epochs = np.array([row["epoch"] for row in runs[0]])
+    return epochs, np.array([[row[key] for row in rows] for rows in runs])
+
+
+def _curves(results: Results) -> Figure:
+    """Mean over seeds, with a band of one standard deviation."""
+    panels = [
+        ("test_accuracy", "Test accuracy (%)", 100.0),
+        ("test_loss", "Test loss", 1.0),
+        ("train_loss", "Train loss", 1.0),
+        ("val_accuracy", "Validation accuracy (%)", 100.0),
+    ]
+    if all("memorised" in row for run in results["runs"] for row in run["epochs"]):
+        panels[-1] = ("memorised", "Wrong training labels memorised (%)", 100.0)
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    for panel, (key, title, scale) in zip(axes, panels, strict=True):
+        for arm in arms(results):
+            epochs, series = _series(results, arm, key)
+            _band(panel, arm, epochs, series * scale)
+        panel.set_title(title)
+        panel.set_xlabel("epoch")
+        if key == "test_loss":
+            _clip_early_peaks(panel, results)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+def _band(axes: Axes, arm: str, epochs: np.ndarray, series: np.ndarray) -> None:
+    mean = series.mean(0)
+    axes.plot(epochs, mean, color=COLOURS[arm], label=ARM_TITLES[arm], linewidth=1.6)
+    if len(series) > 1:
+        std = series.std(0, ddof=1)
+        axes.fill_between(
+            epochs, mean - std, mean + std, color=COLOURS[arm], alpha=0.15, linewidth=0
+        )
+
+
+def _clip_early_peaks(axes: Axes, results: Results) -> None:
+    """A high learning rate makes the first epochs' test loss jump: keep the rest readable."""
+    series = [_series(results, arm, "test_loss")[1] for arm in arms(results)]
+    later = [s[:, s.shape[1] // 5 :] for s in series]
+    low, high = min(s.min() for s in series), max(s.max() for s in later)
+    axes.set_ylim(low - 0.05 * (high - low), min(high * 1.1, 3 * np.median(later[0]) + high / 2))
+
+
+def _differences(results: Results) -> Figure | None:
+    """Each arm against no mask: one dot a seed, the mean and its 95 % interval."""
+    others = [arm for arm in arms(results) if arm != "none"]
+    if "none" not in arms(results) or not others:
+        return None
+    figure = Figure(figsize=(10, 0.9 + 0.42 * len(others)), layout="constrained")
+    judged = [metric for metric in METRICS if metric.name in JUDGED]
+    for axes, metric in zip(figure.subplots(1, len(judged), sharey=True), judged, strict=True):
+        scale = 100.0 if metric.percent else 1.0
+        baseline = values(results, "none", metric)
+        for row, arm in enumerate(others):
+            ours = values(results, arm, metric)
+            dots = [scale * (ours[seed] - baseline[seed]) for seed in ours if seed in baseline]
+            axes.plot(dots, [row] * len(dots), "o", color=COLOURS[arm], alpha=0.45, markersize=4)
+            difference = compare_arms(results, arm, "none", metric)
+            if difference is None:
+                continue
+            if difference.low is not None and difference.high is not None:
+                ends = [scale * difference.low, scale * difference.high]
+                axes.plot(ends, [row, row], color=COLOURS[arm], linewidth=2)
+            axes.plot(scale * difference.mean, row, "D", color=COLOURS[arm], markersize=6)
+        axes.axvline(0, color="#777777", linewidth=1)
+        better = "right" if metric.higher_is_better else "left"
+        unit = "Test accuracy (points)" if metric.percent else "Test loss"
+        axes.set_title(f"{unit}: {better} is better")
+        axes.set_yticks(range(len(others)), [ARM_TITLES[arm] for arm in others])
+        axes.set_ylim(len(others) - 0.5, -0.5)
+    return figure
+
+
+def _kept(results: Results) -> Figure | None:
+    """Share of every parameter tensor that the Fisher mask keeps, epoch by epoch."""
+    runs = [run["epochs"] for run in results["runs"] if run["arm"] == "fisher"]
+    if not runs:
+        return None
+    shares = np.mean([[row["kept_per_parameter"] for row in rows] for rows in runs], axis=0).T
+    names = [f"{name}  ({numel:,})" for name, numel in results["parameters"]]
+    height = 1.2 + 0.19 * min(len(names), _MAX_LABELS)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.subplots()
+    extent = (0.5, shares.shape[1] + 0.5, len(names) - 0.5, -0.5)
+    image = axes.imshow(
+        shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=extent, interpolation="none"
+    )
+    every = -(-len(names) // _MAX_LABELS)
+    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7.5)
+    axes.grid(visible=False)
+    axes.set_xlabel("epoch")
+    axes.set_title("Share of each parameter tensor that learns under the Fisher mask")
+    figure.colorbar(image, ax=axes, label="share kept", fraction=0.03, pad=0.01)
+    return figure

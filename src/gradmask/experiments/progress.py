@@ -1,0 +1,70 @@
+"""How far the work is: a bar on a terminal, a line for each run elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from gradmask.experiments.statistics import ARM_TITLES
+
+
+class Progress:
+    """Shows the runs of a comparison.
+
+    Args:
+        console: Where to show them.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("epochs"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._runs = 0
+        self._finished = 0
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def plan(self, runs: int, done: int, epochs: int) -> None:
+        """Say how much there is to do."""
+        self._runs = runs
+        if done:
+            self.console.print(f"{done} finished runs found; {runs} to go.")
+        self._task = self._bar.add_task("", total=runs * epochs)
+
+    def start(self, arm: str, seed: int) -> None:
+        """A run begins."""
+        self._bar.update(self._task, description=f"{ARM_TITLES[arm]}, seed {seed}")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """An epoch is over."""
+        self._bar.advance(self._task)
+
+    def finish(self, run: dict[str, Any]) -> None:
+        """A run is over."""
+        self._finished += 1
+        last = run["epochs"][-1]
+        self.console.print(
+            f"[{self._finished:>{len(str(self._runs))}}/{self._runs}] "
+            f"{ARM_TITLES[run['arm']]:<19} seed {run['seed']}:  "
+            f"test accuracy {100 * last['test_accuracy']:.1f} %,  "
+            f"test loss {last['test_loss']:.3f},  train loss {last['train_loss']:.3f}  "
+            f"({run['seconds']:.1f} s)",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,143 @@
+"""The report of a comparison: the terminal's table, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+
+from gradmask.experiments.figures import COLOURS, draw_all
+from gradmask.experiments.files import write_atomically
+from gradmask.experiments.statistics import (
+    ARM_TITLES,
+    Metric,
+    Results,
+    arms,
+    available,
+    compare_arms,
+    summarise,
+    values,
+    verdicts,
+)
+
+
+def write_report(folder: Path, results: Results) -> Path:
+    """Write `report.html` and the figures as SVG files.
+
+    Args:
+        folder: The comparison's output folder.
+        results: Contents of its `results.json`.
+
+    Returns:
+        Path of the page.
+    """
+    figures = draw_all(results)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, svg in figures.items():
+        write_atomically(folder / "figures" / f"{name}.svg", svg)
+    templates = Environment(
+        loader=PackageLoader("gradmask.experiments"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    *sentences, conclusion = verdicts(results)
+    page = templates.get_template("report.html.j2").render(
+        results=results,
+        config=results["config"],
+        yaml=yaml.safe_dump(results["config"], sort_keys=False, default_flow_style=None),
+        metrics=available(results),
+        rows=_table(results),
+        differences=_differences(results),
+        colours=COLOURS,
+        titles=ARM_TITLES,
+        sentences=sentences,
+        conclusion=conclusion,
+        figures={name: Markup(svg) for name, svg in figures.items()},
+        minutes=sum(run["seconds"] for run in results["runs"]) / 60,
+    )
+    path = folder / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def print_summary(results: Results, console: Console) -> None:
+    """Print the table of means and the verdicts.
+
+    Args:
+        results: Contents of `results.json`.
+        console: Where to print.
+    """
+    table = Table(
+        title="Test accuracy in %, losses of the last epoch: mean ± standard deviation over seeds"
+    )
+    table.add_column("arm")
+    for metric in available(results):
+        table.add_column(metric.title, justify="right")
+    for row in _table(results):
+        cells = [f"[bold]{c['text']}[/bold]" if c["best"] else c["text"] for c in row["cells"]]
+        table.add_row(row["title"], *cells)
+    console.print(table)
+    *sentences, conclusion = verdicts(results)
+    for sentence in [s for s in sentences if "against no mask" in s]:
+        console.print(sentence, highlight=False)
+    console.print(conclusion, style="bold", highlight=False)
+
+
+def _table(results: Results) -> list[dict[str, Any]]:
+    """Rows of `mean ± std` texts; the best mean of each column is marked."""
+    metrics = available(results)
+    best = {m.name: _best(results, m) for m in metrics}
+    return [
+        {
+            "arm": arm,
+            "title": ARM_TITLES[arm],
+            "n": len(values(results, arm, metrics[0])),
+            "cells": [
+                {"text": _mean_std(results, arm, m), "best": best[m.name] == arm} for m in metrics
+            ],
+        }
+        for arm in arms(results)
+    ]
+
+
+def _best(results: Results, metric: Metric) -> str | None:
+    # The lowest training loss is not a merit here: that is memorisation.
+    if metric.name == "last_train_loss":
+        return None
+    means = {
+        arm: summarise(list(values(results, arm, metric).values())).mean for arm in arms(results)
+    }
+    pick = max if metric.higher_is_better else min
+    return pick(means, key=means.__getitem__)
+
+
+def _mean_std(results: Results, arm: str, metric: Metric) -> str:
+    summary = summarise(list(values(results, arm, metric).values()))
+    text = metric.show(summary.mean)
+    return text if summary.std is None else f"{text} ± {metric.show(summary.std)}"
+
+
+def _differences(results: Results) -> list[dict[str, Any]]:
+    """Rows of paired differences to no mask; those whose interval excludes zero are marked."""
+    rows = []
+    for arm in arms(results):
+        cells = []
+        for metric in available(results):
+            difference = compare_arms(results, arm, "none", metric)
+            if arm == "none" or difference is None:
+                continue
+            text = metric.show(difference.mean, signed=True)
+            if difference.low is not None and difference.high is not None:
+                low, high = (metric.show(x, signed=True) for x in (difference.low, difference.high))
+                text += f" [{low}, {high}]"
+            cells.append({"text": text, "shown": difference.shown})
+        if cells:
+            rows.append({"arm": arm, "title": ARM_TITLES[arm], "cells": cells})
+    return rows
