@@ -12,9 +12,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gradmask import __version__
 from gradmask.errors import GradmaskError, OptionError, check_choice
+
+if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
+    from gradmask.experiments.config import Comparison
+    from gradmask.experiments.statistics import Results
 
 COMMANDS = ("run", "recipes", "report")
 _LISTS = ("arms", "seeds")
@@ -65,46 +70,30 @@ def _main(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    # The heavy imports wait until they are needed: `gradmask --version` answers at once.
-    from jsonargparse import ArgumentParser, Namespace
-    from rich.console import Console
-
-    from gradmask.experiments.config import Comparison
-    from gradmask.experiments.recipes import find_recipe
-
-    named = bool(words) and not words[0].startswith("-")
-    recipe = find_recipe(words[0] if named else "compare")
-    parser = ArgumentParser(
-        prog=f"gradmask run {recipe.name}",
-        description=f"{recipe.description}. Words of an option may be joined by - or _.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_class_arguments(Comparison)
-    defaults = recipe.config()
-    parser.set_defaults({f.name: getattr(defaults, f.name) for f in fields(Comparison)})
-    known = [*(f.name for f in fields(Comparison)), "config", "print_config", "help"]
-    try:
-        parsed: Namespace = parser.parse_args(_normal_form(words[named:], known))
-    except argparse.ArgumentError as error:
-        raise OptionError(_plain(str(error))) from error
-    options = {f.name: getattr(parsed, f.name) for f in fields(Comparison)}
-    return _compare(Comparison(**options), Console())
-
-
-def _compare(config: object, console: object) -> int:
     from rich.console import Console
 
     from gradmask.experiments.compare import run_comparison
-    from gradmask.experiments.config import Comparison
     from gradmask.experiments.progress import Progress
+
+    config = _options(words)
+    results = run_comparison(config, Progress(Console()))
+    return _show(config.output, results)
+
+
+def _report(directory: Path) -> int:
+    from gradmask.experiments.compare import read_results
+
+    return _show(directory, read_results(directory))
+
+
+def _show(directory: Path, results: Results) -> int:
+    from rich.console import Console
+
     from gradmask.experiments.report import print_summary, write_report
 
-    assert isinstance(config, Comparison)
-    assert isinstance(console, Console)
-    results = run_comparison(config, Progress(console))
+    console = Console()
     print_summary(results, console)
-    page = write_report(config.output, results)
+    page = write_report(directory, results)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
     return 0
 
@@ -124,18 +113,34 @@ def _recipes() -> int:
     return 0
 
 
-def _report(directory: Path) -> int:
-    from rich.console import Console
+def _options(words: list[str]) -> Comparison:
+    """The options of `gradmask run`: defaults, the recipe's, a YAML file's, the command line's."""
+    from jsonargparse import ArgumentParser
 
-    from gradmask.experiments.compare import read_results
-    from gradmask.experiments.report import print_summary, write_report
+    from gradmask.experiments.config import Comparison
+    from gradmask.experiments.recipes import find_recipe
 
-    results = read_results(directory)
-    console = Console()
-    print_summary(results, console)
-    page = write_report(directory, results)
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
-    return 0
+    class Parser(ArgumentParser):
+        def format_help(self, *args: Any, **kwargs: Any) -> str:
+            text = super().format_help(*args, **kwargs)
+            return re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
+
+    named = bool(words) and not words[0].startswith("-")
+    recipe = find_recipe(words[0] if named else "compare")
+    parser = Parser(
+        prog=f"gradmask run {recipe.name}", description=recipe.description, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_class_arguments(Comparison)
+    names = [field.name for field in fields(Comparison)]
+    defaults = recipe.config()
+    parser.set_defaults({name: getattr(defaults, name) for name in names})
+    known = [*names, "config", "print_config", "help"]
+    try:
+        parsed = parser.parse_args(_normal_form(words[named:], known))
+    except argparse.ArgumentError as error:
+        raise OptionError(_plain(str(error))) from error
+    return Comparison(**{name: getattr(parsed, name) for name in names})
 
 
 def _normal_form(words: list[str], known: list[str]) -> list[str]:
@@ -166,13 +171,13 @@ def _normal_form(words: list[str], known: list[str]) -> list[str]:
 def _plain(message: str) -> str:
     """Jsonargparse's message in the words of the other errors."""
     text = " ".join(line.strip() for line in message.splitlines() if line.strip())
-    found = re.match(r'Parser key "(\w+)": Expected a (.*)\. Got value: (.*)', text)
+    found = re.match(r'Parser key "(\w+)": .*?(?:<class \'(\w+)\'>|Literal\[(.*?)\]).*: (.*)', text)
     if not found:
         return text
-    name, kind, value = found.groups()
-    if kind.startswith("typing.Literal"):
-        check_choice(name, value, re.findall(r"'(\w+)'", kind))
-    return f"{name}={value!r} is not of the type {kind.removeprefix('<class ').rstrip('>')}."
+    name, kind, choices, value = found.groups()
+    if choices:
+        check_choice(name, value, re.findall(r"'(\w+)'", choices))
+    return f"{name}={value!r} is not of the type {kind}."
 
 
 if __name__ == "__main__":

@@ -101,8 +101,7 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
         raise OptionError(
             f"{folder} holds files, but no comparison (no config.yaml): choose another --output."
         )
-    earlier = yaml.safe_load((folder / "config.yaml").read_text())
-    ours = to_plain(config)
+    earlier, ours = _read_options(folder / "config.yaml"), to_plain(config)
     for name, value in ours.items():
         if name not in (*_EXTENDABLE, *_NOT_RESULTS) and earlier.get(name) != value:
             raise OptionError(
@@ -115,6 +114,16 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
     if (folder / "results.json").exists():
         results = read_results(folder)
     return replace(config, **merged), results
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        raise StateError(f"{path} is damaged: choose another --output, or delete the folder.")
+    return options
 
 
 def read_results(folder: Path) -> Results:

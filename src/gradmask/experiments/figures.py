@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import matplotlib as mpl
@@ -66,7 +67,9 @@ def _svg(name: str, figure: Figure) -> str:
     # The salt keeps ids of figures on one page apart, and the same figure the same file.
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    used = set(re.findall(r"#([\w-]+)", svg))  # other ids would be double on one page
+    return re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
 
 
 def _series(results: Results, arm: str, key: str) -> tuple[np.ndarray, np.ndarray]:

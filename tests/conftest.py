@@ -1,0 +1,27 @@
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """Keep tests away from the user's own cache of decoded images."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GRADMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def options():
+    """A comparison that takes a second: few digits, a narrow MLP."""
+    return {
+        "data": "digits",
+        "train_size": 150,
+        "label_noise": 0.2,
+        "augment": False,
+        "model": "mlp",
+        "width": 16,
+        "epochs": 3,
+        "seeds": (0, 1),
+        "batch_size": 32,
+        "device": "cpu",
+    }

@@ -1,0 +1,118 @@
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from gradmask import __version__
+from gradmask.cli import main
+from gradmask.experiments.config import Comparison
+
+SMALL = ["--train-size", "100", "--model=mlp", "--width", "8", "--epochs", "2", "--device", "cpu"]
+
+
+def result(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_run_and_report(tmp_path, capsys):
+    folder = tmp_path / "out"
+    words = ["run", "demo", *SMALL, "--seeds", "3", "4", "--arms", "none", "fisher"]
+    assert main([*words, "--output", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "Conclusion on the Fisher mask" in printed
+    assert str(folder / "report.html") in printed
+    assert "no mask             seed 3:" in printed
+    runs = [(run["arm"], run["seed"]) for run in result(folder)["runs"]]
+    assert runs == [("none", 3), ("none", 4), ("fisher", 3), ("fisher", 4)]
+    assert result(folder)["config"]["label_noise"] == 0.4  # the recipe's
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("seeds", [["--seeds", "5,6"], ["--seeds=[5, 6]"], ["--seeds", "[5,6]"]])
+def test_lists(seeds, tmp_path):
+    folder = tmp_path / "out"
+    assert main(["run", *SMALL, "--arms=none", *seeds, "--output", str(folder)]) == 0
+    assert result(folder)["config"]["seeds"] == [5, 6]
+
+
+def test_yaml_file_and_the_command_line_over_it(tmp_path):
+    file, folder = tmp_path / "mine.yaml", tmp_path / "out"
+    file.write_text("epochs: 1\narms: [none]\nseeds: [2]\nlr: 0.05\n")
+    words = [*SMALL[:5], "--config", str(file), "--lr", "0.02", "--output", str(folder)]
+    assert main(["run", "compare", *words]) == 0
+    config = result(folder)["config"]
+    assert (config["epochs"], config["seeds"], config["lr"]) == (1, [2], 0.02)
+    # What was written beside the results can be run again, and gives the same.
+    again = tmp_path / "again"
+    written = str(folder / "config.yaml")
+    assert main(["run", "compare", "--config", written, "--output", str(again)]) == 0
+    rows = [result(f)["runs"][0]["epochs"][-1]["test_loss"] for f in (folder, again)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rum"], "Did you mean 'run'"),
+        (["run", "dem"], "Did you mean 'demo'"),
+        (["run", "demo", "--epoch", "3"], "Did you mean 'epochs'"),
+        (["run", "demo", "--label-nose", "3"], "Did you mean 'label_noise'"),
+        (["run", "demo", "--epochs", "many"], "epochs='many'"),
+        (["run", "demo", "--width", "wide"], "width='wide'"),
+        (["run", "demo", "--optimizer", "sdg"], "Did you mean 'sgd'"),
+        (["run", "demo", "--keep", "0"], r"keep=0.0 must be in \(0, 1\]"),
+        (["run", "demo", "--arms", "none", "fishes"], "Did you mean 'fisher'"),
+        (["run", "demo", "--config", "no-such.yaml"], r"no-such\.yaml"),
+        (["run", "demo", "stray"], "stray"),
+        (["report", "no-such-folder"], r"No results\.json"),
+    ],
+)
+def test_mistakes_are_one_clear_line(words, message, capsys):
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert len(printed.err.strip().splitlines()) == 1
+    assert printed.err.startswith("gradmask: error: ")
+    assert re.search(message, printed.err)
+    assert printed.out == ""
+
+
+def test_unknown_key_in_a_yaml_file(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epoch: 1\n")
+    assert main(["run", "demo", "--config", str(file)]) == 2
+    assert "epoch" in capsys.readouterr().err
+
+
+def test_recipes_are_listed(capsys):
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("compare", "demo", "cifar100-small"):
+        assert name in printed
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "demo", "--help"])
+    printed = capsys.readouterr().out
+    for option in fields(Comparison):
+        assert f"--{option.name.replace('_', '-')}" in printed
+
+
+def test_interruption_is_no_traceback(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradmask.experiments.compare.run_comparison", interrupted)
+    assert main(["run", "demo", "--output", str(tmp_path / "out")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_module_and_version():
+    command = [sys.executable, "-m", "gradmask.cli", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == f"gradmask {__version__}"

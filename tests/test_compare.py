@@ -1,0 +1,158 @@
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from gradmask.errors import GradmaskError, ModelError, OptionError, StateError
+from gradmask.experiments import compare, train
+from gradmask.experiments.compare import read_results, run_comparison, to_plain
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.progress import Progress
+from gradmask.experiments.recipes import RECIPES
+
+
+def quiet():
+    return Progress(Console(quiet=True))
+
+
+@pytest.fixture
+def config(options, tmp_path):
+    return Comparison(**options, arms=("none", "fisher"), output=tmp_path / "out")
+
+
+def change(config, **changes):
+    return Comparison(**(vars(config) | changes))
+
+
+def runs(results):
+    return [(run["arm"], run["seed"]) for run in results["runs"]]
+
+
+def test_folder_holds_everything(config):
+    results = run_comparison(config, quiet())
+    assert runs(results) == [("none", 0), ("none", 1), ("fisher", 0), ("fisher", 1)]
+    assert read_results(config.output) == json.loads(json.dumps(results))
+    assert yaml.safe_load((config.output / "config.yaml").read_text()) == to_plain(config)
+    assert results["data"]["train"] == 135
+    assert results["environment"]["torch"] == torch.__version__
+    for name, numel in results["parameters"]:
+        assert isinstance(name, str)
+        assert numel > 0
+    for arm, seed in runs(results):
+        lines = (config.output / "runs" / f"{arm}-seed{seed}" / "metrics.jsonl").read_text()
+        assert len(lines.splitlines()) == config.epochs
+    assert not list(config.output.glob(".*.tmp"))
+
+
+def test_results_have_no_paths_of_the_machine(config, tmp_path):
+    run_comparison(config, quiet())
+    results = json.loads((config.output / "results.json").read_text())
+    results["config"].pop("output")
+    assert str(tmp_path) not in json.dumps(results)
+
+
+def test_finished_runs_are_not_done_again(config, monkeypatch):
+    whole = run_comparison(change(config, output=config.output.with_name("whole")), quiet())
+    original, calls = train.train_run, []
+
+    def counted(config, data, arm, seed, *rest):
+        calls.append((arm, seed))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(config, data, arm, seed, *rest)
+
+    monkeypatch.setattr(compare, "train_run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(config, quiet())
+    assert len(read_results(config.output)["runs"]) == 2
+    resumed = run_comparison(config, quiet())
+    assert calls == [("none", 0), ("fisher", 0), ("none", 1), ("none", 1), ("fisher", 1)]
+    assert losses(resumed) == losses(whole)
+    run_comparison(config, quiet())
+    assert len(calls) == 5
+
+
+def losses(results):
+    return [[row["test_loss"] for row in run["epochs"]] for run in results["runs"]]
+
+
+def test_seeds_and_arms_can_be_added(config):
+    run_comparison(change(config, seeds=(0,)), quiet())
+    results = run_comparison(change(config, arms=("inverse",), seeds=(1,)), quiet())
+    assert set(runs(results)) == {(a, s) for a in ("none", "fisher", "inverse") for s in (0, 1)}
+    assert results["config"]["arms"] == ["none", "fisher", "inverse"]
+    assert results["config"]["seeds"] == [0, 1]
+
+
+@pytest.mark.parametrize("changes", [{"keep": 0.5}, {"epochs": 4}, {"model": "small_cnn"}])
+def test_folder_of_a_different_run_is_refused(config, changes):
+    run_comparison(config, quiet())
+    before = (config.output / "results.json").read_bytes()
+    with pytest.raises(OptionError, match=f"different run, with {next(iter(changes))}="):
+        run_comparison(change(config, **changes), quiet())
+    assert (config.output / "results.json").read_bytes() == before
+
+
+def test_folder_of_something_else_is_refused(config):
+    config.output.mkdir()
+    (config.output / "thesis.tex").write_text("mine")
+    with pytest.raises(OptionError, match=r"no config\.yaml"):
+        run_comparison(config, quiet())
+    assert [p.name for p in config.output.iterdir()] == ["thesis.tex"]
+    with pytest.raises(OptionError, match="is a file"):
+        run_comparison(change(config, output=config.output / "thesis.tex"), quiet())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "small_cn"}, "Did you mean 'small_cnn'"),
+        ({"model": "resnet18", "width": None}, "colour images"),
+        ({"data": "./no/such/folder"}, "No folder"),
+        ({"train_size": 10**6}, "more than the"),
+        ({"device": "abacus"}, "device="),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(config, changes, message):
+    with pytest.raises(GradmaskError, match=message):
+        run_comparison(change(config, **changes), quiet())
+    assert not config.output.exists()
+
+
+def test_model_that_cannot_be_measured_is_found_before_training(config, monkeypatch):
+    norm = torch.nn.BatchNorm1d(64, track_running_stats=False)
+    layers = (torch.nn.Flatten(), norm, torch.nn.Linear(64, 10))
+    monkeypatch.setattr(train, "build_model", lambda *_: torch.nn.Sequential(*layers))
+    with pytest.raises(ModelError, match=r"Layer '1'.*batch statistics"):
+        run_comparison(config, quiet())
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "damaged"), ("[]", "damaged"), ("{}", "damaged"), ('{"version": 9}', "version 9")],
+)
+def test_damaged_results_are_named(text, message, tmp_path):
+    with pytest.raises(StateError, match=r"No results\.json"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(StateError, match=message):
+        read_results(tmp_path)
+
+
+def test_damaged_options_are_named(config):
+    config.output.mkdir()
+    for text in ("- 1", "{", "keep"):
+        (config.output / "config.yaml").write_text(text)
+        with pytest.raises(StateError, match=r"config\.yaml is damaged"):
+            run_comparison(config, quiet())
+
+
+def test_recipes_are_valid():
+    assert len({recipe.name for recipe in RECIPES}) == len(RECIPES)
+    for recipe in RECIPES:
+        assert recipe.config().output.name == recipe.name
+        assert math.isclose(recipe.config(keep=0.5).keep, 0.5)

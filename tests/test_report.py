@@ -1,0 +1,97 @@
+import re
+
+import pytest
+from rich.console import Console
+
+from gradmask.experiments.compare import read_results, run_comparison
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.progress import Progress
+from gradmask.experiments.report import print_summary, write_report
+from gradmask.experiments.statistics import ARM_TITLES, METRICS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = Comparison(
+        train_size=150,
+        label_noise=0.2,
+        model="mlp",
+        width=16,
+        epochs=3,
+        seeds=(0, 1),
+        output=tmp_path_factory.mktemp("report") / "out",
+    )
+    run_comparison(config, Progress(Console(quiet=True)))
+    return config.output
+
+
+@pytest.fixture
+def results(folder):
+    return read_results(folder)
+
+
+def test_page_is_self_contained(folder, results):
+    page = write_report(folder, results).read_text()
+    assert not re.search(r"<script|<link|<img|@import|url\((?!#)|src=", page)
+    assert not re.search(r'href="(?!#|data:image/png;base64,)', page)
+    assert page.count("<svg") == 3
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert ids
+    assert len(ids) == len(set(ids))  # or figures would use each other's parts
+
+
+def test_page_holds_every_number(folder, results):
+    page = write_report(folder, results).read_text()
+    for arm, title in ARM_TITLES.items():
+        assert title in page
+        for metric in METRICS:
+            summary = results["summary"][arm][metric.name]
+            cell = f"{metric.show(summary['mean'])} ± {metric.show(summary['std'])}"
+            assert cell in page
+    for name, numel in results["parameters"]:
+        assert f"{name}  ({numel:,})" in page
+    assert "Conclusion on the Fisher mask" in page
+
+
+def test_same_results_same_files(folder, results):
+    page = write_report(folder, results).read_bytes()
+    curves = (folder / "figures" / "curves.svg").read_bytes()
+    assert write_report(folder, read_results(folder)).read_bytes() == page
+    assert (folder / "figures" / "curves.svg").read_bytes() == curves
+
+
+def test_names_are_escaped(folder, results, tmp_path):
+    results["config"]["data"] = "<script>alert(1)</script>"
+    page = write_report(tmp_path, results).read_text()
+    assert "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("arms", "seeds", "figures"),
+    [
+        (("none",), (0,), {"curves"}),
+        (("fisher",), (0, 1), {"curves", "kept"}),
+        (("none", "inverse"), (1,), {"curves", "differences"}),
+    ],
+)
+def test_parts_of_a_comparison(arms, seeds, figures, results, tmp_path):
+    runs = results["runs"]
+    results["runs"] = [run for run in runs if run["arm"] in arms and run["seed"] in seeds]
+    page = write_report(tmp_path, results).read_text()
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == figures
+    assert page.count("<svg") == len(figures)
+
+
+def test_table_on_the_terminal(results):
+    console = Console(record=True, width=150)
+    print_summary(results, console)
+    text = console.export_text()
+    summary = results["summary"]["inverse"]["last_test_loss"]
+    assert f"{summary['mean']:.3f} ± {summary['std']:.3f}" in text
+    assert "Conclusion on the Fisher mask" in text
+
+
+def test_one_epoch(folder, results, tmp_path):
+    for run in results["runs"]:
+        run["epochs"] = run["epochs"][:1]
+    write_report(tmp_path, results)

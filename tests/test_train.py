@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+
+from gradmask.errors import DataError, OptionError
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data import load_images
+from gradmask.experiments.train import Batches, evaluate, resolve_device, train_run
+
+CLOCKS = ("seconds", "refresh_seconds")
+
+
+def run(directory, options, arm="fisher", seed=0, **changes):
+    config = Comparison(**(options | changes))
+    return train_run(config, load_images(config, seed), arm, seed, directory)
+
+
+def measured(result):
+    """The epochs without the times they took."""
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in result["epochs"]]
+
+
+@pytest.mark.parametrize("arm", ["none", "fisher", "random", "random_matched", "inverse"])
+def test_a_seed_fixes_the_run(arm, options, tmp_path):
+    first = run(tmp_path / "1", options, arm)
+    torch.rand(7)  # the caller's random state has no part in it
+    assert measured(run(tmp_path / "2", options, arm)) == measured(first)
+    assert measured(run(tmp_path / "3", options, arm, seed=1)) != measured(first)
+
+
+def test_arms_of_a_seed_differ_by_the_mask_alone(options, tmp_path):
+    arms = ("none", "fisher", "random", "random_matched", "inverse")
+    results = {arm: run(tmp_path / arm, options, arm)["epochs"] for arm in arms}
+    for arm in arms:  # the first epoch is unmasked, and the same for all
+        assert results[arm][0]["train_loss"] == results["none"][0]["train_loss"]
+        assert results[arm][0]["test_loss"] == results["none"][0]["test_loss"]
+        assert results[arm][0]["kept"] == 1.0
+    assert len({results[arm][2]["train_loss"] for arm in arms}) == len(arms)
+
+
+@pytest.mark.parametrize("scope", ["gradient", "update"])
+def test_a_mask_that_keeps_everything_is_no_mask(scope, options, tmp_path):
+    kept = run(tmp_path / "1", options, "fisher", keep=1.0, scope=scope)["epochs"]
+    free = run(tmp_path / "2", options, "none")["epochs"]
+    assert [row["test_loss"] for row in kept] == [row["test_loss"] for row in free]
+
+
+def test_shares_kept_are_those_of_the_epoch(options, tmp_path):
+    for arm in ("fisher", "random", "random_matched", "inverse"):
+        rows = run(tmp_path / arm, options, arm, keep=0.3)["epochs"]
+        assert rows[0]["kept"] == 1.0
+        assert [row["kept"] for row in rows[1:]] == pytest.approx([0.3, 0.3], abs=0.01)
+        assert all(len(row["kept_per_parameter"]) == 6 for row in rows)
+        assert ["refresh_seconds" in row for row in rows] == [True, True, False]
+
+
+def test_measurements_are_written_as_it_goes(options, tmp_path):
+    (tmp_path / "events.out.tfevents.1.stale").write_text("of an interrupted run")
+    seen = []
+    config = Comparison(**options)
+
+    def look(row):
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        seen.append([json.loads(line) for line in lines])
+        assert seen[-1][-1] == row
+
+    result = train_run(config, load_images(config, 0), "fisher", 0, tmp_path, look)
+    assert [len(lines) for lines in seen] == [1, 2, 3]
+    assert seen[-1] == result["epochs"]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
+def test_wrong_labels_are_learnt_by_heart(options, tmp_path):
+    rows = run(tmp_path, options, "none", epochs=60, width=64)["epochs"]
+    assert rows[0]["memorised"] < 0.3
+    assert rows[-1]["memorised"] > 0.8
+    assert "memorised" not in run(tmp_path, options, "none", label_noise=0.0)["epochs"][0]
+
+
+def test_divergence_is_named(options, tmp_path):
+    with pytest.raises(DataError, match=r"arm 'none', seed 0 is (nan|inf).*lower lr"):
+        run(tmp_path, options, "none", lr=1e30, schedule="constant")
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_optimizers_and_schedules(optimizer, schedule, options, tmp_path):
+    changes = {"optimizer": optimizer, "schedule": schedule, "lr": 0.01, "batch_size": 67}
+    rows = run(tmp_path, options, **changes)["epochs"]  # 135 images: 3 steps of 45
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    rates = [row["lr"] for row in rows]
+    if schedule == "constant":
+        assert rates == [0.01] * 3
+    if schedule == "cosine":
+        assert rates == pytest.approx([0.01, 0.0075, 0.0025])
+
+
+def test_evaluation_weighs_every_image_alike():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.Dropout(0.5))
+    images = torch.randint(0, 256, (7, 1, 2, 2), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    batches = Batches(images, labels, lambda x: x.float() / 255, size=3)
+    assert [len(y) for _, y in batches] == [3, 3, 1]
+    loss, accuracy = evaluate(model, batches)
+    logits = model(images.float() / 255)
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+    assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def test_device():
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("cqu", "cuda:99"):
+        with pytest.raises(OptionError, match="device="):
+            resolve_device(name)
