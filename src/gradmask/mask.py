@@ -76,6 +76,7 @@ class FisherMask:
         self.masks: dict[str, Tensor] = {}
         self._parameters = trainable_parameters(model)
         self._names = {id(p): name for name, p in self._parameters.items()}
+        self._optimizers: list[Optimizer] = []
         self._handles: list[Any] = []
         self._before: dict[int, dict[str, Tensor]] = {}
 
@@ -89,7 +90,8 @@ class FisherMask:
             The mask itself.
 
         Raises:
-            OptimizerError: If the optimizer has none of the model's parameters or is L-BFGS.
+            OptimizerError: If the optimizer has none of the model's parameters, is L-BFGS, or has
+                the mask already.
         """
         if isinstance(optimizer, torch.optim.LBFGS):
             raise OptimizerError(
@@ -103,6 +105,9 @@ class FisherMask:
                 "The optimizer holds none of the model's trainable parameters: build it from this "
                 "model's parameters(), after moving or wrapping the model."
             )
+        if optimizer in self._optimizers:
+            raise OptimizerError("The mask is attached to this optimizer already.")
+        self._optimizers.append(optimizer)
         self._handles.append(optimizer.register_step_pre_hook(self._pre_step))
         if self.scope == "update":
             self._handles.append(optimizer.register_step_post_hook(self._post_step))
@@ -113,6 +118,7 @@ class FisherMask:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._optimizers.clear()
         self._before.clear()
 
     def refresh(self, loader: Iterable[Any]) -> None:
@@ -253,13 +259,19 @@ class FisherMask:
                     f"The state was saved with {name}={state[name]!r}, but this mask has "
                     f"{name}={getattr(self, name)!r}: build it with the same options."
                 )
-        if state["masks"]:
-            self._check_shapes(state["masks"], "state")
+        masks, refreshes = state["masks"], state["refreshes"]
+        sound = isinstance(refreshes, int) and refreshes >= 0 and isinstance(masks, dict)
+        if not sound or any(
+            not isinstance(m, Tensor) or m.dtype != torch.bool for m in masks.values()
+        ):
+            raise StateError("The state's masks or refresh count are damaged.")
+        if masks:
+            self._check_shapes(masks, "state")
         self.masks = {
             name: mask.to(self._parameters[name].device, torch.bool, copy=True)
-            for name, mask in state["masks"].items()
+            for name, mask in masks.items()
         }
-        self.refreshes = int(state["refreshes"])
+        self.refreshes = refreshes
 
     def _check_shapes(self, tensors: dict[str, Tensor], what: str) -> None:
         if tensors.keys() != self._parameters.keys():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -87,8 +88,8 @@ def global_threshold(fisher: Mapping[str, Tensor], keep: float) -> Tensor:
 
 
 def kept_count(fisher: Mapping[str, Tensor], keep: float) -> int:
-    """⌈keep · m⌉ for m entries in all."""
-    return max(1, math.ceil(keep * sum(t.numel() for t in fisher.values())))
+    """⌈keep · m⌉ for m entries in all, with `keep` as it is written: ⌈0.1 · 30⌉ is 3, not 4."""
+    return math.ceil(Fraction(str(float(keep))) * sum(t.numel() for t in fisher.values()))
 
 
 def make_masks(

@@ -2,7 +2,7 @@
 
 Forward hooks note each layer's input and the place of its output in the autograd graph. The
 backward pass asks for gradients with respect to layer outputs only, so that the ordinary weight
-gradients are never computed; a hook on each output hands the gradient to the layer's rule.
+gradients are never computed; hooks on the graph hand each output's gradient to the layer's rule.
 Nothing of the model is changed, and all hooks go when the context ends.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -26,9 +27,11 @@ class Use:
     """One call of a layer: its input and, after a backward pass, the gradient of its output."""
 
     def __init__(self, module: nn.Module, rule: LayerRule, x: Tensor, output: Tensor) -> None:
-        self.module, self.rule, self.x = module, rule, x
+        self.module, self.rule = module, rule
+        self.x = x.detach()
         self.version = x._version
         self.edge = get_gradient_edge(output)
+        self.entry = get_gradient_edge(x).node if x.requires_grad else None
         self.g: Tensor | None = None
 
 
@@ -55,9 +58,12 @@ class LayerCapture:
         self._uses: list[Use] = []
         self._handles: list[Any] = []
         self._forward = True
-        self._check = False
+        self._outside: Tensor | None = None
         self._single: set[nn.Module] = set()
+        self._inputs: list[Any] = []
+        self._lowest_uses: dict[Any, list[Use]] = defaultdict(list)
         self._totals: dict[str, Tensor] = {}
+        self.captured: set[str] = set()
         self.handled: set[str] = set()
         self.mixed: set[str] = set()
         for module in model.modules():
@@ -65,7 +71,9 @@ class LayerCapture:
             if rule is not None and self._local_names(module, rule):
                 hook = self._forward_hook(rule)
                 # First in line: hooks of the user may change the output afterwards.
-                self._handles.append(module.register_forward_hook(hook, prepend=True))
+                self._handles.append(
+                    module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                )
 
     def __enter__(self) -> LayerCapture:
         return self
@@ -89,23 +97,27 @@ class LayerCapture:
         }
 
     def _forward_hook(self, rule: LayerRule) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             # Activation checkpointing calls layers again during the backward pass.
-            if not self._forward or not isinstance(output, Tensor) or output.grad_fn is None:
+            if not self._forward or len(args) != 1 or kwargs:
                 return
-            if len(args) != 1 or len(args[0]) != self._batch_size or len(output) != len(args[0]):
-                return
-            use = Use(module, rule, args[0].detach(), output)
-            self._uses.append(use)
-            self._handles.append(output.register_hook(lambda g: self._receive(use, g)))
+            sized = all(
+                isinstance(t, Tensor) and t.dim() and len(t) == self._batch_size
+                for t in (args[0], output)
+            )
+            if sized and output.grad_fn is not None:
+                self._uses.append(Use(module, rule, args[0], output))
 
         return hook
 
     def resolve(self, outputs: Any) -> None:
         """Decide which parameters the captured calls explain completely; the rest is not handled.
 
-        A parameter is handled if every path from the outputs to it goes through a captured call
-        of a layer that owns it: this finds weights that are also used outside their layer.
+        A parameter is captured if every path from the outputs to it goes through a captured call
+        of a layer that owns it, and not through that call's input: this finds weights that are
+        also used outside their layer.
 
         Args:
             outputs: What the model returned.
@@ -120,23 +132,42 @@ class LayerCapture:
             raise ModelError("The model's outputs do not depend on its trainable parameters.")
         order, parents = _walk(roots)
         owners: dict[Any, set[int]] = defaultdict(set)
+        entries: dict[Any, set[int]] = defaultdict(set)
         for use in self._uses:
-            owners[use.edge.node] |= {
+            owned = {
                 id(use.module._parameters[local])
                 for local in self._local_names(use.module, use.rule)
             }
+            owners[use.edge.node] |= owned
+            entries[use.entry] |= owned
         reached = set()
         for node in order:
             variable = getattr(node, "variable", None)
             name = None if variable is None else self._names.get(id(variable))
             if name is not None:
                 reached.add(name)
-                if _enclosed(node, id(variable), owners, parents, roots):
-                    self.handled.add(name)
+                if _enclosed(node, id(variable), owners, entries, parents, roots):
+                    self.captured.add(name)
         # What the outputs do not depend on has gradient zero.
-        self.handled |= set(self._names.values()) - reached
+        self.handled = self.captured | (set(self._names.values()) - reached)
         self._choose_single()
         self._inputs = _lowest(order, {use.edge.node: use.edge for use in self._uses})
+        self._place_hooks()
+
+    def _place_hooks(self) -> None:
+        """The lowest gradients are what autograd returns; a hook reads each of the others.
+
+        Both come after any hook of the user on the same tensor, as the weight gradients do.
+        """
+        lowest = {edge.node for edge in self._inputs}
+        for use in self._uses:
+            if use.edge.node in lowest:
+                self._lowest_uses[use.edge.node].append(use)
+            else:
+                self._handles.append(use.edge.node.register_prehook(partial(self._read, use)))
+
+    def _read(self, use: Use, gradients: tuple[Tensor | None, ...]) -> None:
+        self._receive(use, gradients[use.edge.output_nr])
 
     def _choose_single(self) -> None:
         """Layers called once, with no shared parameter, are squared as soon as possible."""
@@ -151,10 +182,12 @@ class LayerCapture:
             if calls[use.module] == 1 and all(sharing[name] == 1 for name in names):
                 self._single.add(use.module)
 
-    def _receive(self, use: Use, g: Tensor) -> None:
+    def _receive(self, use: Use, g: Tensor | None) -> None:
         names = self._local_names(use.module, use.rule)
-        if self._check:
-            if g[1:].count_nonzero():
+        if g is None:
+            return
+        if self._outside is not None:
+            if g[self._outside.to(g.device)].count_nonzero():
                 self.mixed |= set(names.values())
         elif not self.handled.isdisjoint(names.values()):
             g = g.detach()
@@ -172,17 +205,32 @@ class LayerCapture:
                 use.g = g
 
     def _add(self, name: str | None, squares: Tensor) -> None:
-        if name in self.handled and name is not None:
-            seen = name in self._totals
-            self._totals[name] = self._totals[name].add_(squares) if seen else squares
+        if name not in self.handled or name is None:
+            return
+        shape = self._parameters[name].shape
+        if squares.shape != shape:
+            raise ModelError(
+                f"The rule of a layer gave {name!r} a gradient of shape {tuple(squares.shape)}: "
+                f"expected {tuple(shape)}, after the dimension of the samples."
+            )
+        seen = name in self._totals
+        self._totals[name] = self._totals[name].add_(squares) if seen else squares
 
     def _backward(self, term: Tensor) -> None:
-        if self._inputs:
-            # A user's tensor hooks and retain_grad stay out of it: only `inputs` are asked for.
-            torch.autograd.grad(term, self._inputs, retain_graph=True, allow_unused=True)
+        if not self._inputs:
+            return
+        # Only layer outputs are asked for: hooks on parameters and `.grad` stay out of it.
+        gradients = torch.autograd.grad(term, self._inputs, retain_graph=True, allow_unused=True)
+        with torch.no_grad():
+            for edge, g in zip(self._inputs, gradients, strict=True):
+                for use in self._lowest_uses[edge.node]:
+                    self._receive(use, g)
 
     def check_samples(self, outputs: Any) -> set[str]:
         """Find parameters of layers where one sample's output reaches another sample's row.
+
+        The outputs of one part of the samples must not reach the rows of the other part, and the
+        other way round: then no row belongs to anything but its own part.
 
         Args:
             outputs: What the model returned.
@@ -190,16 +238,22 @@ class LayerCapture:
         Returns:
             Names of parameters whose layers mix samples, or do not have the samples first.
         """
+        n = self._batch_size
         tensors = [
-            t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None
+            t
+            for t in tree_leaves(outputs)
+            if isinstance(t, Tensor) and t.grad_fn is not None and t.dim() and len(t) == n
         ]
-        first = [t[0].reshape(-1) for t in tensors if t.dim() and len(t) == self._batch_size]
-        # Unequal weights: a plain sum has gradient zero behind a softmax.
-        terms = [(t * torch.arange(1, len(t) + 1, device=t.device).cos()).sum() for t in first]
-        if terms:
-            self._check = True
-            self._backward(torch.stack(terms).sum())
-            self._check = False
+        # The Thue-Morse sequence: parts that no period in the order of the rows respects.
+        odd = torch.tensor([i.bit_count() % 2 == 1 for i in range(n)])
+        for inside in (odd, ~odd):
+            parts = [t[inside.to(t.device)].reshape(-1) for t in tensors]
+            # Unequal weights: a plain sum has gradient zero behind a softmax.
+            terms = [(t * torch.arange(1, len(t) + 1, device=t.device).cos()).sum() for t in parts]
+            if terms:
+                self._outside = ~inside
+                self._backward(torch.stack(terms).sum())
+        self._outside = None
         return self.mixed
 
     def squared_sums(self, terms: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -214,7 +268,8 @@ class LayerCapture:
         self.handled -= self.mixed
         for term in terms:
             self._backward(term)
-            self._square_shared()
+            with torch.no_grad():
+                self._square_shared()
         return self._totals
 
     def _square_shared(self) -> None:
@@ -275,16 +330,20 @@ def _enclosed(
     leaf: Any,
     parameter: int,
     owners: dict[Any, set[int]],
+    entries: dict[Any, set[int]],
     parents: dict[Any, list[Any]],
     roots: set[Any],
 ) -> bool:
-    """Whether every path from a parameter up to the outputs meets a call of its own layer."""
+    """Whether every path from a parameter up to the outputs meets a call of its own layer.
+
+    A path that meets the call by way of its input comes from some other use of the parameter.
+    """
     stack, seen = [leaf], {leaf}
     while stack:
         node = stack.pop()
         if parameter in owners.get(node, ()):
             continue
-        if node in roots:
+        if node in roots or parameter in entries.get(node, ()):
             return False
         for parent in parents[node]:
             if parent not in seen:

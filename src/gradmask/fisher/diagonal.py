@@ -19,7 +19,7 @@ from gradmask.fisher.likelihood import (
     exact_terms,
     nll,
 )
-from gradmask.fisher.reference import call, per_sample_squares
+from gradmask.fisher.reference import call, per_sample_squares, zero_squares
 from gradmask.fisher.sampling import random_samples
 from gradmask.parameters import evaluation_mode, trainable_parameters
 
@@ -69,7 +69,8 @@ def fisher_diagonal(
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
     excluded: set[str] = set()
-    count, checked = 0, False
+    checked: set[str] = set()
+    count = 0
     with (
         evaluation_mode(model),
         torch.inference_mode(False),
@@ -85,9 +86,9 @@ def fisher_diagonal(
             with LayerCapture(model, parameters, n, excluded) as capture:
                 outputs = call(model, inputs)
                 capture.resolve(outputs)
-                if not checked and n > 1:
+                if n > 1 and not capture.captured <= checked:
                     excluded |= capture.check_samples(outputs)
-                    checked = True
+                    checked |= capture.captured
                 if kind == "sampled":
                     targets = draw_targets(outputs, targets, loss, generator)
                 if kind == "exact":
@@ -108,7 +109,7 @@ def fisher_diagonal(
     if count == 0:
         raise DataError("The loader gave no samples: an iterator may be used up already.")
     return {
-        name: totals[name].div_(count) if name in totals else torch.zeros_like(p).detach()
+        name: totals[name].div_(count) if name in totals else zero_squares(p)
         for name, p in parameters.items()
     }
 
@@ -126,8 +127,13 @@ def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
         )
     move = lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t  # noqa: E731
     inputs, targets = tree_map(move, batch[0]), tree_map(move, batch[1])
+    if not isinstance(targets, Tensor) or not targets.dim():
+        raise DataError(
+            f"The targets of a batch are a {type(targets).__name__}: expected a tensor of shape "
+            "(samples, ...)."
+        )
     sizes = {len(t) for t in tree_leaves((inputs, targets)) if isinstance(t, Tensor) and t.dim()}
-    if not isinstance(targets, Tensor) or len(sizes) != 1:
+    if len(sizes) != 1:
         raise DataError(
             f"A batch must hold tensors with the same number of samples; found {sorted(sizes)}."
         )

@@ -55,21 +55,22 @@ def _classes_last(logits: Tensor, targets: Tensor) -> Tensor:
             "loss='cross_entropy' needs the model's output to be logits of shape (samples, "
             "classes, ...); for a single logit use loss='bernoulli', else pass a callable."
         )
-    if targets.shape == logits.shape:  # probabilities as targets
+    if targets.is_floating_point():  # probabilities
+        if targets.shape == logits.shape:
+            return logits.movedim(1, -1)
+    elif targets.shape == (logits.shape[0], *logits.shape[2:]):
         return logits.movedim(1, -1)
-    if targets.shape == (logits.shape[0], *logits.shape[2:]):
-        return logits.movedim(1, -1)
-    if targets.shape == logits.shape[:-1]:
+    elif targets.shape == logits.shape[:-1]:
         return logits
     raise DataError(
-        f"Targets of shape {tuple(targets.shape)} do not fit logits of shape "
-        f"{tuple(logits.shape)}: expected (N,) for (N, C), or (N, ...) for (N, C, ...) "
-        "or (N, ..., C)."
+        f"Targets of shape {tuple(targets.shape)} and type {targets.dtype} do not fit logits of "
+        f"shape {tuple(logits.shape)}: expected integers of shape (N,) for (N, C), or (N, ...) for "
+        "(N, C, ...) or (N, ..., C), or probabilities of the logits' shape."
     )
 
 
 def _check_labels(targets: Tensor, classes: int) -> None:
-    labels = targets[targets != IGNORED]
+    labels = targets[~_ignored(targets)]
     if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
         raise DataError(
             f"Labels range from {int(labels.min())} to {int(labels.max())}, but the model has "
@@ -83,7 +84,34 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         return -(targets.movedim(1, -1) * logits.log_softmax(-1)).sum()
     _check_labels(targets, logits.shape[-1])
     flat = logits.reshape(-1, logits.shape[-1])
-    return F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    labels = targets.reshape(-1).long()
+    return F.cross_entropy(flat, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _ignored(targets: Tensor) -> Tensor:
+    """Where integer targets do not count; unsigned ones cannot hold the mark."""
+    return targets.long() == IGNORED
+
+
+def _check_binary(outputs: Any, targets: Tensor) -> None:
+    if not isinstance(outputs, Tensor) or outputs.squeeze().shape != targets.squeeze().shape:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise DataError(
+            "loss='bernoulli' needs the model's output to be logits of the targets' shape: found "
+            f"{found} and {tuple(targets.shape)}."
+        )
+    if targets.numel() and (targets.min() < 0 or targets.max() > 1):
+        raise DataError(
+            f"Targets range from {targets.min().item():g} to {targets.max().item():g}, but "
+            "loss='bernoulli' expects 0 to 1."
+        )
+
+
+def _not_finite(value: float) -> DataError:
+    return DataError(
+        f"The loss of a batch is {value}: check the inputs for NaN or infinity, and "
+        "that training has not diverged (a lower learning rate)."
+    )
 
 
 def nll(outputs: Any, targets: Any, loss: Loss) -> Tensor:
@@ -105,6 +133,7 @@ def nll(outputs: Any, targets: Any, loss: Loss) -> Tensor:
     if loss == "cross_entropy":
         total = _cross_entropy(outputs, targets)
     elif loss == "bernoulli":
+        _check_binary(outputs, targets)
         targets = targets.reshape(outputs.shape).to(outputs.dtype)
         total = F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
     else:
@@ -113,10 +142,7 @@ def nll(outputs: Any, targets: Any, loss: Loss) -> Tensor:
         total = torch.stack([loss(part(outputs, n), part(targets, n)).sum() for n in samples]).sum()
     value = total.item()
     if not math.isfinite(value):
-        raise DataError(
-            f"The loss of a batch is {value}: check the inputs for NaN or infinity, and "
-            "that training has not diverged (a lower learning rate)."
-        )
+        raise _not_finite(value)
     return total
 
 
@@ -137,6 +163,7 @@ def draw_targets(
         Targets of the same shape as the data's.
     """
     if loss == "bernoulli":
+        _check_binary(outputs, targets)
         uniform = torch.rand(outputs.shape, generator=generator).to(outputs.device)
         return (uniform < outputs.detach().sigmoid()).to(outputs.dtype)
     logits = _classes_last(outputs, targets)
@@ -145,7 +172,7 @@ def draw_targets(
     labels = (cumulative < uniform.to(cumulative.device).unsqueeze(-1)).sum(-1)
     labels = labels.clamp_(max=logits.shape[-1] - 1)
     if not targets.is_floating_point():
-        labels[targets == IGNORED] = IGNORED
+        labels[_ignored(targets)] = IGNORED
     return labels
 
 
@@ -162,15 +189,23 @@ def exact_terms(outputs: Tensor, targets: Tensor, loss: Loss) -> Iterator[Tensor
 
     Yields:
         One scalar for each position and class (or, for `bernoulli`, each output).
+
+    Raises:
+        DataError: If targets do not fit the outputs, or the outputs are not finite.
     """
     if loss == "bernoulli":
+        _check_binary(outputs, targets)
         logits = outputs.reshape(len(outputs), -1)
+        if not logits.isfinite().all():
+            raise _not_finite(math.nan)
         weights = (logits.sigmoid() * (-logits).sigmoid()).detach().sqrt()
         yield from (weights * logits).sum(0)
         return
     logits = _classes_last(outputs, targets)
     log_p = logits.log_softmax(-1)
+    if log_p.isnan().any():
+        raise _not_finite(math.nan)
     weights = (0.5 * log_p.detach()).exp()
     if not targets.is_floating_point():
-        weights = weights * (targets != IGNORED).unsqueeze(-1)
+        weights = weights * ~_ignored(targets).unsqueeze(-1)
     yield from -(weights * log_p).sum(0).reshape(-1)

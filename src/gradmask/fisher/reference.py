@@ -19,6 +19,12 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def zero_squares(parameter: nn.Parameter) -> Tensor:
+    """Zeros of a parameter's shape, in its precision but at least float32."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+
+
 def per_sample_squares(
     model: nn.Module,
     inputs: Any,
@@ -41,10 +47,7 @@ def per_sample_squares(
     Returns:
         `{name: tensor of the parameter's shape}`, the sum (not the mean) over the samples.
     """
-    totals = {
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)).detach()
-        for name, p in parameters.items()
-    }
+    totals = {name: zero_squares(p) for name, p in parameters.items()}
     for n in range(len(targets)):
         sample = slice(n, n + 1)
         outputs, target = call(model, part(inputs, sample)), part(targets, sample)

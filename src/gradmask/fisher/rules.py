@@ -110,7 +110,7 @@ def sum_of_squares(rule: LayerRule, module: nn.Module, x: Tensor, g: Tensor) -> 
     for start in range(0, len(x), chunk):
         part = slice(start, start + chunk)
         for name, gradient in rule.per_sample(module, x[part], g[part]).items():
-            squares = gradient.square_().sum(0)
+            squares = gradient.square().sum(0)  # the rule may have returned `g` itself
             total[name] = total[name].add_(squares) if name in total else squares
     return total
 

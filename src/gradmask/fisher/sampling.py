@@ -32,15 +32,18 @@ def random_samples(loader: Iterable[Any], count: int, seed: int) -> Iterator[Any
         isinstance(loader, DataLoader)
         and loader.batch_size is not None
         and not isinstance(loader.dataset, IterableDataset)
-        and type(loader.sampler).__module__ == "torch.utils.data.sampler"
+        and type(loader.sampler).__module__.startswith("torch.utils.data")
     ):
-        total = len(loader.dataset)  # type: ignore[arg-type]
-        indices = torch.randperm(total, generator=generator)[:count].sort().values.tolist()
+        # The sampler may leave samples out (a validation part). Its order must not matter.
+        available = sorted(loader.sampler)
+        chosen = torch.randperm(len(available), generator=generator)[:count].sort().values.tolist()
         yield from DataLoader(
-            Subset(loader.dataset, indices),
+            Subset(loader.dataset, [available[i] for i in chosen]),
             batch_size=loader.batch_size,
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
             generator=generator,
         )
         return
@@ -48,7 +51,7 @@ def random_samples(loader: Iterable[Any], count: int, seed: int) -> Iterator[Any
     kept: list[tuple[Tensor, Any]] = []
     bound = 2.0
     for batch in loader:
-        size = next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor)), 0)
+        size = next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 0)
         keys = torch.rand(size, generator=generator, dtype=torch.float64)
         kept.append(_choose(keys, batch, bound))
         if sum(len(k) for k, _ in kept) > count:

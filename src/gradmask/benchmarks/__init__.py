@@ -1,0 +1,1 @@
+"""Speed, as ratios: gradmask against a plain pass and against other libraries."""

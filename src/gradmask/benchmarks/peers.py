@@ -1,0 +1,153 @@
+"""Other ways to the empirical Fisher diagonal of one batch, each as its documentation shows it.
+
+A peer takes `(model, inputs, targets)` and returns the function to be timed, which returns
+`{parameter name: tensor}`. What can be prepared once is prepared before. A peer whose library is
+missing raises ImportError; one that refuses the model raises what its library raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmask import fisher_diagonal
+from gradmask.benchmarks.timing import interleave
+
+Diagonal = dict[str, Tensor]
+Task = Callable[[], Diagonal]
+
+
+def plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """No Fisher information: one forward and backward with the ordinary gradients, in eval mode."""
+
+    def task() -> Diagonal:
+        model.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        return {}
+
+    return task
+
+
+def ours(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """`gradmask.fisher_diagonal`."""
+    return lambda: fisher_diagonal(model, [(inputs, targets)])
+
+
+def loop(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """One sample at a time."""
+    parameters = dict(model.named_parameters())
+
+    def task() -> Diagonal:
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for x, y in zip(inputs.split(1), targets.split(1), strict=True):
+            gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(parameters.values()))
+            for accumulated, gradient in zip(total.values(), gradients, strict=True):
+                accumulated.addcmul_(gradient, gradient, value=1 / len(inputs))
+        return {name: t.detach() for name, t in total.items()}
+
+    return task
+
+
+def vmap(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """`torch.func.vmap(grad)`, with the chunk size that is fastest here."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters: Diagonal, x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, (parameters, buffers), (x[None],))
+        return F.cross_entropy(logits, y[None])
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+
+    def with_chunk(size: int) -> Task:
+        def task() -> Diagonal:
+            total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+            for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+                for name, gradient in per_sample(parameters, x, y).items():
+                    total[name] += gradient.square().sum(0) / len(inputs)
+            return total
+
+        return task
+
+    sizes = [size for size in (1, 4, 16, 64) if size <= len(inputs)]
+    seconds = interleave({str(size): with_chunk(size) for size in sizes}, 1, inputs.device.type)
+    return with_chunk(int(min(seconds, key=lambda size: median(seconds[size]))))
+
+
+def backpack(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """BackPACK's `SumGradSquared`."""
+    from backpack import backpack as context
+    from backpack import extend
+    from backpack.extensions import SumGradSquared
+
+    residual = any("Block" in type(m).__name__ for m in model.modules())
+    extended = extend(copy.deepcopy(model).eval(), use_converter=residual)
+    extended.eval()
+    loss = extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def task() -> Diagonal:
+        extended.zero_grad()
+        with context(SumGradSquared()):
+            loss(extended(inputs), targets).backward()
+        names = [name for name, _ in model.named_parameters()]
+        found = [p.sum_grad_squared / len(inputs) for p in extended.parameters()]
+        return dict(zip(names, found, strict=True))
+
+    return task
+
+
+def opacus(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """Opacus' `GradSampleModule`."""
+    from opacus import GradSampleModule
+
+    wrapped = GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
+    names = [name for name, _ in model.named_parameters()]
+
+    def task() -> Diagonal:
+        wrapped.zero_grad()
+        F.cross_entropy(wrapped(inputs), targets, reduction="sum").backward()
+        squares = [p.grad_sample.square().mean(0) for p in wrapped.parameters()]
+        return dict(zip(names, squares, strict=True))
+
+    return task
+
+
+def nngeometry(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """Library nngeometry: `PMatDiag` of the labels' log-likelihood."""
+    from nngeometry.backend import TorchHooksJacobianBackend
+    from nngeometry.layercollection import LayerCollection
+    from nngeometry.object import PMatDiag
+    from torch.utils.data import DataLoader, TensorDataset
+
+    layers = LayerCollection.from_model(model)
+    modules, _ = layers.get_layerid_module_maps(model)
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=len(inputs))
+
+    def log_likelihood(x: Tensor, y: Tensor) -> Tensor:
+        return model(x).log_softmax(1).gather(1, y[:, None])
+
+    def task() -> Diagonal:
+        backend = TorchHooksJacobianBackend(model=model, function=log_likelihood)
+        flat = PMatDiag(generator=backend, examples=loader).get_diag()
+        shapes = {name: p.shape for name, p in layers.named_parameters(modules)}
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        return {n: p.view(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
+
+    return task
+
+
+PEERS = {
+    "loop of single samples": loop,
+    "torch.func.vmap": vmap,
+    "BackPACK": backpack,
+    "opacus": opacus,
+    "nngeometry": nngeometry,
+}
+
+logging.getLogger("torch.fx").setLevel(logging.ERROR)

@@ -1,0 +1,53 @@
+"""Interleaved timing: every task once a round, so that a noisy machine is noisy for all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+
+def interleave(
+    tasks: dict[str, Callable[[], object]], rounds: int = 7, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Time every task once in each round, in an order that turns by one from round to round.
+
+    Args:
+        tasks: What to time, by name; each is run once before, untimed.
+        rounds: Times each task is timed.
+        device: Device to wait for.
+
+    Returns:
+        Seconds of every round, by name.
+    """
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    for task in tasks.values():
+        task()
+    names = list(tasks)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            wait()
+            started = time.perf_counter()
+            tasks[name]()
+            wait()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over the rounds of one task's time divided by another's in the same round.
+
+    Args:
+        seconds: What `interleave` returned.
+        name: The task in the numerator.
+        base: The task in the denominator.
+
+    Returns:
+        The ratio.
+    """
+    pairs = zip(seconds[name], seconds[base], strict=True)
+    return median(ours / theirs for ours, theirs in pairs)

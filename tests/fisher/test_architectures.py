@@ -1,0 +1,40 @@
+"""Whole networks from torchvision against the oracle, in float64."""
+
+import pytest
+import torch
+from cases import assert_close, oracle, randomise
+
+from gradmask import fisher_diagonal
+
+models = pytest.importorskip("torchvision.models")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("resnet18", {}, ()),
+        ("mobilenet_v3_small", {}, ()),
+        ("squeezenet1_1", {}, ()),
+        ("densenet121", {}, ()),
+        ("swin_t", {}, ("attn",)),
+        (
+            "convnext_tiny",
+            {},
+            ("layer_scale", "features.0.1", "classifier.0", ".0.weight", ".0.bias"),
+        ),
+        pytest.param(
+            "vit_b_16",
+            {"image_size": 32},
+            ("self_attention", "class_token", "pos_embedding"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_network(name, options, expected, fallen):
+    model = randomise(getattr(models, name)(num_classes=5, **options), noise=0.02)
+    size = options.get("image_size", 40)
+    data = [(torch.randn(n, 3, size, size, dtype=torch.float64), torch.arange(n)) for n in (2, 1)]
+    truth = oracle(model, data)
+    assert all(t.max() > 1e-30 for t in truth.values()), "a test of zeros"
+    assert_close(fisher_diagonal(model, data), truth)
+    assert all(any(part in f for part in expected) for f in fallen)

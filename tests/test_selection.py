@@ -1,0 +1,187 @@
+import math
+
+import pytest
+import torch
+
+from gradmask import global_threshold, make_masks, selection
+from gradmask.errors import DataError, GradmaskWarning, OptionError
+from gradmask.selection import STRATEGIES, kept_count, kth_largest
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape, dtype=torch.float32, seed=0):
+    return torch.rand(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+
+
+CASES = {
+    "uniform": [rand(7, 5), rand(300, seed=1), rand(2, 3, 4, seed=2)],
+    "float64": [rand(50, dtype=torch.float64), rand(3, 3, dtype=torch.float64, seed=1)],
+    "float64 beyond float32": [1 + 1e-12 * rand(40, dtype=torch.float64)],
+    "mixed types": [rand(9), rand(9, dtype=torch.float64, seed=1), rand(9, seed=2).half()],
+    "half": [rand(100).bfloat16(), rand(30, seed=1).half()],
+    "all zero": [torch.zeros(11), torch.zeros(2, 2)],
+    "ties": [torch.tensor([3.0, 1, 1, 2]), torch.tensor([1.0, 1, 3, 0, 0])],
+    "negative zero": [torch.tensor([-0.0, 0.0, 1.0]), torch.tensor([-0.0, 2.0])],
+    "subnormal": [torch.tensor([1e-45, 2e-45, 0.0, 1e-38, 1e-40])],
+    "wide range": [10.0 ** torch.arange(-38, 38).float()],
+    "empty among them": [torch.zeros(0), rand(5), torch.zeros(3, 0)],
+    "scalars": [torch.tensor(2.0), torch.tensor(1.0), rand(3)],
+    "strided": [rand(6, 8).t()[::2], rand(4, 4, seed=1)[:, 1]],
+    "single": [torch.tensor([0.5])],
+}
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 7])
+@pytest.mark.parametrize("case", CASES)
+def test_kth_largest_is_that_of_sorting(case, chunk, monkeypatch):
+    monkeypatch.setattr(selection, "_CHUNK", chunk)
+    tensors = CASES[case]
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    joined = torch.cat(
+        [t.reshape(-1).to(torch.float64 if wide else torch.float32) for t in tensors]
+    )
+    ordered = joined.sort(descending=True).values
+    for k in range(1, len(ordered) + 1):
+        found = kth_largest(tensors, k)
+        assert found.dtype == ordered.dtype
+        assert found == ordered[k - 1]
+
+
+def test_more_values_than_one_chunk():
+    values = rand(3, 1 << 20, seed=5)
+    for k in (1, 12345, values.numel()):
+        assert kth_largest([values], k) == values.flatten().sort(descending=True).values[k - 1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, -math.inf])
+def test_values_that_cannot_be_ordered(bad):
+    fisher = {"a": torch.ones(5), "b": torch.tensor([1.0, bad])}
+    for strategy in ("fisher", "random_matched", "inverse"):
+        with pytest.raises(DataError, match="NaN, infinite or negative"):
+            make_masks(fisher, 0.5, strategy=strategy, generator=seeded())
+    with pytest.raises(DataError, match="NaN, infinite or negative"):
+        global_threshold(fisher, 0.5)
+
+
+def test_rank_must_exist():
+    for k in (0, 4):
+        with pytest.raises(DataError, match="largest of 3"):
+            kth_largest([torch.ones(3)], k)
+    with pytest.raises(DataError, match="of 0 values"):
+        global_threshold({}, 0.5)
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.0001, math.nan])
+def test_keep_is_a_share(keep):
+    for function in (global_threshold, make_masks):
+        with pytest.raises(OptionError, match=r"must be in \(0, 1\]"):
+            function({"a": torch.ones(3)}, keep)
+
+
+@pytest.mark.parametrize(
+    ("keep", "total", "count"),
+    [
+        (0.1, 30, 3),
+        (0.25, 8, 2),
+        (0.25, 9, 3),
+        (1e-9, 5, 1),
+        (1.0, 7, 7),
+        (0.7, 10, 7),
+        (0.3, 10, 3),
+    ],
+)
+def test_count_is_the_ceiling_of_the_share_as_written(keep, total, count):
+    assert kept_count({"a": torch.ones(total)}, keep) == count
+
+
+FISHER = {
+    "first.weight": torch.tensor([[9.0, 1.0], [4.0, 0.0]]),
+    "first.bias": torch.tensor([7.0, 2.0]),
+    "last.weight": torch.tensor([[3.0, 5.0]]),
+}
+
+
+def test_by_hand():
+    # In order: 9 7 5 4 | 3 2 1 0. Half of 8 entries: the threshold is 4.
+    assert global_threshold(FISHER, 0.5) == 4.0
+    masks = make_masks(FISHER, 0.5)
+    assert masks["first.weight"].tolist() == [[True, False], [True, False]]
+    assert masks["first.bias"].tolist() == [True, False]
+    assert masks["last.weight"].tolist() == [[False, True]]
+    lowest = make_masks(FISHER, 0.5, strategy="inverse", generator=seeded())
+    assert all(torch.equal(lowest[name], ~masks[name]) for name in masks)
+
+
+def test_ties_at_the_threshold_are_kept():
+    masks = make_masks({"a": torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0])}, 0.4)
+    assert masks["a"].tolist() == [True, True, True, True, False]
+
+
+def test_threshold_of_zero_keeps_everything_and_says_so():
+    fisher = {"a": torch.tensor([1.0, 0.0, 0.0, 0.0]), "b": torch.zeros(3)}
+    with pytest.warns(GradmaskWarning, match="threshold at keep=0.5 is 0"):
+        masks = make_masks(fisher, 0.5)
+    assert all(mask.all() for mask in masks.values())
+    make_masks({"a": torch.zeros(3)}, 1.0)  # keeping everything is what was asked for
+
+
+def random_fisher():
+    shapes = {"conv": (8, 3, 3, 3), "norm": (8,), "head": (5, 40), "scalar": ()}
+    # Few distinct values: ties everywhere.
+    return {
+        name: (rand(*shape, seed=i) * 10 * (i + 1)).round()
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def counts(masks):
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.25, 0.5, 0.9, 1.0])
+def test_sizes_of_the_controls(keep):
+    fisher = random_fisher()
+    ours = make_masks(fisher, keep)
+    for strategy in STRATEGIES:
+        masks = make_masks(fisher, keep, strategy=strategy, generator=seeded(3))
+        assert masks.keys() == fisher.keys()
+        for name, mask in masks.items():
+            assert (mask.shape, mask.dtype) == (fisher[name].shape, torch.bool)
+    random = make_masks(fisher, keep, strategy="random", generator=seeded(3))
+    assert sum(counts(random).values()) == kept_count(fisher, keep)
+    matched = make_masks(fisher, keep, strategy="random_matched", generator=seeded(3))
+    assert counts(matched) == counts(ours)
+    inverse = make_masks(fisher, keep, strategy="inverse", generator=seeded(3))
+    assert sum(counts(inverse).values()) == sum(counts(ours).values())
+    chosen = torch.cat([fisher[n][m] for n, m in inverse.items()])
+    left = torch.cat([fisher[n][~m] for n, m in inverse.items()])
+    assert not len(left) or chosen.max() <= left.min()
+
+
+@pytest.mark.parametrize("strategy", ["random", "random_matched", "inverse"])
+def test_draws_are_fixed_by_the_generator_and_uniform(strategy):
+    fisher = {"a": torch.ones(4), "b": torch.ones(6)}
+    fisher["a"][0] = 2.0  # `fisher` keeps this one alone at keep 0.1
+    options = {"strategy": strategy, "generator": None}
+    with pytest.raises(OptionError, match="seeded generator"):
+        make_masks(fisher, 0.1, **options)
+    same = [make_masks(fisher, 0.1, strategy=strategy, generator=seeded(7)) for _ in range(2)]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in fisher)
+    generator, hits = seeded(0), torch.zeros(10)
+    for _ in range(3000):
+        masks = make_masks(fisher, 0.1, strategy=strategy, generator=generator)
+        hits += torch.cat(list(masks.values()))
+    expected = {
+        "random": [0.1] * 10,
+        "random_matched": [0.25] * 4 + [0.0] * 6,
+        "inverse": [0.0] + [1 / 9] * 9,  # the nine ties are equally likely
+    }[strategy]
+    assert hits / 3000 == pytest.approx(torch.tensor(expected), abs=0.03)
+
+
+def test_unknown_strategy_names_the_nearest():
+    with pytest.raises(OptionError, match="Did you mean 'random_matched'"):
+        make_masks(FISHER, 0.5, strategy="random-matched")
