@@ -1,4 +1,4 @@
-"""The mask beside what users do with an optimizer: AMP, clipping, closures, groups, tied weights."""
+"""The mask beside what users do with an optimizer: AMP, clipping, closures, groups, ties."""
 
 import copy
 

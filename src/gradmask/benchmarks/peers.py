@@ -130,7 +130,8 @@ def nngeometry(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=len(inputs))
 
     def log_likelihood(x: Tensor, y: Tensor) -> Tensor:
-        return model(x).log_softmax(1).gather(1, y[:, None])
+        log_p: Tensor = model(x).log_softmax(1)
+        return log_p.gather(1, y[:, None])
 
     def task() -> Diagonal:
         backend = TorchHooksJacobianBackend(model=model, function=log_likelihood)
