@@ -224,6 +224,7 @@ def test_each_refresh_measures_other_samples(monkeypatch):
 
     def spy(*args, seed, **options):
         seeds.append(seed)
+        assert options["max_samples"] == 4
         return fisher_diagonal(*args, seed=seed, **options)
 
     monkeypatch.setattr("gradmask.mask.fisher_diagonal", spy)

@@ -84,6 +84,8 @@ def test_keep_is_a_share(keep):
 @pytest.mark.parametrize(
     ("keep", "total", "count"),
     [
+        (0.07, 100, 7),
+        (0.55, 100, 55),
         (0.1, 30, 3),
         (0.25, 8, 2),
         (0.25, 9, 3),

@@ -2,11 +2,14 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from gradmask.errors import DataError, OptionError
+from gradmask.experiments import train
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import load_images
+from gradmask.experiments.data import channel_statistics, load_images, normalize
 from gradmask.experiments.train import Batches, evaluate, resolve_device, train_run
+from gradmask.seeding import derive_seed, seeded_generator
 
 CLOCKS = ("seconds", "refresh_seconds")
 
@@ -76,6 +79,42 @@ def test_wrong_labels_are_learnt_by_heart(options, tmp_path):
     assert rows[0]["memorised"] < 0.3
     assert rows[-1]["memorised"] > 0.8
     assert "memorised" not in run(tmp_path, options, "none", label_noise=0.0)["epochs"][0]
+
+
+def test_training_is_a_plain_loop(options, tmp_path, monkeypatch):
+    """One epoch written out: training mode, uneven batches, the mean over images."""
+    layers = lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(0.5))  # noqa: E731
+    monkeypatch.setattr(train, "build_model", layers)
+    changes = {"epochs": 2, "optimizer": "sgd", "schedule": "constant", "batch_size": 100}
+    config = Comparison(**(options | changes))
+    data = load_images(config, 0)
+    rows = train_run(config, data, "none", 0, tmp_path)["epochs"]
+    model = train.new_model(config, data, 0)
+    optimizer, _ = train.new_optimizer(config, model, 4)
+    mean, std = channel_statistics(data.train_images)
+    order = seeded_generator(0, "order")
+    torch.manual_seed(derive_seed(0, "dropout"))
+    for row in rows:
+        indices, total = torch.randperm(135, generator=order), 0.0
+        model.train()
+        for batch in (indices[:68], indices[68:]):
+            logits = model(normalize(data.train_images[batch], mean, std))
+            losses = nn.functional.cross_entropy(logits, data.train_labels[batch], reduction="none")
+            total += losses.sum().item()
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+        assert row["train_loss"] == pytest.approx(total / 135, rel=1e-5)
+        model.eval()
+        logits = model(normalize(data.test_images, mean, std))
+        expected = nn.functional.cross_entropy(logits, data.test_labels).item()
+        assert row["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_augmentation_is_fixed_by_the_seed(options, tmp_path):
+    runs = [run(tmp_path / str(i), options, "none", augment=True) for i in range(2)]
+    assert measured(runs[0]) == measured(runs[1])
+    assert measured(runs[0]) != measured(run(tmp_path / "2", options, "none"))
 
 
 def test_divergence_is_named(options, tmp_path):

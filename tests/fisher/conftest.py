@@ -15,16 +15,22 @@ def _seeded():
 
 
 @pytest.fixture
+def ways(monkeypatch):
+    """How each parameter was measured: by a `rule`, `elementwise`, by `module` or by `sample`."""
+    found = {}
+    monkeypatch.setattr(diagonal, "_report", found.update)
+    return found
+
+
+@pytest.fixture
 def fallen(monkeypatch):
-    """Names of the parameters that were measured one sample at a time."""
+    """Names of the parameters that were measured one sample at a time, without a rule."""
     names = set()
-    original = diagonal.per_sample_squares
 
-    def record(model, inputs, targets, parameters, **kwargs):
-        names.update(parameters)
-        return original(model, inputs, targets, parameters, **kwargs)
+    def record(ways):
+        names.update(name for name, way in ways.items() if way in ("module", "sample"))
 
-    monkeypatch.setattr(diagonal, "per_sample_squares", record)
+    monkeypatch.setattr(diagonal, "_report", record)
     return names
 
 

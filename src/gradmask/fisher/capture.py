@@ -1,48 +1,47 @@
 """Squared per-sample gradients of a whole batch from one forward and one backward pass.
 
-Forward hooks note each layer's input and the place of its output in the autograd graph. The
-backward pass asks for gradients with respect to layer outputs only, so that the ordinary weight
-gradients are never computed; hooks on the graph hand each output's gradient to the layer's rule.
-Nothing of the model is changed, and all hooks go when the context ends.
+Forward hooks note the calls of layers; the autograd graph tells which of them explain a parameter
+completely. The backward pass asks for gradients with respect to layer outputs only, so that the
+ordinary weight gradients are never computed. Nothing of the model is changed, and all hooks go
+when the context ends.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from gradmask.errors import ModelError
-from gradmask.fisher.rules import LayerRule, chunk_size, find_rule, sum_of_squares
+from gradmask.fisher.calls import (
+    Call,
+    LayerCall,
+    ModuleCall,
+    differentiable,
+    elementwise_calls,
+    spans,
+    square_together,
+)
+from gradmask.fisher.graph import Node, enclosed, leaves, lowest, walk
+from gradmask.fisher.rules import LayerRule, find_rule
+
+Way = tuple[Any, ...]  # the kinds of the calls that explain a parameter
 
 
-class Use:
-    """One call of a layer: its input and, after a backward pass, the gradient of its output."""
-
-    def __init__(self, module: nn.Module, rule: LayerRule, x: Tensor, output: Tensor) -> None:
-        self.module, self.rule = module, rule
-        self.x = x.detach()
-        self.version = x._version
-        self.edge = get_gradient_edge(output)
-        self.entry = get_gradient_edge(x).node if x.requires_grad else None
-        self.g: Tensor | None = None
-
-
-class LayerCapture:
+class Capture:
     """Hooks over a model for one batch; a context manager that always removes them.
 
     Args:
         model: The model, in eval mode.
         parameters: Trainable parameters by name.
-        batch_size: Samples in the batch, dimension 0 of every layer's input and output.
-        excluded: Names to leave alone.
+        batch_size: Samples in the batch, dimension 0 of every captured input and output.
+        allowed: How each name may be captured, as `ways` of another batch gave it (default: any).
     """
 
     def __init__(
@@ -50,32 +49,32 @@ class LayerCapture:
         model: nn.Module,
         parameters: dict[str, nn.Parameter],
         batch_size: int,
-        excluded: set[str],
+        allowed: dict[str, Way] | None = None,
     ) -> None:
-        self._names = {id(p): name for name, p in parameters.items() if name not in excluded}
-        self._parameters = parameters
+        self._parameters, self._allowed = parameters, allowed
+        self._names = {id(p): name for name, p in parameters.items()}
         self._batch_size = batch_size
-        self._uses: list[Use] = []
+        self._layers: list[LayerCall] = []
+        self._modules: list[ModuleCall] = []
+        self._calls: list[Call] = []
+        self._owner: dict[str, list[Call]] = defaultdict(list)
+        self._returned: list[tuple[Any, list[tuple[Call, int]]]] = []
         self._handles: list[Any] = []
         self._forward = True
-        self._outside: Tensor | None = None
-        self._single: set[nn.Module] = set()
-        self._inputs: list[Any] = []
-        self._lowest_uses: dict[Any, list[Use]] = defaultdict(list)
+        self._outside: slice | None = None
         self._totals: dict[str, Tensor] = {}
-        self.captured: set[str] = set()
         self.handled: set[str] = set()
         self.mixed: set[str] = set()
         for module in model.modules():
             rule = find_rule(module)
-            if rule is not None and self._local_names(module, rule):
-                hook = self._forward_hook(rule)
+            local = self._local_names(module, rule) if rule else {}
+            if rule and local:
                 # First in line: hooks of the user may change the output afterwards.
-                self._handles.append(
-                    module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-                )
+                self._watch(module, partial(self._note_layer, rule, local))
+            if module is not model and self._is_opaque(module, local):
+                self._watch(module, self._note_module)
 
-    def __enter__(self) -> LayerCapture:
+    def __enter__(self) -> Capture:
         return self
 
     def __exit__(
@@ -86,38 +85,58 @@ class LayerCapture:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._uses.clear()
+        for calls in (self._layers, self._modules, self._calls, self._returned):
+            calls.clear()
+        self._owner.clear()
 
     def _local_names(self, module: nn.Module, rule: LayerRule) -> dict[str, str]:
-        """`{the layer's own name: the model's name}` of the parameters to be measured."""
+        """`{the layer's own name: the model's name}` of what its rule can measure."""
         return {
             local: self._names[id(p)]
             for local in rule.parameters
             if (p := module._parameters.get(local)) is not None and id(p) in self._names
         }
 
-    def _forward_hook(self, rule: LayerRule) -> Any:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            # Activation checkpointing calls layers again during the backward pass.
-            if not self._forward or len(args) != 1 or kwargs:
-                return
-            sized = all(
-                isinstance(t, Tensor) and t.dim() and len(t) == self._batch_size
-                for t in (args[0], output)
-            )
-            if sized and output.grad_fn is not None:
-                self._uses.append(Use(module, rule, args[0], output))
+    def _is_opaque(self, module: nn.Module, local: dict[str, str]) -> bool:
+        """Whether a module has parameters of its own, or below it, that no rule speaks for."""
+        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            return False
+        own = {name for name, p in module._parameters.items() if p is not None} - local.keys()
+        reparametrised = hasattr(module, "parametrizations")
+        return bool(reparametrised or any(id(module._parameters[n]) in self._names for n in own))
 
-        return hook
+    def _watch(self, module: nn.Module, note: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            # Activation checkpointing and module calls run layers again during the backward pass.
+            if self._forward:
+                note(module, args, kwargs, output)
+
+        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+        self._handles.append(handle)
+
+    def _spans(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and spans(value, self._batch_size)
+
+    def _note_layer(
+        self, rule: LayerRule, names: dict[str, str], module: nn.Module, *found: Any
+    ) -> None:
+        args, kwargs, output = found
+        simple = len(args) == 1 and not kwargs and self._spans(args[0]) and self._spans(output)
+        if simple and output.grad_fn is not None:
+            self._layers.append(LayerCall(module, rule, dict(names), args[0], output))
+
+    def _note_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if tensors and all(map(self._spans, tensors)):
+            call = ModuleCall(module, args, kwargs, output, self._batch_size)
+            if call.edges:
+                self._modules.append(call)
 
     def resolve(self, outputs: Any) -> None:
         """Decide which parameters the captured calls explain completely; the rest is not handled.
 
-        A parameter is captured if every path from the outputs to it goes through a captured call
-        of a layer that owns it, and not through that call's input: this finds weights that are
-        also used outside their layer.
+        A parameter is handled if every path from the outputs to it goes through a captured call:
+        this finds weights that are also used outside their layer.
 
         Args:
             outputs: What the model returned.
@@ -126,87 +145,104 @@ class LayerCapture:
             ModelError: If the outputs do not depend on the parameters, or hide their graph.
         """
         self._forward = False
-        tensors = (t for t in tree_leaves(outputs) if isinstance(t, Tensor))
-        roots = {t.grad_fn for t in tensors if t.grad_fn is not None}
+        roots = {t.grad_fn for t in differentiable(outputs)}
         if not roots:
             raise ModelError("The model's outputs do not depend on its trainable parameters.")
-        order, parents = _walk(roots)
-        owners: dict[Any, set[int]] = defaultdict(set)
-        entries: dict[Any, set[int]] = defaultdict(set)
-        for use in self._uses:
-            owned = {
-                id(use.module._parameters[local])
-                for local in self._local_names(use.module, use.rule)
-            }
-            owners[use.edge.node] |= owned
-            entries[use.entry] |= owned
-        reached = set()
-        for node in order:
-            variable = getattr(node, "variable", None)
-            name = None if variable is None else self._names.get(id(variable))
-            if name is not None:
-                reached.add(name)
-                if _enclosed(node, id(variable), owners, entries, parents, roots):
-                    self.captured.add(name)
+        order, parents = walk(roots)
+        reached = leaves(order, lambda variable: self._names.get(id(variable)))
         # What the outputs do not depend on has gradient zero.
-        self.handled = self.captured | (set(self._names.values()) - reached)
-        self._choose_single()
-        self._inputs = _lowest(order, {use.edge.node: use.edge for use in self._uses})
-        self._place_hooks()
+        self.handled = self._parameters.keys() - reached.keys()
+        for name, leaf in reached.items():
+            for calls in self._explanations(name, leaf, parents, roots):
+                if calls and (self._allowed is None or self._allowed.get(name) == _way(calls)):
+                    self._owner[name] = calls
+                    self.handled.add(name)
+                    for call in calls:
+                        call.explains(name, self._parameters[name])
+                    break
+        self._keep_used_names()
+        self._place_hooks(order)
 
-    def _place_hooks(self) -> None:
+    def ways(self) -> dict[str, Way]:
+        """How each captured parameter is measured; a first word `rule`, `elementwise`, `module`."""
+        return {name: _way(self._owner[name]) for name in self.handled if name in self._owner}
+
+    def _explanations(
+        self, name: str, leaf: Node, parents: dict[Node, list[Node]], roots: set[Node]
+    ) -> Iterator[list[Call]]:
+        """Calls that explain a parameter completely, the cheapest kind first."""
+
+        def explain(calls: Sequence[Call]) -> bool:
+            outputs = {edge.node for call in calls for edge in call.edges}
+            inputs = {node for call in calls for node in call.inputs}
+            return bool(calls) and enclosed(leaf, outputs, inputs, parents, roots)
+
+        layers = [call for call in self._layers if name in call.names.values()]
+        if explain(layers):
+            yield list(layers)
+        parameter = self._parameters[name]
+        yield list(elementwise_calls(name, leaf, parameter.shape, parents, self._batch_size))
+        # Hooks fire for inner modules first: the innermost module that encloses the parameter.
+        for module in dict.fromkeys(call.module for call in self._modules):
+            if any(parameter is p for p in module.parameters()):
+                calls = [call for call in self._modules if call.module is module]
+                if all(call.is_sound(parents) for call in calls) and explain(calls):
+                    yield list(calls)
+
+    def _keep_used_names(self) -> None:
+        """Forget calls, and names of calls, that explain nothing."""
+        self._calls = list(dict.fromkeys(c for calls in self._owner.values() for c in calls))
+        for call in self._calls:
+            call.names = {
+                local: name for local, name in call.names.items() if call in self._owner[name]
+            }
+        self._layers.clear()
+        self._modules.clear()
+
+    def _place_hooks(self, order: list[Node]) -> None:
         """The lowest gradients are what autograd returns; a hook reads each of the others.
 
         Both come after any hook of the user on the same tensor, as the weight gradients do.
         """
-        lowest = {edge.node for edge in self._inputs}
-        for use in self._uses:
-            if use.edge.node in lowest:
-                self._lowest_uses[use.edge.node].append(use)
+        wanted: dict[Any, list[tuple[Call, int]]] = defaultdict(list)
+        edges: dict[Any, Any] = {}
+        for call in self._calls:
+            for place, edge in enumerate(call.edges):
+                wanted[edge.node, edge.output_nr].append((call, place))
+                edges[edge.node, edge.output_nr] = edge
+        returned = lowest(order, {node for node, _ in wanted})
+        for (node, output), calls in wanted.items():
+            if node in returned:
+                self._returned.append((edges[node, output], calls))
             else:
-                self._handles.append(use.edge.node.register_prehook(partial(self._read, use)))
+                self._handles.append(node.register_prehook(partial(self._read, output, calls)))
 
-    def _read(self, use: Use, gradients: tuple[Tensor | None, ...]) -> None:
-        self._receive(use, gradients[use.edge.output_nr])
+    def _read(
+        self, output: int, calls: list[tuple[Call, int]], gradients: tuple[Tensor | None, ...]
+    ) -> None:
+        self._receive(calls, gradients[output])
 
-    def _choose_single(self) -> None:
-        """Layers called once, with no shared parameter, are squared as soon as possible."""
-        calls = Counter(use.module for use in self._uses)
-        sharing = Counter(
-            name
-            for m in calls
-            for name in self._local_names(m, find_rule(m)).values()  # type: ignore[arg-type]
-        )
-        for use in self._uses:
-            names = self._local_names(use.module, use.rule).values()
-            if calls[use.module] == 1 and all(sharing[name] == 1 for name in names):
-                self._single.add(use.module)
-
-    def _receive(self, use: Use, g: Tensor | None) -> None:
-        names = self._local_names(use.module, use.rule)
+    def _receive(self, calls: list[tuple[Call, int]], g: Tensor | None) -> None:
         if g is None:
             return
-        if self._outside is not None:
-            if g[self._outside.to(g.device)].count_nonzero():
-                self.mixed |= set(names.values())
-        elif not self.handled.isdisjoint(names.values()):
-            g = g.detach()
-            if use.x._version != use.version:
-                raise ModelError(
-                    f"The input of a {type(use.module).__name__} layer (parameters "
-                    f"{', '.join(names.values())}) was overwritten in place before the backward "
-                    "pass: make the operation that follows it out-of-place (inplace=False)."
-                )
-            if use.module in self._single:
-                x, g = _full_precision(use.x), _full_precision(g)
-                for local, squares in sum_of_squares(use.rule, use.module, x, g).items():
-                    self._add(names.get(local), squares)
-            else:
-                use.g = g
+        for call, place in calls:
+            if self._outside is not None:
+                if g[self._outside].count_nonzero():
+                    self.mixed |= set(call.names.values())
+                continue
+            call.gradients[place] = g.detach()
+            alone = len(call.edges) == 1 and all(
+                self._owner[name] == [call] for name in call.names.values()
+            )
+            if alone and self.handled.issuperset(call.names.values()):
+                # Squared at once, so that the gradient need not be kept.
+                squares = call.squared_sum()
+                if squares is not None:
+                    call.gradients[place] = None
+                    for name, square in squares.items():
+                        self._add(name, square)
 
-    def _add(self, name: str | None, squares: Tensor) -> None:
-        if name not in self.handled or name is None:
-            return
+    def _add(self, name: str, squares: Tensor) -> None:
         shape = self._parameters[name].shape
         if squares.shape != shape:
             raise ModelError(
@@ -217,41 +253,33 @@ class LayerCapture:
         self._totals[name] = self._totals[name].add_(squares) if seen else squares
 
     def _backward(self, term: Tensor) -> None:
-        if not self._inputs:
+        if not self._returned:
             return
         # Only layer outputs are asked for: hooks on parameters and `.grad` stay out of it.
-        gradients = torch.autograd.grad(term, self._inputs, retain_graph=True, allow_unused=True)
+        edges = [edge for edge, _ in self._returned]
+        gradients = torch.autograd.grad(term, edges, retain_graph=True, allow_unused=True)
         with torch.no_grad():
-            for edge, g in zip(self._inputs, gradients, strict=True):
-                for use in self._lowest_uses[edge.node]:
-                    self._receive(use, g)
+            for (_, calls), g in zip(self._returned, gradients, strict=True):
+                self._receive(calls, g)
 
     def check_samples(self, outputs: Any) -> set[str]:
-        """Find parameters of layers where one sample's output reaches another sample's row.
+        """Find parameters whose calls mix samples, or do not have the samples first.
 
-        The outputs of one part of the samples must not reach the rows of the other part, and the
-        other way round: then no row belongs to anything but its own part.
+        The outputs of the first sample must not reach the rows of the others, nor theirs its row.
 
         Args:
             outputs: What the model returned.
 
         Returns:
-            Names of parameters whose layers mix samples, or do not have the samples first.
+            Names of the parameters.
         """
-        n = self._batch_size
-        tensors = [
-            t
-            for t in tree_leaves(outputs)
-            if isinstance(t, Tensor) and t.grad_fn is not None and t.dim() and len(t) == n
-        ]
-        # The Thue-Morse sequence: parts that no period in the order of the rows respects.
-        odd = torch.tensor([i.bit_count() % 2 == 1 for i in range(n)])
-        for inside in (odd, ~odd):
-            parts = [t[inside.to(t.device)].reshape(-1) for t in tensors]
+        tensors = [t for t in differentiable(outputs) if self._spans(t)]
+        for inside, outside in ((slice(0, 1), slice(1, None)), (slice(1, None), slice(0, 1))):
+            parts = [t[inside].reshape(-1) for t in tensors]
             # Unequal weights: a plain sum has gradient zero behind a softmax.
             terms = [(t * torch.arange(1, len(t) + 1, device=t.device).cos()).sum() for t in parts]
             if terms:
-                self._outside = ~inside
+                self._outside = outside
                 self._backward(torch.stack(terms).sum())
         self._outside = None
         return self.mixed
@@ -265,100 +293,23 @@ class LayerCapture:
         Returns:
             `{name: tensor of the parameter's shape}`; absent names are zero.
         """
-        self.handled -= self.mixed
         for term in terms:
             self._backward(term)
             with torch.no_grad():
-                self._square_shared()
+                self._square_rest()
         return self._totals
 
-    def _square_shared(self) -> None:
-        """Layers called twice and tied weights: sum a sample's gradient over uses, then square."""
-        uses = [use for use in self._uses if use.g is not None]
-        if not uses:
-            return
-        names = {n for u in uses for n in self._local_names(u.module, u.rule).values()}
-        chunk = chunk_size(self._parameters[name] for name in names)
-        for start in range(0, self._batch_size, chunk):
-            samples = slice(start, start + chunk)
-            sums: dict[str, Tensor] = {}
-            for use in uses:
-                assert use.g is not None
-                x, g = _full_precision(use.x[samples]), _full_precision(use.g[samples])
-                local_names = self._local_names(use.module, use.rule)
-                for local, gradient in use.rule.per_sample(use.module, x, g).items():
-                    if name := local_names.get(local):
-                        sums[name] = sums[name] + gradient if name in sums else gradient
-            for name, gradient in sums.items():
-                self._add(name, gradient.square().sum(0))
-        for use in uses:
-            use.g = None
+    def _square_rest(self) -> None:
+        """What could not be squared at once: group by group of calls that share parameters."""
+        waiting = [call for call in self._calls if any(g is not None for g in call.gradients)]
+        shared = [c for c in waiting if any(len(self._owner[n]) > 1 for n in c.names.values())]
+        groups = [[c] for c in waiting if c not in shared] + ([shared] if shared else [])
+        for group in groups:
+            for name, square in square_together(group, self._parameters, self._batch_size):
+                self._add(name, square)
+            for call in group:
+                call.gradients = [None] * len(call.edges)
 
 
-def _full_precision(tensor: Tensor) -> Tensor:
-    """Squares of half-precision gradients underflow: work them out in float32."""
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return tensor.float() if half else tensor
-
-
-def _walk(roots: set[Any]) -> tuple[list[Any], dict[Any, list[Any]]]:
-    """All nodes below the roots, children before parents, and the parents of each."""
-    order: list[Any] = []
-    parents: dict[Any, list[Any]] = {root: [] for root in roots}
-    stack: list[tuple[Any, bool]] = [(root, False) for root in roots]
-    opened: set[Any] = set()
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in opened:
-            opened.add(node)
-            if node.name() == "CheckpointFunctionBackward":
-                raise ModelError(
-                    "Reentrant activation checkpointing hides the layers inside it: "
-                    "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-                )
-            stack.append((node, True))
-            for child, _ in node.next_functions:
-                if child is not None:
-                    parents.setdefault(child, []).append(node)
-                    stack.append((child, False))
-    return order, parents
-
-
-def _enclosed(
-    leaf: Any,
-    parameter: int,
-    owners: dict[Any, set[int]],
-    entries: dict[Any, set[int]],
-    parents: dict[Any, list[Any]],
-    roots: set[Any],
-) -> bool:
-    """Whether every path from a parameter up to the outputs meets a call of its own layer.
-
-    A path that meets the call by way of its input comes from some other use of the parameter.
-    """
-    stack, seen = [leaf], {leaf}
-    while stack:
-        node = stack.pop()
-        if parameter in owners.get(node, ()):
-            continue
-        if node in roots or parameter in entries.get(node, ()):
-            return False
-        for parent in parents[node]:
-            if parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return True
-
-
-def _lowest(order: list[Any], edges: dict[Any, Any]) -> list[Any]:
-    """Captured edges with no captured edge below: asking for these runs all the others."""
-    contains: dict[Any, bool] = {}
-    lowest = []
-    for node in order:
-        below = any(contains[child] for child, _ in node.next_functions if child is not None)
-        if node in edges and not below:
-            lowest.append(edges[node])
-        contains[node] = below or node in edges
-    return lowest
+def _way(calls: list[Call]) -> Way:
+    return tuple(sorted((call.kind for call in calls), key=repr))

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmask.errors import DataError, OptionError
-from gradmask.fisher.capture import LayerCapture
+from gradmask.fisher.capture import Capture, Way
 from gradmask.fisher.likelihood import (
     Loss,
     check_likelihood,
     draw_targets,
     exact_terms,
     nll,
+    part,
 )
 from gradmask.fisher.reference import call, per_sample_squares, zero_squares
 from gradmask.fisher.sampling import random_samples
@@ -68,8 +69,8 @@ def fisher_diagonal(
     device = next(iter(parameters.values())).device
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
-    excluded: set[str] = set()
-    checked: set[str] = set()
+    safe: dict[str, Way] | None = None
+    seen: dict[str, str] = {}
     count = 0
     with (
         evaluation_mode(model),
@@ -83,12 +84,11 @@ def fisher_diagonal(
             n = len(targets)
             if n == 0:
                 continue
-            with LayerCapture(model, parameters, n, excluded) as capture:
+            if n > 1 and safe is None:
+                safe = _safe_ways(model, inputs, parameters)
+            with Capture(model, parameters, n, safe if n > 1 else None) as capture:
                 outputs = call(model, inputs)
                 capture.resolve(outputs)
-                if n > 1 and not capture.captured <= checked:
-                    excluded |= capture.check_samples(outputs)
-                    checked |= capture.captured
                 if kind == "sampled":
                     targets = draw_targets(outputs, targets, loss, generator)
                 if kind == "exact":
@@ -96,11 +96,13 @@ def fisher_diagonal(
                 else:
                     terms = iter([nll(outputs, targets, loss)])
                 _accumulate(totals, capture.squared_sums(terms))
+                ways = {name: way[0][0] for name, way in capture.ways().items()}
                 rest = {k: p for k, p in parameters.items() if k not in capture.handled}
                 del outputs, terms
+            ways |= dict.fromkeys(rest, "sample")
+            _report({name: way for name, way in ways.items() if seen.get(name) != way})
+            seen |= ways
             if rest:
-                if count == 0:
-                    logger.info("One sample at a time (no rule applies): %s", ", ".join(rest))
                 squares = per_sample_squares(
                     model, inputs, targets, rest, exact=kind == "exact", loss=loss
                 )
@@ -112,6 +114,32 @@ def fisher_diagonal(
         name: totals[name].div_(count) if name in totals else zero_squares(p)
         for name, p in parameters.items()
     }
+
+
+def _safe_ways(
+    model: nn.Module, inputs: Any, parameters: dict[str, nn.Parameter]
+) -> dict[str, Way]:
+    """How to measure each parameter: the calls that keep samples apart, as seen on two samples.
+
+    A dimension that only happens to be as long as the batch is not 2 long here as well, so it is
+    not captured; if it is 2, the gradients of one sample's outputs reach the other's row.
+    """
+    with Capture(model, parameters, 2) as probe:
+        outputs = call(model, part(inputs, slice(2)))
+        probe.resolve(outputs)
+        mixed = probe.check_samples(outputs)
+        return {name: way for name, way in probe.ways().items() if name not in mixed}
+
+
+def _report(ways: dict[str, str]) -> None:
+    """Say which parameters have no rule, and so cost more."""
+    for way, text in (
+        ("module", "Run again one sample at a time, module by module"),
+        ("sample", "Run again one sample at a time, with the whole model"),
+    ):
+        names = [name for name, found in ways.items() if found == way]
+        if names:
+            logger.info("%s (no rule applies): %s", text, ", ".join(names))
 
 
 def _accumulate(totals: dict[str, Tensor], squares: dict[str, Tensor]) -> None:

@@ -1,0 +1,292 @@
+"""What a forward pass did with parameters, and the per-sample gradients that follow from it.
+
+Three kinds, from the cheapest: a call of a layer that has a rule, an elementwise operation on a
+bare parameter (class tokens, position embeddings, layer scales), and a call of any other module,
+which is run again for one sample at a time, by itself and not with the whole network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradmask.errors import ModelError
+from gradmask.fisher.graph import Node
+from gradmask.fisher.rules import LayerRule, chunk_size, sum_of_squares
+
+
+class Call:
+    """One use of parameters in a forward pass.
+
+    Attributes:
+        names: `{the call's own name: the model's name}` of the parameters it explains.
+        edges: Places in the graph whose gradients it needs.
+        gradients: Those gradients, after a backward pass.
+        inputs: Nodes of the inputs.
+        kind: `rule`, `elementwise` or `module`, and what tells the call from others of its kind.
+    """
+
+    kind: tuple[Any, ...]
+
+    def __init__(self, names: dict[str, str], edges: list[GradientEdge]) -> None:
+        self.names, self.edges = names, edges
+        self.gradients: list[Tensor | None] = [None] * len(edges)
+        self.inputs: set[Node] = set()
+
+    def per_sample(self, samples: slice) -> dict[str, Tensor]:
+        """Per-sample gradients `{model's name: (n, *shape)}` of some of the samples."""
+        raise NotImplementedError
+
+    def explains(self, name: str, parameter: nn.Parameter) -> None:
+        """Take note that the call is the one to measure a parameter."""
+
+    def squared_sum(self) -> dict[str, Tensor] | None:
+        """Sum over all samples of the squares, where that is cheaper; None if it is not."""
+        return None
+
+
+class LayerCall(Call):
+    """A call of a layer that has a rule: one input, one output, both with the samples first."""
+
+    def __init__(
+        self, module: nn.Module, rule: LayerRule, names: dict[str, str], x: Tensor, output: Tensor
+    ) -> None:
+        super().__init__(names, [get_gradient_edge(output)])
+        self.kind = ("rule", id(module))
+        self.module, self.rule = module, rule
+        self.x, self.version = x.detach(), x._version
+        if x.requires_grad:
+            self.inputs = {get_gradient_edge(x).node}
+
+    def _pair(self, samples: slice) -> tuple[Tensor, Tensor]:
+        _check_version(self.module, self.names, self.x, self.version)
+        g = self.gradients[0]
+        assert g is not None
+        return full_precision(self.x[samples]), full_precision(g[samples])
+
+    def per_sample(self, samples: slice) -> dict[str, Tensor]:
+        """By the rule."""
+        return self._named(self.rule.per_sample(self.module, *self._pair(samples)))
+
+    def squared_sum(self) -> dict[str, Tensor]:
+        """By the rule's cheapest way."""
+        return self._named(sum_of_squares(self.rule, self.module, *self._pair(slice(None))))
+
+    def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {self.names[local]: t for local, t in tensors.items() if local in self.names}
+
+
+class ModuleCall(Call):
+    """A call of a module without a rule: run again for one sample at a time, with autograd."""
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any, result: Any, n: int) -> None:
+        outputs = differentiable(result)
+        self.places = [i for i, t in enumerate(outputs) if spans(t, n)]
+        super().__init__({}, [get_gradient_edge(outputs[i]) for i in self.places])
+        self.kind = ("module", id(module), len(self.edges))
+        self.module, self.arguments, self.batch_size = module, (args, kwargs), n
+        self.others = {get_gradient_edge(t).node for t in outputs if not spans(t, n)}
+        tensors = [t for t in tree_leaves(self.arguments) if isinstance(t, Tensor)]
+        self.versions = [(t, t._version) for t in tensors]
+        self.inputs = {get_gradient_edge(t).node for t in tensors if t.requires_grad}
+
+    def explains(self, name: str, parameter: nn.Parameter) -> None:
+        """Take note of the parameter's name inside the module."""
+        local = next(n for n, p in self.module.named_parameters() if p is parameter)
+        self.names[local] = name
+
+    def is_sound(self, parents: dict[Node, list[Node]]) -> bool:
+        """Whether nothing but the outputs with samples is used, and none is made from another."""
+        nodes = {edge.node for edge in self.edges}
+        if any(node in parents for node in self.others):
+            return False
+        stack = [p for node in nodes for p in parents.get(node, ())]
+        seen = set(stack)
+        while stack and len(nodes) > 1:
+            node = stack.pop()
+            if node in nodes:
+                return False
+            fresh = [p for p in parents[node] if p not in seen]
+            seen.update(fresh)
+            stack += fresh
+        return True
+
+    def per_sample(self, samples: slice) -> dict[str, Tensor]:
+        """By autograd through this module alone."""
+        for tensor, version in self.versions:
+            _check_version(self.module, self.names, tensor, version)
+        parameters = dict(self.module.named_parameters())
+        wanted = [parameters[local] for local in self.names]
+        rows = range(*samples.indices(self.batch_size))
+        found: list[list[Tensor]] = [[] for _ in wanted]
+        for n in rows:
+            for row, gradient in zip(found, self._gradients(n, wanted), strict=True):
+                row.append(full_precision(gradient))
+        return {name: torch.stack(f) for name, f in zip(self.names.values(), found, strict=True)}
+
+    def _gradients(self, n: int, wanted: list[nn.Parameter]) -> list[Tensor]:
+        sample = slice(n, n + 1)
+        cut = lambda t: t.detach()[sample] if isinstance(t, Tensor) else t  # noqa: E731
+        args, kwargs = tree_map(cut, self.arguments)
+        with torch.enable_grad():
+            result = self.module(*args, **kwargs)
+            outputs = differentiable(result)
+            pairs = [
+                (outputs[place], g[sample])
+                for place, g in zip(self.places, self.gradients, strict=True)
+                if g is not None
+            ]
+        found = torch.autograd.grad(
+            [out for out, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            allow_unused=True,
+        )
+        return [
+            torch.zeros_like(p) if g is None else g.to_dense()
+            for p, g in zip(wanted, found, strict=True)
+        ]
+
+
+class ElementwiseCall(Call):
+    """A sum, product or expansion in which a bare parameter is repeated over the samples."""
+
+    def __init__(
+        self, name: str, node: Node, shape: torch.Size, operand: torch.Size, factor: Factor
+    ) -> None:
+        super().__init__({name: name}, [GradientEdge(node, 0)])
+        self.kind = ("elementwise", node.name(), tuple(operand))
+        self.name, self.factor = name, factor
+        self.shape, self.operand = shape, operand
+
+    def per_sample(self, samples: slice) -> dict[str, Tensor]:
+        """The output's gradient times the other factor, summed over what was broadcast."""
+        gradient, other = self.gradients[0], self.factor()
+        assert gradient is not None
+        g = full_precision(gradient[samples])
+        if isinstance(other, Tensor):
+            spans = other.dim() == g.dim() and len(other) > 1
+            other = full_precision(other[samples] if spans else other)
+        g = g * other
+        padded = (1,) * (g.dim() - len(self.operand)) + tuple(self.operand)
+        repeated = [d for d in range(1, g.dim()) if padded[d] == 1 and g.shape[d] > 1]
+        summed = g.sum(repeated) if repeated else g
+        return {self.name: summed.reshape(len(g), *self.shape)}
+
+
+Factor = Callable[[], Tensor | float]
+
+# Operations that leave the order of the entries as it is.
+_RESHAPES = ("ViewBackward0", "UnsqueezeBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0")
+
+
+def elementwise_calls(
+    name: str, leaf: Node, shape: torch.Size, parents: dict[Node, list[Node]], batch_size: int
+) -> list[ElementwiseCall]:
+    """Explain every use of a bare parameter by elementwise operations, if that is what they are.
+
+    Args:
+        name: The parameter's name.
+        leaf: Its node.
+        shape: Its shape.
+        parents: `{node: parents}` of the graph.
+        batch_size: Samples in the batch.
+
+    Returns:
+        The operations; none if some use is of another kind.
+    """
+    found: list[ElementwiseCall] = []
+    stack = [(leaf, shape)]
+    while stack:
+        child, operand = stack.pop()
+        for node in dict.fromkeys(parents[child]):
+            output = torch.Size(node._input_metadata[0].shape)
+            if node.name() in _RESHAPES:
+                if operand.numel() != output.numel():
+                    return []
+                stack.append((node, output))
+                continue
+            padded = (1,) * (len(output) - len(operand)) + tuple(operand)
+            if (
+                not output
+                or output[0] != batch_size
+                or len(padded) != len(output)
+                or padded[0] != 1
+            ):
+                return []
+            for place, (below, _) in enumerate(node.next_functions):
+                if below is child:
+                    factor = _factor(node, place)
+                    if factor is None:
+                        return []
+                    found.append(ElementwiseCall(name, node, shape, operand, factor))
+    return found
+
+
+def _factor(node: Node, place: int) -> Factor | None:
+    """What the gradient of an operation's output is multiplied by on its way to an operand."""
+    kind = node.name()
+    if kind == "ExpandBackward0":
+        return lambda: 1.0
+    if kind == "AddBackward0":
+        return lambda: 1.0 if place == 0 else float(node._saved_alpha)
+    if kind == "SubBackward0":
+        return lambda: 1.0 if place == 0 else -float(node._saved_alpha)
+    if kind == "MulBackward0":
+        saved = "_saved_other" if place == 0 else "_saved_self"
+        return lambda: getattr(node, saved).detach()
+    return None
+
+
+def square_together(
+    calls: list[Call], parameters: dict[str, nn.Parameter], n: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Squares of parameters that are used more than once: summed over the uses, then squared.
+
+    Args:
+        calls: Calls with gradients; a name may be in several of them.
+        parameters: Parameters by name.
+        n: Samples in the batch.
+
+    Yields:
+        `(name, sum over some samples of the squares)`.
+    """
+    names = {name for call in calls for name in call.names.values()}
+    chunk = chunk_size(parameters[name] for name in names)
+    for start in range(0, n, chunk):
+        sums: dict[str, Tensor] = {}
+        for call in calls:
+            for name, gradient in call.per_sample(slice(start, start + chunk)).items():
+                sums[name] = sums[name] + gradient if name in sums else gradient
+        for name, gradient in sums.items():
+            yield name, gradient.square().sum(0)
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Squares of half-precision gradients underflow: work them out in float32."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.float() if half else tensor
+
+
+def spans(tensor: Tensor, batch_size: int) -> bool:
+    """Whether dimension 0 is as long as the batch."""
+    return tensor.dim() > 0 and len(tensor) == batch_size
+
+
+def differentiable(outputs: Any) -> list[Tensor]:
+    """The tensors of a nested output that carry a graph."""
+    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
+
+
+def _check_version(module: nn.Module, names: dict[str, str], tensor: Tensor, version: int) -> None:
+    if tensor._version != version:
+        raise ModelError(
+            f"The input of a {type(module).__name__} layer (parameters "
+            f"{', '.join(names.values())}) was overwritten in place before the backward "
+            "pass: make the operation that follows it out-of-place (inplace=False)."
+        )
