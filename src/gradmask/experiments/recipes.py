@@ -42,7 +42,7 @@ RECIPES = (
             "model": "small_cnn",
             "epochs": 30,
             "batch_size": 64,
-            "fisher_samples": 500,
+            "fisher_samples": 300,
         },
     ),
     Recipe(

@@ -212,19 +212,24 @@ def _conclusion(
             parts.append(f"it is not shown to change {name} against no mask")
         elif worse:
             parts.append(
-                f"it improves {name} over no mask, but less than {' and '.join(worse)}, so the "
+                f"it improves {name} over no mask, but less than {_listed(worse)}, so the "
                 "gain is not one of Fisher information"
             )
         elif unbeaten:
             parts.append(
                 f"it improves {name} over no mask, but is not shown to do better than "
-                f"{' and '.join(unbeaten)}"
+                f"{_listed(unbeaten)}"
             )
         elif controls:
             parts.append(f"it improves {name} over no mask and over every control run here")
         else:
             parts.append(f"it improves {name} over no mask; no control was run")
     return f"Conclusion on the Fisher mask in this run: {'; '.join(parts)}."
+
+
+def _listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def summary_table(results: Results) -> dict[str, dict[str, dict[str, float | int | None]]]:

@@ -1,5 +1,6 @@
 """The diagonal of the Fisher information: rules per layer, capture, reference, public function."""
 
+from gradmask.fisher import convolution as convolution  # registers its rules
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.rules import register_rule
 

@@ -8,20 +8,21 @@ of the squares directly, where that is cheaper than forming the per-sample gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 
-# Per-sample gradients are formed for as many samples at a time as fit in this many elements.
-CHUNK_ELEMENTS = 1 << 22
+# Per-sample gradients are formed for as many samples at a time as fit in this many elements: on a
+# CPU few enough to stay in its cache until they are squared, on a GPU enough to keep it busy.
+CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS_CUDA = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,16 @@ def sum_of_squares(rule: LayerRule, module: nn.Module, x: Tensor, g: Tensor) -> 
     return total
 
 
-def chunk_size(parameters: object) -> int:
-    """Samples whose gradients of these parameters fit in `CHUNK_ELEMENTS`, at least 1."""
-    elements = sum(p.numel() for p in parameters)  # type: ignore[attr-defined]
-    return max(1, CHUNK_ELEMENTS // max(1, elements))
+def chunk_size(parameters: Iterable[Tensor]) -> int:
+    """Samples whose gradients of these parameters are formed at a time, at least 1."""
+    found = list(parameters)
+    cuda = any(p.is_cuda for p in found)
+    elements = max(1, sum(p.numel() for p in found))
+    return max(1, (CHUNK_ELEMENTS_CUDA if cuda else CHUNK_ELEMENTS) // elements)
 
 
-def _trains(module: nn.Module, name: str) -> bool:
+def trains(module: nn.Module, name: str) -> bool:
+    """Whether a layer has a parameter of that name that is trained."""
     parameter = module._parameters.get(name)
     return parameter is not None and parameter.requires_grad
 
@@ -134,16 +138,20 @@ def _tokens(tensor: Tensor) -> Tensor:
 def _linear_squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     x, g = _tokens(x), _tokens(g)
     out = {}
-    if _trains(module, "weight"):
+    if trains(module, "weight"):
         if x.shape[1] == 1:  # a rank-one gradient: its square is the product of the squares
             out["weight"] = g[:, 0].square().t() @ x[:, 0].square()
+        elif x.is_cuda:
+            chunk = chunk_size([module.weight])  # type: ignore[list-item]
+            parts = zip(x.split(chunk), g.split(chunk), strict=True)
+            out["weight"] = sum((gp.mT @ xp).square_().sum(0) for xp, gp in parts)
         else:
             total = g.new_zeros(g.shape[-1], x.shape[-1])
             for n in range(len(x)):  # one sample's gradient stays in cache between its two uses
                 gradient = g[n].t() @ x[n]
                 total.addcmul_(gradient, gradient)
             out["weight"] = total
-    if _trains(module, "bias"):
+    if trains(module, "bias"):
         out["bias"] = g.sum(1).square_().sum(0)
     return out
 
@@ -153,84 +161,19 @@ def linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Σ_t g_t x_tᵀ over the positions t; input (N, ..., in), output gradient (N, ..., out)."""
     x, g = _tokens(x), _tokens(g)
     out = {}
-    if _trains(module, "weight"):
+    if trains(module, "weight"):
         out["weight"] = g.transpose(1, 2) @ x
-    if _trains(module, "bias"):
+    if trains(module, "bias"):
         out["bias"] = g.sum(1)
-    return out
-
-
-def _conv_weight_gradient(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
-    """Weight gradient of a batch (here: of one sample); `x` is padded already where needed."""
-    padding = module.padding
-    if isinstance(padding, str) or module.padding_mode != "zeros":
-        padding = (0,) * len(module.kernel_size)
-    gradients = torch.ops.aten.convolution_backward(
-        g,
-        x,
-        module.weight,
-        None,
-        module.stride,
-        padding,
-        module.dilation,
-        module.transposed,
-        module.output_padding,
-        module.groups,
-        [False, True, False],
-    )
-    return gradients[1]  # type: ignore[no-any-return]
-
-
-def _conv_input(module: _ConvNd, x: Tensor) -> Tensor:
-    if isinstance(module.padding, str) or module.padding_mode != "zeros":
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    return x
-
-
-def _conv_squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    assert isinstance(module, _ConvNd)
-    out = {}
-    if _trains(module, "weight"):
-        x = _conv_input(module, x)
-        total = torch.zeros_like(module.weight, dtype=g.dtype, requires_grad=False)
-        for n in range(len(x)):
-            gradient = _conv_weight_gradient(module, x[n : n + 1], g[n : n + 1])
-            total.addcmul_(gradient, gradient)
-        out["weight"] = total
-    if _trains(module, "bias"):
-        out["bias"] = g.flatten(2).sum(2).square_().sum(0)
-    return out
-
-
-@register_rule(
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    squared_sum=_conv_squared_sum,
-)
-def convolution(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """One weight-gradient convolution per sample; input (N, C, ...), gradient (N, K, ...)."""
-    assert isinstance(module, _ConvNd)
-    out = {}
-    if _trains(module, "weight"):
-        x = _conv_input(module, x)
-        samples = zip(x.split(1), g.split(1), strict=True)
-        out["weight"] = torch.stack([_conv_weight_gradient(module, xn, gn) for xn, gn in samples])
-    if _trains(module, "bias"):
-        out["bias"] = g.flatten(2).sum(2)
     return out
 
 
 def _scale_and_shift(module: nn.Module, normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Gradients of y = w * x̂ + b with channels in dimension 1."""
     out = {}
-    if _trains(module, "weight"):
+    if trains(module, "weight"):
         out["weight"] = (g * normalised).reshape(*g.shape[:2], -1).sum(2)
-    if _trains(module, "bias"):
+    if trains(module, "bias"):
         out["bias"] = g.reshape(*g.shape[:2], -1).sum(2)
     return out
 
@@ -277,9 +220,9 @@ def layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         normalised = F.rms_norm(x, shape, eps=module.eps)
     positions = (len(x), -1, *shape)
     out = {}
-    if _trains(module, "weight"):
+    if trains(module, "weight"):
         out["weight"] = (g * normalised).reshape(positions).sum(1)
-    if _trains(module, "bias"):
+    if trains(module, "bias"):
         out["bias"] = g.reshape(positions).sum(1)
     return out
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from gradmask.fisher.likelihood import part
@@ -17,7 +17,7 @@ def random_samples(loader: Iterable[Any], count: int, seed: int) -> Iterator[Any
     """Yield batches with `count` samples drawn without replacement (all, if there are fewer).
 
     A `DataLoader` over a map-style dataset reads only the drawn samples. Any other iterable is
-    read to its end; the batches are of the sizes it gave, with the drawn samples only.
+    read to its end; the drawn samples come in batches as large as its own.
 
     Args:
         loader: Iterable of batches.
@@ -49,18 +49,25 @@ def random_samples(loader: Iterable[Any], count: int, seed: int) -> Iterator[Any
         return
     # Keep the `count` samples with the smallest random keys: one reading, bounded memory.
     kept: list[tuple[Tensor, Any]] = []
-    bound = 2.0
+    bound, size = 2.0, 1
     for batch in loader:
-        size = next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 0)
-        keys = torch.rand(size, generator=generator, dtype=torch.float64)
+        n = next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 0)
+        size = max(size, n)
+        keys = torch.rand(n, generator=generator, dtype=torch.float64)
         kept.append(_choose(keys, batch, bound))
-        if sum(len(k) for k, _ in kept) > count:
-            keys = torch.cat([k for k, _ in kept])
-            bound = float(keys.kthvalue(count).values)
-            kept = [_choose(k, b, bound) for k, b in kept]
-    for keys, batch in kept:
-        if len(keys):
-            yield batch
+        if sum(len(k) for k, _ in kept) > 2 * count:
+            bound, kept = _smallest(kept, count)
+    if sum(len(k) for k, _ in kept) > count:
+        _, kept = _smallest(kept, count)
+    for batch in _merged([batch for keys, batch in kept if len(keys)]):
+        n = next(len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim())
+        for start in range(0, n, size):
+            yield part(batch, slice(start, start + size))
+
+
+def _smallest(kept: list[tuple[Tensor, Any]], count: int) -> tuple[float, list[tuple[Tensor, Any]]]:
+    bound = float(torch.cat([k for k, _ in kept]).kthvalue(count).values)
+    return bound, [_choose(k, b, bound) for k, b in kept]
 
 
 def _choose(keys: Tensor, batch: Any, bound: float) -> tuple[Tensor, Any]:
@@ -69,3 +76,18 @@ def _choose(keys: Tensor, batch: Any, bound: float) -> tuple[Tensor, Any]:
         return keys, part(batch, slice(None))
     pick = lambda t: t[chosen.to(t.device)] if isinstance(t, Tensor) and t.dim() else t  # noqa: E731
     return keys[chosen], tree_map(pick, batch)
+
+
+def _merged(batches: list[Any]) -> Iterator[Any]:
+    """Join batches whose tensors fit together; a few samples at a time would be slow to measure."""
+    groups: dict[Any, list[Any]] = {}
+    for batch in batches:
+        leaves, form = tree_flatten(batch)
+        kinds = [
+            (t.shape[1:], t.dtype, t.device) if isinstance(t, Tensor) and t.dim() else repr(t)
+            for t in leaves
+        ]
+        groups.setdefault((str(form), str(kinds)), []).append(batch)
+    for group in groups.values():
+        join = lambda *ts: torch.cat(ts) if isinstance(ts[0], Tensor) and ts[0].dim() else ts[0]  # noqa: E731
+        yield tree_map(join, *group)

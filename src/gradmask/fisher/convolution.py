@@ -1,0 +1,154 @@
+"""Convolutions of any dimension: per-sample weight gradients, and three ways to their squares.
+
+A loop over samples costs a call for each; one convolution with a group for each sample costs none,
+but is slow for large weights; unfolding turns all into a product of matrices, which GPUs do well.
+Which is fastest depends on the weight's size (measured: `gradmask bench fisher`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from gradmask.fisher.rules import chunk_size, register_rule, trains
+
+# Above this many entries a weight gradient per group is slower than one per call (on CPUs).
+GROUPED_ELEMENTS = 1 << 18
+
+
+def weight_gradient(module: _ConvNd, x: Tensor, g: Tensor, samples: int = 1) -> Tensor:
+    """Weight gradients of `samples` equal parts of the channels, each a group of its own.
+
+    Args:
+        module: The layer.
+        x: Input, shape (1, samples * C, ...), padded already where the layer's own mode asks.
+        g: Gradient of the output, shape (1, samples * K, ...).
+        samples: Samples laid out along the channels.
+
+    Returns:
+        Shape (samples, *weight.shape).
+    """
+    shape = module.weight.shape
+    gradients = torch.ops.aten.convolution_backward(
+        g,
+        x,
+        # Read for its shape only.
+        module.weight if samples == 1 else module.weight.new_empty(samples * shape[0], *shape[1:]),
+        None,
+        module.stride,
+        (0,) * len(module.kernel_size) if _pads_itself(module) else module.padding,
+        module.dilation,
+        module.transposed,
+        module.output_padding,
+        samples * module.groups,
+        [False, True, False],
+    )
+    return gradients[1].view(samples, *shape)  # type: ignore[no-any-return]
+
+
+def _pads_itself(module: _ConvNd) -> bool:
+    return isinstance(module.padding, str) or module.padding_mode != "zeros"
+
+
+def _padded(module: _ConvNd, x: Tensor) -> Tensor:
+    if not _pads_itself(module):
+        return x
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+
+
+def by_groups(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
+    """Per-sample weight gradients (N, *weight.shape) by one convolution with N times the groups."""
+    x = _padded(module, x)
+    n, inside, outside = len(x), x.shape[2:], g.shape[2:]
+    return weight_gradient(module, x.reshape(1, -1, *inside), g.reshape(1, -1, *outside), n)
+
+
+def squares_by_groups(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
+    """Sum of the squares, some samples at a time."""
+    chunk = chunk_size([module.weight])
+    parts = zip(x.split(chunk), g.split(chunk), strict=True)
+    total = torch.zeros_like(module.weight, dtype=g.dtype, requires_grad=False)
+    for xp, gp in parts:
+        total += by_groups(module, xp, gp).square_().sum(0)
+    return total
+
+
+def squares_by_samples(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
+    """Sum of the squares, one sample at a time: its gradient is still in cache when squared."""
+    x = _padded(module, x)
+    total = torch.zeros_like(module.weight, dtype=g.dtype, requires_grad=False)
+    for n in range(len(x)):
+        gradient = weight_gradient(module, x[n : n + 1], g[n : n + 1])[0]
+        total.addcmul_(gradient, gradient)
+    return total
+
+
+def squares_by_unfolding(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
+    """Sum of the squares of δᵀ·unfold(x), a product of matrices for each sample; for Conv2d."""
+    assert isinstance(module, nn.Conv2d)
+    total = torch.zeros_like(module.weight, dtype=g.dtype, requires_grad=False)
+    flat = total.view(module.groups, len(total) // module.groups, -1)
+    deltas = g.flatten(2).unflatten(1, (module.groups, -1))  # (n, groups, K / groups, positions)
+    largest = max(module.weight.numel(), deltas[0, 0].shape[-1] * flat.shape[-1] * module.groups)
+    chunk = max(1, chunk_size([module.weight]) * module.weight.numel() // largest)
+    gradient = torch.empty_like(flat[0])
+    for start in range(0, len(x), chunk):
+        patches = _unfold(module, x[start : start + chunk])
+        delta = deltas[start : start + chunk]
+        if chunk > 1:
+            flat += (delta @ patches.mT).square_().sum(0)
+        elif module.groups == 1:  # one large gradient, written to the same place each time
+            torch.mm(delta[0, 0], patches[0, 0].t(), out=gradient)
+            flat[0].addcmul_(gradient, gradient)
+        else:
+            flat += (delta[0] @ patches[0].mT).square_()
+    return total
+
+
+def _unfold(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """Patches, shape (n, groups, C / groups * kernel, positions)."""
+    padding = (0, 0) if _pads_itself(module) else module.padding
+    assert not isinstance(padding, str)
+    kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
+    patches: Tensor = F.unfold(_padded(module, x), kernel, dilation, padding, stride)
+    split: Tensor = patches.unflatten(1, (module.groups, -1))
+    return split
+
+
+def _squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    assert isinstance(module, _ConvNd)
+    out = {}
+    if trains(module, "weight"):
+        small = module.weight.numel() <= GROUPED_ELEMENTS
+        if small and not x.is_cuda:
+            out["weight"] = squares_by_groups(module, x, g)
+        elif isinstance(module, nn.Conv2d):
+            out["weight"] = squares_by_unfolding(module, x, g)
+        else:
+            out["weight"] = squares_by_samples(module, x, g)
+    if trains(module, "bias"):
+        out["bias"] = g.flatten(2).sum(2).square_().sum(0)
+    return out
+
+
+@register_rule(
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    squared_sum=_squared_sum,
+)
+def convolution(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Per-sample gradients; input (N, C, ...), output gradient (N, K, ...)."""
+    assert isinstance(module, _ConvNd)
+    out = {}
+    if trains(module, "weight"):
+        out["weight"] = by_groups(module, x, g)
+    if trains(module, "bias"):
+        out["bias"] = g.flatten(2).sum(2)
+    return out

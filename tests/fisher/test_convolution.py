@@ -1,0 +1,75 @@
+"""The ways to a convolution's squares, against each other and against autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from gradmask.fisher import convolution, rules
+from gradmask.fisher.convolution import (
+    by_groups,
+    squares_by_groups,
+    squares_by_samples,
+    squares_by_unfolding,
+)
+
+LAYERS = {
+    "plain": lambda: nn.Conv2d(4, 6, 3),
+    "strided": lambda: nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(1, 2)),
+    "dilated": lambda: nn.Conv2d(4, 6, (3, 2), dilation=(2, 1), padding=1),
+    "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1),
+    "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4, stride=2, bias=False),
+    "same": lambda: nn.Conv2d(4, 6, (2, 3), padding="same", dilation=2),
+    "circular": lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="circular"),
+    "pointwise": lambda: nn.Conv2d(4, 6, 1),
+    "1d": lambda: nn.Conv1d(4, 6, 3, stride=2, groups=2, padding=1),
+    "3d": lambda: nn.Conv3d(4, 6, (1, 2, 3), padding=1),
+    "transposed": lambda: nn.ConvTranspose2d(
+        4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2
+    ),
+}
+
+
+@pytest.mark.parametrize("elements", [1, 500, 1 << 20])
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("case", LAYERS)
+def test_all_ways_agree_with_autograd(case, samples, elements, monkeypatch):
+    monkeypatch.setattr(rules, "CHUNK_ELEMENTS", elements)
+    layer = LAYERS[case]().double()
+    size = {"1d": (9,), "3d": (4, 5, 6)}.get(case, (8, 7))
+    x = torch.randn(samples, 4, *size, dtype=torch.float64)
+    g = torch.randn_like(layer(x))
+    single = [
+        torch.autograd.grad(layer(x[n : n + 1]), layer.weight, g[n : n + 1])[0]
+        for n in range(samples)
+    ]
+    expected = torch.stack(single)
+    layer.requires_grad_(False)
+    torch.testing.assert_close(by_groups(layer, x, g), expected, rtol=1e-10, atol=1e-12)
+    ways = [squares_by_groups, squares_by_samples]
+    if isinstance(layer, nn.Conv2d):
+        ways.append(squares_by_unfolding)
+    for way in ways:
+        found = way(layer, x, g)
+        torch.testing.assert_close(found, expected.square().sum(0), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "way"),
+    [
+        (nn.Conv2d(2, 3, 3), "squares_by_groups"),
+        (nn.Conv2d(200, 200, 3), "squares_by_unfolding"),
+        (nn.Conv1d(300, 300, 3), "squares_by_samples"),
+        (nn.ConvTranspose2d(200, 200, 3), "squares_by_samples"),
+    ],
+)
+def test_way_depends_on_the_size(layer, way, monkeypatch):
+    chosen = []
+    for name in ("squares_by_groups", "squares_by_samples", "squares_by_unfolding"):
+        original = getattr(convolution, name)
+        monkeypatch.setattr(
+            convolution, name, lambda *a, n=name, o=original: (chosen.append(n), o(*a))[1]
+        )
+    x = torch.randn(2, layer.in_channels, *[4] * (layer.weight.dim() - 2))
+    with torch.no_grad():
+        convolution._squared_sum(layer, x, torch.randn_like(layer(x)))
+    assert chosen == [way]
