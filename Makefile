@@ -40,7 +40,9 @@ format: $(READY) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 bench: $(READY) ## measure the Fisher diagonal against a plain forward and backward
-	$(BIN)/python benchmarks/fisher_diagonal.py
+	$(BIN)/gradmask bench fisher --model resnet18
+	$(BIN)/gradmask bench fisher --model small_cnn
+	$(BIN)/gradmask bench fisher --model mlp
 
 clean: ## remove the environment and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist

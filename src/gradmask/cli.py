@@ -1,4 +1,4 @@
-"""The command line: `gradmask run`, `gradmask recipes`, `gradmask report`.
+"""The command line: `gradmask run`, `gradmask recipes`, `gradmask report`, `gradmask bench`.
 
 Options are typed once, in the dataclass `Comparison`. jsonargparse was chosen to read them because
 one parser then checks the command line and a YAML file alike, by the same types.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answe
     from gradmask.experiments.config import Comparison
     from gradmask.experiments.statistics import Results
 
-COMMANDS = ("run", "recipes", "report")
+COMMANDS = ("run", "recipes", "report", "bench")
 _LISTS = ("arms", "seeds")
 
 
@@ -61,11 +61,21 @@ def _main(words: list[str]) -> int:
     commands.add_parser("recipes", help="list the recipes")
     report = commands.add_parser("report", help="build the report of a run again")
     report.add_argument("directory", type=Path, help="output folder of a run")
+    bench = commands.add_parser("bench", help="measure speed, with other libraries beside it")
+    bench.add_argument("what", choices=["fisher"])
+    bench.add_argument("--model", default="resnet18", help="workload (default: resnet18)")
+    bench.add_argument("--batch-size", type=int, help="samples in a batch (default: workload's)")
+    bench.add_argument("--batches", type=int, default=4, help="batches in a measurement")
+    bench.add_argument("--rounds", type=int, default=5, help="times everything is timed")
+    bench.add_argument("--device", default="cpu")
+    bench.add_argument("--no-peers", action="store_true", help="leave other libraries out")
     if words[:1] == ["run"]:  # argparse would take a leading option for its own
         return _run(words[1:])
     parsed = parser.parse_args(words)
     if parsed.command == "recipes":
         return _recipes()
+    if parsed.command == "bench":
+        return _bench(parsed)
     return _report(parsed.directory)
 
 
@@ -141,6 +151,20 @@ def _options(words: list[str]) -> Comparison:
     except argparse.ArgumentError as error:
         raise OptionError(_plain(str(error))) from error
     return Comparison(**{name: getattr(parsed, name) for name in names})
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from gradmask.benchmarks.fisher import print_bench
+
+    print_bench(
+        parsed.model,
+        batch_size=parsed.batch_size,
+        batches=parsed.batches,
+        rounds=parsed.rounds,
+        device=parsed.device,
+        peers=not parsed.no_peers,
+    )
+    return 0
 
 
 def _normal_form(words: list[str], known: list[str]) -> list[str]:

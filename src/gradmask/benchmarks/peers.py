@@ -106,7 +106,8 @@ def opacus(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     """Opacus' `GradSampleModule`."""
     from opacus import GradSampleModule
 
-    wrapped = GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
+    # It captures in training mode only; it refuses the layers that this would change.
+    wrapped = GradSampleModule(copy.deepcopy(model), loss_reduction="sum").train()
     names = [name for name, _ in model.named_parameters()]
 
     def task() -> Diagonal:

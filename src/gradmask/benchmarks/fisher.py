@@ -1,0 +1,93 @@
+"""`gradmask bench fisher`: the Fisher diagonal against a plain pass and against other libraries."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from gradmask import fisher_diagonal
+from gradmask.benchmarks.memory import peak_megabytes
+from gradmask.benchmarks.peers import PEERS, Diagonal, plain
+from gradmask.benchmarks.timing import interleave, ratio
+from gradmask.benchmarks.workloads import make
+
+# In float32 the order of a sum shows at this level; beyond it a peer computes something else.
+TOLERANCE = 1e-3
+
+
+def bench_fisher(
+    name: str,
+    *,
+    batch_size: int | None = None,
+    batches: int = 4,
+    rounds: int = 5,
+    device: str = "cpu",
+    peers: bool = True,
+) -> Table:
+    """Time `fisher_diagonal` on several batches, and what it is compared with.
+
+    Args:
+        name: A workload (see `gradmask.benchmarks.workloads`).
+        batch_size: Samples in a batch (default: the workload's own).
+        batches: Batches in one measurement; a Fisher pass begins with a probe of two samples.
+        rounds: Times everything is timed.
+        device: Device to measure on.
+        peers: Compare with other libraries, as far as they are installed.
+
+    Returns:
+        Table: milliseconds a batch (median), ratio to a plain forward and backward (median of
+        the rounds' ratios), largest error relative to the largest entry of each tensor, peak
+        memory of the process above its start (CPU) or of the device (CUDA).
+    """
+    model, inputs, targets = make(name, batch_size, device)
+    data = [(inputs, targets)] * batches
+    step = plain(model, inputs, targets)
+    tasks: dict[str, Callable[[], object]] = {
+        "plain forward + backward": lambda: [step() for _ in range(batches)],
+        "gradmask": lambda: fisher_diagonal(model, data),
+    }
+    expected = fisher_diagonal(model, data)
+    notes = {"plain forward + backward": "", "gradmask": ""}
+    for peer, prepare in PEERS.items() if peers else ():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                task = prepare(model, inputs, targets)
+                notes[peer] = _error(task(), expected)
+                tasks[peer] = lambda task=task: [task() for _ in range(batches)]  # type: ignore[misc]
+        except Exception as error:
+            notes[peer] = f"not measured: {type(error).__name__}: {str(error).splitlines()[0]}"[:60]
+    seconds = interleave(tasks, rounds, device)
+    size = f"batch {len(inputs)}, {device}, {torch.get_num_threads()} threads"
+    table = Table(title=f"{name}, {size}, torch {torch.__version__}")
+    for title in ("", "ms / batch", "÷ plain", "peak MB", "error, or why not"):
+        table.add_column(title, justify="left" if title in ("", "error, or why not") else "right")
+    for way, note in notes.items():
+        if way not in seconds:
+            table.add_row(way, "", "", "", note)
+            continue
+        ms = 1e3 * median(seconds[way]) / batches
+        times = ratio(seconds, way, "plain forward + backward")
+        memory = peak_megabytes(name, way, len(inputs), device)
+        table.add_row(way, f"{ms:.1f}", f"{times:.2f}", f"{memory:.0f}", note)
+    return table
+
+
+def print_bench(name: str, **options: object) -> None:
+    """Print the table of `bench_fisher`."""
+    Console().print(bench_fisher(name, **options))  # type: ignore[arg-type]
+
+
+def _error(found: Diagonal, expected: Diagonal) -> str:
+    if found.keys() != expected.keys():
+        return f"wrong: {len(found.keys() ^ expected.keys())} parameters differ"
+    worst = max(
+        float((found[n] - e).abs().max() / e.abs().max().clamp_min(1e-30))
+        for n, e in expected.items()
+    )
+    return f"{worst:.0e}" if worst <= TOLERANCE else f"wrong: relative error {worst:.0e}"

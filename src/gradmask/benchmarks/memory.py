@@ -1,0 +1,55 @@
+"""Peak memory of one task, in a process of its own."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import torch
+
+from gradmask.benchmarks import peers
+from gradmask.benchmarks.workloads import make
+
+TASKS = {"plain forward + backward": peers.plain, "gradmask": peers.ours, **peers.PEERS}
+
+
+def peak_megabytes(workload: str, task: str, batch_size: int, device: str) -> float:
+    """Peak memory of a task above what the model, the batch and the libraries take.
+
+    Args:
+        workload: Name of the workload.
+        task: `gradmask`, `plain forward + backward` or a peer.
+        batch_size: Samples in the batch.
+        device: Device to measure on.
+
+    Returns:
+        Megabytes: resident memory of the process on a CPU, allocated memory on CUDA; NaN if the
+        task failed.
+    """
+    words = [sys.executable, "-m", __spec__.name, workload, task, str(batch_size), device]
+    found = subprocess.run(words, capture_output=True, text=True)
+    try:
+        return float(found.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return float("nan")
+
+
+def _main(workload: str, task: str, batch_size: str, device: str) -> None:
+    small = TASKS[task](*make("mlp", 2, device))
+    small()  # loads what is loaded at first use
+    model, inputs, targets = make(workload, int(batch_size), device)
+    run = TASKS[task](model, inputs, targets)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
