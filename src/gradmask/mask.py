@@ -70,15 +70,25 @@ class FisherMask:
         check_likelihood(kind, loss)
         if max_samples is not None and max_samples < 1:
             raise OptionError(f"max_samples={max_samples!r} must be at least 1, or None for all.")
-        self.model, self.keep, self.scope, self.strategy = model, keep, scope, strategy
-        self.kind, self.loss, self.max_samples, self.seed = kind, loss, max_samples, seed
+        trainable_parameters(model)  # refuses a model that has none
+        self.model, self.scope, self.strategy = model, scope, strategy
+        self.kind, self.loss = kind, loss
+        # NumPy's numbers would neither load without pickle nor seed as Python's do.
+        self.keep, self.seed = float(keep), int(seed)
+        self.max_samples = None if max_samples is None else int(max_samples)
         self.refreshes = 0
         self.masks: dict[str, Tensor] = {}
-        self._parameters = trainable_parameters(model)
-        self._names = {id(p): name for name, p in self._parameters.items()}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._names: dict[int, str] = {}
+        self._read_parameters()
         self._optimizers: list[Optimizer] = []
         self._handles: list[Any] = []
-        self._before: dict[int, dict[str, Tensor]] = {}
+        self._before: dict[int, list[dict[str, Tensor]]] = {}
+
+    def _read_parameters(self) -> None:
+        """Look them up anew; frozen ones too, which may thaw while their mask is in force."""
+        self._parameters = dict(self.model.named_parameters())
+        self._names = {id(p): name for name, p in self._parameters.items()}
 
     def attach(self, optimizer: Optimizer) -> FisherMask:
         """Mask every following step of an optimizer, through its own step hooks.
@@ -98,12 +108,13 @@ class FisherMask:
                 "L-BFGS builds its step from gradients at several points, which no mask fits: "
                 "use another optimizer, such as SGD or AdamW."
             )
+        self._read_parameters()
         if not any(
             id(p) in self._names for group in optimizer.param_groups for p in group["params"]
         ):
             raise OptimizerError(
-                "The optimizer holds none of the model's trainable parameters: build it from this "
-                "model's parameters(), after moving or wrapping the model."
+                "The optimizer holds none of the model's parameters: build it from this model's "
+                "parameters(), after moving or wrapping the model."
             )
         if optimizer in self._optimizers:
             raise OptimizerError("The mask is attached to this optimizer already.")
@@ -131,10 +142,8 @@ class FisherMask:
             ModelError: If the model cannot be measured.
             DataError: If the data cannot be used, or the loss is not finite. The mask stays.
         """
-        self._parameters = trainable_parameters(self.model)
-        self._names = {id(p): name for name, p in self._parameters.items()}
         if self.strategy == "random":  # needs shapes only
-            self.update({name: p.detach() for name, p in self._parameters.items()})
+            self.update({name: p.detach() for name, p in trainable_parameters(self.model).items()})
             return
         seed = derive_seed(self.seed, "fisher", self.refreshes)
         options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "seed": seed}
@@ -148,11 +157,12 @@ class FisherMask:
 
         Raises:
             StateError: If names or shapes are not those of the model's trainable parameters.
-            DataError: If values are NaN, infinite or negative.
+            DataError: If values are NaN, infinite or negative (`random` reads only the shapes).
         """
         self._check_shapes(fisher, "Fisher diagonal")
         generator = seeded_generator(self.seed, "mask", self.refreshes)
         self.masks = make_masks(fisher, self.keep, strategy=self.strategy, generator=generator)
+        self._read_parameters()
         self.refreshes += 1
 
     @torch.no_grad()
@@ -167,7 +177,8 @@ class FisherMask:
                     raise OptimizerError(
                         f"Parameter {name!r} has a sparse gradient: use sparse=False in its layer."
                     )
-                parameter.grad.mul_(self._mask(name, parameter))
+                # Not a product: an infinite gradient times 0 would be NaN.
+                parameter.grad.masked_fill_(~self._mask(name, parameter), 0)
 
     def _mask(self, name: str, parameter: nn.Parameter) -> Tensor:
         if self.masks[name].device != parameter.device:  # the model was moved
@@ -186,19 +197,16 @@ class FisherMask:
     @torch.no_grad()
     def _pre_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         parameters = self._of(optimizer)
         if self.scope == "update":
-            self._before[id(optimizer)] = {
-                name: p.detach().clone() for name, p in parameters.items() if name in self.masks
-            }
-        # Inside `step` the optimizer's own first argument may come along; the closure follows it.
-        found = [a for a in (*args, kwargs.get("closure")) if a is not None and a is not optimizer]
-        if not found:
-            self._apply(parameters)
-            return None
+            # A stack: the `step` of a subclass may call that of its parent, which runs hooks too.
+            self._before.setdefault(id(optimizer), []).append(
+                {name: p.detach().clone() for name, p in parameters.items() if name in self.masks}
+            )
+        self._apply(parameters)
 
-        # The closure computes the gradients inside the step: mask them as it returns.
+        # A closure computes the gradients inside the step: mask them as it returns too.
         def masked(closure: Callable[[], Any]) -> Callable[[], Any]:
             def call() -> Any:
                 value = closure()
@@ -214,7 +222,8 @@ class FisherMask:
     @torch.no_grad()
     def _post_step(self, optimizer: Optimizer, *_: Any) -> None:
         parameters = self._of(optimizer)
-        for name, before in self._before.pop(id(optimizer), {}).items():
+        stack = self._before.get(id(optimizer))
+        for name, before in (stack.pop() if stack else {}).items():
             parameter = parameters[name]
             parameter.copy_(torch.where(self._mask(name, parameter), parameter, before))
 
@@ -230,8 +239,9 @@ class FisherMask:
     def kept_fractions(self) -> dict[str, float]:
         """The same share for every parameter by name."""
         if not self.masks:
-            return dict.fromkeys(self._parameters, 1.0)
-        return {name: float(m.float().mean()) for name, m in self.masks.items()}
+            return dict.fromkeys(trainable_parameters(self.model), 1.0)
+        # A parameter without entries has nothing masked.
+        return {n: int(m.sum()) / m.numel() if m.numel() else 1.0 for n, m in self.masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Options, refresh count and masks; plain values and tensors that load without pickle."""
@@ -260,13 +270,14 @@ class FisherMask:
                     f"{name}={getattr(self, name)!r}: build it with the same options."
                 )
         masks, refreshes = state["masks"], state["refreshes"]
-        sound = isinstance(refreshes, int) and refreshes >= 0 and isinstance(masks, dict)
+        sound = type(refreshes) is int and refreshes >= 0 and isinstance(masks, dict)
         if not sound or any(
             not isinstance(m, Tensor) or m.dtype != torch.bool for m in masks.values()
         ):
             raise StateError("The state's masks or refresh count are damaged.")
         if masks:
             self._check_shapes(masks, "state")
+        self._read_parameters()
         self.masks = {
             name: mask.to(self._parameters[name].device, torch.bool, copy=True)
             for name, mask in masks.items()
@@ -274,12 +285,13 @@ class FisherMask:
         self.refreshes = refreshes
 
     def _check_shapes(self, tensors: dict[str, Tensor], what: str) -> None:
-        if tensors.keys() != self._parameters.keys():
-            odd = sorted(tensors.keys() ^ self._parameters.keys())
+        parameters = trainable_parameters(self.model)
+        if tensors.keys() != parameters.keys():
+            odd = sorted(str(name) for name in tensors.keys() ^ parameters.keys())
             raise StateError(
                 f"The {what} and the model's trainable parameters differ: {', '.join(odd[:5])}."
             )
-        for name, parameter in self._parameters.items():
+        for name, parameter in parameters.items():
             if tensors[name].shape != parameter.shape:
                 raise StateError(
                     f"The {what} has shape {tuple(tensors[name].shape)} for {name!r}, the model "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 
 import torch
@@ -55,7 +55,7 @@ def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
     bits = torch.finfo(dtype).bits
     prefix, remaining = 0, k
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64)
+        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device="cpu")
         for keys in _keys(values, dtype):
             if shift + _DIGIT < bits:
                 keys = keys[keys >> (shift + _DIGIT) == prefix]
@@ -66,7 +66,7 @@ def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
         remaining -= int(above[place - 1]) if place else 0
         prefix = prefix << _DIGIT | ((1 << _DIGIT) - 1 - place)
     integer = torch.int64 if dtype == torch.float64 else torch.int32
-    return torch.tensor(prefix, dtype=integer).view(dtype)
+    return torch.tensor(prefix, dtype=integer, device="cpu").view(dtype)
 
 
 def global_threshold(fisher: Mapping[str, Tensor], keep: float) -> Tensor:
@@ -114,7 +114,7 @@ def make_masks(
 
     Raises:
         OptionError: If an option is out of range or unknown, or a generator is missing.
-        DataError: If values are NaN, infinite or negative.
+        DataError: If values are NaN, infinite or negative (`random` reads only the shapes).
     """
     check_keep(keep)
     check_choice("strategy", strategy, STRATEGIES)
@@ -132,7 +132,7 @@ def make_masks(
             GradmaskWarning,
             stacklevel=2,
         )
-    masks = {name: a >= threshold.to(a.device) for name, a in fisher.items()}
+    masks = _compare(torch.ge, fisher, threshold)
     if strategy == "random_matched":
         return {
             name: _draw(m.numel(), int(m.sum()), generator).view(m.shape).to(m.device)
@@ -143,10 +143,17 @@ def make_masks(
     return masks
 
 
+def _compare(
+    relation: Callable[[Tensor, Tensor], Tensor], fisher: Mapping[str, Tensor], bound: Tensor
+) -> dict[str, Tensor]:
+    """Compare in the bound's precision: PyTorch would round the bound to that of each tensor."""
+    return {name: relation(a.to(bound.dtype), bound.to(a.device)) for name, a in fisher.items()}
+
+
 def _draw(total: int, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` of `total` entries, exactly, at random."""
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[torch.randperm(total, generator=generator)[:count]] = True
+    chosen = torch.zeros(total, dtype=torch.bool, device="cpu")
+    chosen[torch.randperm(total, generator=generator, device="cpu")[:count]] = True
     return chosen
 
 
@@ -164,8 +171,7 @@ def _lowest(
     """The `count` smallest entries; zeros are many, so ties are broken at random, exactly."""
     total = sum(t.numel() for t in fisher.values())
     bound = kth_largest(fisher.values(), total - count + 1)
-    masks = {name: a < bound.to(a.device) for name, a in fisher.items()}
-    ties = {name: a == bound.to(a.device) for name, a in fisher.items()}
+    masks, ties = _compare(torch.lt, fisher, bound), _compare(torch.eq, fisher, bound)
     missing = count - sum(int(m.sum()) for m in masks.values())
     flat = torch.cat([t.reshape(-1).cpu() for t in ties.values()])
     chosen = torch.zeros_like(flat)
