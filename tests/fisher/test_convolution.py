@@ -6,11 +6,14 @@ from torch import nn
 
 from gradmask.fisher import convolution, rules
 from gradmask.fisher.convolution import (
+    add_by_groups,
+    add_by_products,
+    add_by_samples,
+    add_by_unfolding,
     by_groups,
-    squares_by_groups,
-    squares_by_samples,
-    squares_by_unfolding,
+    fastest_way,
 )
+from gradmask.kernels import can_add_squared_products
 
 LAYERS = {
     "plain": lambda: nn.Conv2d(4, 6, 3),
@@ -45,31 +48,31 @@ def test_all_ways_agree_with_autograd(case, samples, elements, monkeypatch):
     expected = torch.stack(single)
     layer.requires_grad_(False)
     torch.testing.assert_close(by_groups(layer, x, g), expected, rtol=1e-10, atol=1e-12)
-    ways = [squares_by_groups, squares_by_samples]
+    ways = [add_by_groups, add_by_samples]
+    if can_add_squared_products(x, g):
+        ways.append(add_by_products)
     if isinstance(layer, nn.Conv2d):
-        ways.append(squares_by_unfolding)
+        ways.append(add_by_unfolding)
     for way in ways:
-        found = way(layer, x, g)
-        torch.testing.assert_close(found, expected.square().sum(0), rtol=1e-10, atol=1e-12)
+        found = torch.ones(layer.weight.shape, dtype=torch.float64)
+        way(layer, x, g, found)
+        torch.testing.assert_close(found, 1 + expected.square().sum(0), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("layer", "way"),
+    ("layer", "kernels", "way"),
     [
-        (nn.Conv2d(2, 3, 3), "squares_by_groups"),
-        (nn.Conv2d(200, 200, 3), "squares_by_unfolding"),
-        (nn.Conv1d(300, 300, 3), "squares_by_samples"),
-        (nn.ConvTranspose2d(200, 200, 3), "squares_by_samples"),
+        (nn.Conv2d(2, 3, 3), True, "add_by_groups"),  # few outputs
+        (nn.Conv2d(2, 8, 3), True, "add_by_products"),
+        (nn.Conv2d(16, 16, 3, groups=16), True, "add_by_groups"),
+        (nn.Conv2d(2, 8, 3), False, "add_by_groups"),
+        (nn.Conv2d(200, 200, 3), False, "add_by_unfolding"),
+        (nn.Conv1d(300, 300, 3), False, "add_by_samples"),
+        (nn.ConvTranspose2d(200, 200, 3), False, "add_by_samples"),
     ],
 )
-def test_way_depends_on_the_size(layer, way, monkeypatch):
-    chosen = []
-    for name in ("squares_by_groups", "squares_by_samples", "squares_by_unfolding"):
-        original = getattr(convolution, name)
-        monkeypatch.setattr(
-            convolution, name, lambda *a, n=name, o=original: (chosen.append(n), o(*a))[1]
-        )
+def test_way_depends_on_the_shape(layer, kernels, way, monkeypatch):
+    monkeypatch.setattr(convolution, "can_add_squared_products", lambda *_: kernels)
+    total = torch.zeros(layer.weight.shape)
     x = torch.randn(2, layer.in_channels, *[4] * (layer.weight.dim() - 2))
-    with torch.no_grad():
-        convolution._squared_sum(layer, x, torch.randn_like(layer(x)))
-    assert chosen == [way]
+    assert fastest_way(layer, x, layer(x), total).__name__ == way

@@ -22,7 +22,7 @@ from cases import (
 )
 from torch import nn
 
-from gradmask.fisher.reference import call, per_sample_squares
+from gradmask.fisher.reference import add_per_sample_squares, call, zero_squares
 from gradmask.parameters import trainable_parameters
 
 
@@ -31,8 +31,9 @@ def reference(model, data, **options):
     ((inputs, targets),) = data
     model.eval()
     parameters = trainable_parameters(model)
-    sums = per_sample_squares(model, inputs, targets, parameters, **options)
-    return {name: total / len(targets) for name, total in sums.items()}
+    totals = {name: zero_squares(p) for name, p in parameters.items()}
+    add_per_sample_squares(model, inputs, targets, parameters, totals, **options)
+    return {name: total / len(targets) for name, total in totals.items()}
 
 
 @pytest.mark.parametrize(

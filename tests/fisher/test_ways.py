@@ -13,7 +13,7 @@ def bare(function, *shape, **parts):
 
 
 class Affine(nn.Module):
-    """Matrix products of bare parameters, which no elementwise operation explains."""
+    """Functions of bare parameters, which no single operation explains."""
 
     def __init__(self, size=3, split=False):
         super().__init__()
@@ -25,7 +25,7 @@ class Affine(nn.Module):
         h = x if y is None else x * y.cos()
         if mask is not None:
             h = mask @ h
-        h = h @ self.a + self.b
+        h = h @ self.a.sinh() + self.b.sinh()
         return (self.inner(h), {"tanh": h.tanh()}) if self.split else self.inner(h.tanh())
 
 
@@ -45,7 +45,7 @@ class Chunks(nn.Module):
         self.a = nn.Parameter(torch.randn(3, 4))
 
     def forward(self, x):
-        return (x @ self.a).chunk(2, -1)
+        return (x @ self.a.sinh()).chunk(2, -1)
 
 
 def recurrent_state(m, x):
@@ -62,7 +62,8 @@ def functional_child():
             self.scale, self.child = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 2)
 
         def forward(self, x):
-            return nn.functional.linear(x @ self.scale, self.child.weight, self.child.bias)
+            weight, bias = self.child.weight.sinh(), self.child.bias.sinh()
+            return nn.functional.linear(x @ self.scale.sinh(), weight, bias)
 
     return Net(lambda m, x: readout(m.parent(x)), parent=Parent())
 
@@ -70,7 +71,11 @@ def functional_child():
 def nested():
     return Net(
         lambda m, x: readout(m.outer(x)),
-        outer=Net(lambda m, x: m.block(x) @ m.p, block=Affine(), p=nn.Parameter(torch.randn(3, 3))),
+        outer=Net(
+            lambda m, x: m.block(x) @ m.p.sinh(),
+            block=Affine(),
+            p=nn.Parameter(torch.randn(3, 3)),
+        ),
     )
 
 
@@ -90,16 +95,19 @@ ELEMENTWISE = {
     "several-uses": bare(lambda p, x: (x + p).tanh() * p - p, 3),
     "in-place": bare(lambda p, x: x.sin().add_(p).tanh_(), 3),
     "larger-than-the-other": bare(lambda p, x: x.sum(1, keepdim=True) * p, 4, 3),
+    "samples-second": bare(lambda p, x: (x.transpose(0, 1) * p).transpose(0, 1), 3),
+    "samples-second-wide": bare(
+        lambda p, x: (x.transpose(0, 1) + p).sin().transpose(0, 1), 4, 1, 3
+    ),
+    "folded": bare(lambda p, x: (x.flatten(0, 1) * p).unflatten(0, (-1, 4)), 3),
     "other-without-samples": bare(lambda p, x: x + (p * torch.arange(3.0)).expand_as(x), 1, 1, 3),
 }
 # A position embedding times a constant has no samples where it is multiplied.
 BY_SAMPLE = {
     "other-without-samples": ELEMENTWISE.pop("other-without-samples"),
-    "matrix-product": bare(lambda p, x: x @ p, 3, 3),
     "along-the-samples": bare(lambda p, x: x + p[: len(x)], 5, 4, 3),
     "sliced": bare(lambda p, x: x + p[:3], 5),
     "also-elsewhere": bare(lambda p, x: (x * p) @ p, 3),
-    "transposed-samples": bare(lambda p, x: (x.transpose(0, 1) * p).transpose(0, 1), 3),
     "quotient": bare(lambda p, x: x / p, 3),
 }
 BY_MODULE = {
@@ -114,26 +122,61 @@ BY_MODULE = {
     "one-node-two-outputs": Net(lambda m, x: readout(m.c(x)[0] * m.c(x)[1].cos()), c=Chunks()),
     "functional-child": functional_child(),
     "nested": nested(),
-    "lstm": Net(lambda m, x: readout(m.rnn(x)[0]), rnn=nn.LSTM(3, 2, batch_first=True)),
-    "attention-with-padding": Net(
-        lambda m, x: readout(
-            m.att(x, x, x, key_padding_mask=x[..., 0] > 5.0, need_weights=False)[0]
-        ),
-        att=nn.MultiheadAttention(3, 1, batch_first=True),
-    ),
 }
 # Something besides the samples goes in or comes out.
 NOT_BY_MODULE = {
     "one-output-made-from-another": Net(
         lambda m, x: readout(sum(m.block(x))),
         block=Net(
-            lambda m, x: (lambda h: (h, h.tanh()))(x @ m.p), p=nn.Parameter(torch.randn(3, 3))
+            lambda m, x: (lambda h: (h, h.tanh()))(x @ m.p.sinh()),
+            p=nn.Parameter(torch.randn(3, 3)),
         ),
     ),
     "mask-of-positions": called(
         lambda block, x: block(x, mask=torch.eye(4, dtype=x.dtype).flip(0))
     ),
-    "lstm-state": Net(recurrent_state, rnn=nn.LSTM(3, 2, batch_first=True)),
+}
+
+
+def attention(**options):
+    """Self-attention with padding, cross-attention to fewer positions."""
+
+    def forward(m, x):
+        h = x if options.get("batch_first") else x.transpose(0, 1)
+        padded = x[..., 0] > 5.0
+        h = m.own(h, h, h, key_padding_mask=padded, need_weights=False)[0]
+        return readout(h if options.get("batch_first") else h.transpose(0, 1))
+
+    return Net(forward, own=nn.MultiheadAttention(3, 1, **options))
+
+
+MATMUL = {
+    "product": bare(lambda p, x: x @ p, 3, 2),
+    "square": bare(lambda p, x: x @ p, 3, 3),
+    "transposed": bare(lambda p, x: x @ p.t(), 5, 3),
+    "transposed-twice": bare(lambda p, x: x @ p.mT.t(), 3, 5),
+    "one-position": bare(lambda p, x: x[:, 0] @ p, 3, 5),
+    "functional": bare(lambda p, x: nn.functional.linear(x, p, p[:, 0].detach()), 5, 3),
+    "scaled": bare(
+        lambda p, x: torch.addmm(x[:, 0, :2], x[:, 1], p, alpha=3.0, beta=0.5), 3, 2
+    ),
+    "folded": bare(lambda p, x: (x.flatten(0, 1) @ p).unflatten(0, (-1, 4)), 3, 2),
+    "samples-second": bare(lambda p, x: (x.transpose(0, 1) @ p).transpose(0, 1), 3, 2),
+    "samples-second-folded": bare(
+        lambda p, x: (x.transpose(0, 1).flatten(0, 1) @ p).unflatten(0, (4, -1)).transpose(0, 1),
+        3, 2,
+    ),
+    "several-uses": bare(lambda p, x: (x @ p).tanh() @ p.t(), 3, 2),
+    "with-an-elementwise-use": bare(lambda p, x: (x[:, :3] @ p).tanh() * p, 3, 3),
+}  # fmt: skip
+BY_OPERATIONS = {
+    "lstm": Net(lambda m, x: readout(m.rnn(x)[0]), rnn=nn.LSTM(3, 2, batch_first=True)),
+    "lstm-state": Net(recurrent_state, rnn=nn.LSTM(3, 2, 2, batch_first=True)),
+    "gru-samples-second": Net(
+        lambda m, x: readout(m.rnn(x.transpose(0, 1))[0].transpose(0, 1)), rnn=nn.GRU(3, 2)
+    ),
+    "attention": attention(batch_first=True),
+    "attention-samples-second": attention(),
 }
 
 
@@ -155,6 +198,30 @@ def test_not_elementwise(case, ways):
     assert ways["p"] == "sample"
 
 
+@pytest.mark.parametrize("case", MATMUL)
+def test_matmul(case, ways):
+    check(MATMUL[case])
+    assert ways["p"] == "matmul" or case == "with-an-elementwise-use"
+    assert not {"module", "sample"} & set(ways.values())
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 1), (3, 5, 8)])
+@pytest.mark.parametrize("case", BY_OPERATIONS)
+def test_by_operations(case, sizes, ways):
+    check(BY_OPERATIONS[case], sizes)
+    assert not {"module", "sample"} & set(ways.values())
+
+
+def test_addmm_with_a_parameter_as_its_sum(ways):
+    model = Net(
+        lambda m, x: readout(torch.addmm(m.p, x[:, 0], m.q, alpha=2.0, beta=3.0)),
+        p=nn.Parameter(torch.randn(1, 2)),
+        q=nn.Parameter(torch.randn(3, 2)),
+    )
+    check(model)
+    assert ways == {"p": "elementwise", "q": "matmul"}
+
+
 @pytest.mark.parametrize("case", BY_MODULE)
 def test_by_module(case, ways):
     check(BY_MODULE[case])
@@ -170,7 +237,7 @@ def test_not_by_module(case, ways):
 
 @pytest.mark.parametrize("sizes", [(2,), (3,), (4,), (4, 1, 5)])
 def test_exact(sizes, ways):
-    model = randomise(called(lambda block, x: block(x) @ block.inner.weight))
+    model = randomise(called(lambda block, x: block(x) @ block.inner.weight.sinh()))
     data = batches(floats(4, 3), sizes)
     assert_close(fisher_diagonal(model, data, kind="exact"), oracle(model, data, labels=all_labels))
     assert {"rule", "module", "sample"} <= set(ways.values())

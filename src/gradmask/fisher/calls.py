@@ -1,13 +1,13 @@
-"""What a forward pass did with parameters, and the per-sample gradients that follow from it.
+"""Calls of modules in a forward pass, and the per-sample gradients that follow from them.
 
-Three kinds, from the cheapest: a call of a layer that has a rule, an elementwise operation on a
-bare parameter (class tokens, position embeddings, layer scales), and a call of any other module,
-which is run again for one sample at a time, by itself and not with the whole network.
+Two kinds: a call of a layer that has a rule, and a call of any other module, which is run again for
+one sample at a time, by itself and not with the whole network. What lies between the two, single
+operations on bare parameters, is in `operations`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmask.errors import ModelError
 from gradmask.fisher.graph import Node
-from gradmask.fisher.rules import LayerRule, chunk_size, sum_of_squares
+from gradmask.fisher.rules import LayerRule, chunk_size
 
 
 class Call:
@@ -28,7 +28,7 @@ class Call:
         edges: Places in the graph whose gradients it needs.
         gradients: Those gradients, after a backward pass.
         inputs: Nodes of the inputs.
-        kind: `rule`, `elementwise` or `module`, and what tells the call from others of its kind.
+        kind: `rule`, `operation` or `module`, and what tells the call from others of its kind.
     """
 
     kind: tuple[Any, ...]
@@ -42,12 +42,16 @@ class Call:
         """Per-sample gradients `{model's name: (n, *shape)}` of some of the samples."""
         raise NotImplementedError
 
+    def rows(self, gradient: Tensor) -> Tensor:
+        """The gradient of an output with the samples in dimension 0."""
+        return gradient
+
     def explains(self, name: str, parameter: nn.Parameter) -> None:
         """Take note that the call is the one to measure a parameter."""
 
-    def squared_sum(self) -> dict[str, Tensor] | None:
-        """Sum over all samples of the squares, where that is cheaper; None if it is not."""
-        return None
+    def add_squares(self, totals: dict[str, Tensor]) -> bool:
+        """Add the squares over all samples to `{model's name: total}`; False if it cannot."""
+        return False
 
 
 class LayerCall(Call):
@@ -73,9 +77,14 @@ class LayerCall(Call):
         """By the rule."""
         return self._named(self.rule.per_sample(self.module, *self._pair(samples)))
 
-    def squared_sum(self) -> dict[str, Tensor]:
+    def add_squares(self, totals: dict[str, Tensor]) -> bool:
         """By the rule's cheapest way."""
-        return self._named(sum_of_squares(self.rule, self.module, *self._pair(slice(None))))
+        if self.rule.add_squares is None:
+            square_together([self], totals, len(self.x))
+        else:
+            own = {local: totals[name] for local, name in self.names.items()}
+            self.rule.add_squares(self.module, *self._pair(slice(None)), own)
+        return True
 
     def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {self.names[local]: t for local, t in tensors.items() if local in self.names}
@@ -153,118 +162,32 @@ class ModuleCall(Call):
         ]
 
 
-class ElementwiseCall(Call):
-    """A sum, product or expansion in which a bare parameter is repeated over the samples."""
-
-    def __init__(
-        self, name: str, node: Node, shape: torch.Size, operand: torch.Size, factor: Factor
-    ) -> None:
-        super().__init__({name: name}, [GradientEdge(node, 0)])
-        self.kind = ("elementwise", node.name(), tuple(operand))
-        self.name, self.factor = name, factor
-        self.shape, self.operand = shape, operand
-
-    def per_sample(self, samples: slice) -> dict[str, Tensor]:
-        """The output's gradient times the other factor, summed over what was broadcast."""
-        gradient, other = self.gradients[0], self.factor()
-        assert gradient is not None
-        g = full_precision(gradient[samples])
-        if isinstance(other, Tensor):
-            spans = other.dim() == g.dim() and len(other) > 1
-            other = full_precision(other[samples] if spans else other)
-        g = g * other
-        padded = (1,) * (g.dim() - len(self.operand)) + tuple(self.operand)
-        repeated = [d for d in range(1, g.dim()) if padded[d] == 1 and g.shape[d] > 1]
-        summed = g.sum(repeated) if repeated else g
-        return {self.name: summed.reshape(len(g), *self.shape)}
-
-
-Factor = Callable[[], Tensor | float]
-
-# Operations that leave the order of the entries as it is.
-_RESHAPES = ("ViewBackward0", "UnsqueezeBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0")
-
-
-def elementwise_calls(
-    name: str, leaf: Node, shape: torch.Size, parents: dict[Node, list[Node]], batch_size: int
-) -> list[ElementwiseCall]:
-    """Explain every use of a bare parameter by elementwise operations, if that is what they are.
-
-    Args:
-        name: The parameter's name.
-        leaf: Its node.
-        shape: Its shape.
-        parents: `{node: parents}` of the graph.
-        batch_size: Samples in the batch.
-
-    Returns:
-        The operations; none if some use is of another kind.
-    """
-    found: list[ElementwiseCall] = []
-    stack = [(leaf, shape)]
-    while stack:
-        child, operand = stack.pop()
-        for node in dict.fromkeys(parents[child]):
-            output = torch.Size(node._input_metadata[0].shape)
-            if node.name() in _RESHAPES:
-                if operand.numel() != output.numel():
-                    return []
-                stack.append((node, output))
-                continue
-            padded = (1,) * (len(output) - len(operand)) + tuple(operand)
-            if (
-                not output
-                or output[0] != batch_size
-                or len(padded) != len(output)
-                or padded[0] != 1
-            ):
-                return []
-            for place, (below, _) in enumerate(node.next_functions):
-                if below is child:
-                    factor = _factor(node, place)
-                    if factor is None:
-                        return []
-                    found.append(ElementwiseCall(name, node, shape, operand, factor))
-    return found
-
-
-def _factor(node: Node, place: int) -> Factor | None:
-    """What the gradient of an operation's output is multiplied by on its way to an operand."""
-    kind = node.name()
-    if kind == "ExpandBackward0":
-        return lambda: 1.0
-    if kind == "AddBackward0":
-        return lambda: 1.0 if place == 0 else float(node._saved_alpha)
-    if kind == "SubBackward0":
-        return lambda: 1.0 if place == 0 else -float(node._saved_alpha)
-    if kind == "MulBackward0":
-        saved = "_saved_other" if place == 0 else "_saved_self"
-        return lambda: getattr(node, saved).detach()
-    return None
-
-
-def square_together(
-    calls: list[Call], parameters: dict[str, nn.Parameter], n: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Squares of parameters that are used more than once: summed over the uses, then squared.
+def square_together(calls: Sequence[Call], totals: dict[str, Tensor], n: int) -> None:
+    """Add squares of per-sample gradients: summed over a parameter's uses, then squared.
 
     Args:
         calls: Calls with gradients; a name may be in several of them.
-        parameters: Parameters by name.
+        totals: `{name: tensor of the parameter's shape}`, changed in place.
         n: Samples in the batch.
 
-    Yields:
-        `(name, sum over some samples of the squares)`.
+    Raises:
+        ModelError: If a rule gives a gradient of a wrong shape.
     """
     names = {name for call in calls for name in call.names.values()}
-    chunk = chunk_size(parameters[name] for name in names)
+    chunk = chunk_size(totals[name] for name in names)
     for start in range(0, n, chunk):
         sums: dict[str, Tensor] = {}
         for call in calls:
             for name, gradient in call.per_sample(slice(start, start + chunk)).items():
                 sums[name] = sums[name] + gradient if name in sums else gradient
         for name, gradient in sums.items():
-            yield name, gradient.square().sum(0)
+            if gradient.shape[1:] != totals[name].shape:
+                raise ModelError(
+                    f"The rule of a layer gave {name!r} a gradient of shape "
+                    f"{tuple(gradient.shape[1:])}: expected {tuple(totals[name].shape)}, after the "
+                    "dimension of the samples."
+                )
+            totals[name] += gradient.square().sum(0)  # a rule may have returned `g` itself
 
 
 def full_precision(tensor: Tensor) -> Tensor:

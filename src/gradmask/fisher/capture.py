@@ -1,9 +1,9 @@
 """Squared per-sample gradients of a whole batch from one forward and one backward pass.
 
-Forward hooks note the calls of layers; the autograd graph tells which of them explain a parameter
-completely. The backward pass asks for gradients with respect to layer outputs only, so that the
-ordinary weight gradients are never computed. Nothing of the model is changed, and all hooks go
-when the context ends.
+Forward hooks note the calls of layers; the autograd graph tells which of them, or which single
+operations, explain a parameter completely. The backward pass asks for gradients with respect to
+their outputs only, so that the ordinary weight gradients are never computed. Nothing of the model
+is changed, and all hooks go when the context ends.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from gradmask.fisher.calls import (
     LayerCall,
     ModuleCall,
     differentiable,
-    elementwise_calls,
     spans,
     square_together,
 )
-from gradmask.fisher.graph import Node, enclosed, leaves, lowest, walk
+from gradmask.fisher.graph import Node, enclosed, leaves, lowest, selects, walk
+from gradmask.fisher.operations import Layout, operation_calls
 from gradmask.fisher.rules import LayerRule, find_rule
 
 Way = tuple[Any, ...]  # the kinds of the calls that explain a parameter
+Ways = dict[str, Way]
 
 
 class Capture:
@@ -42,6 +43,7 @@ class Capture:
         parameters: Trainable parameters by name.
         batch_size: Samples in the batch, dimension 0 of every captured input and output.
         allowed: How each name may be captured, as `ways` of another batch gave it (default: any).
+        refused: Ways in which names may not be captured.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class Capture:
         model: nn.Module,
         parameters: dict[str, nn.Parameter],
         batch_size: int,
-        allowed: dict[str, Way] | None = None,
+        allowed: Ways | None = None,
+        refused: Iterable[tuple[str, Way]] = (),
     ) -> None:
-        self._parameters, self._allowed = parameters, allowed
+        self._parameters = parameters
+        self._allowed, self._refused = allowed, set(refused)
         self._names = {id(p): name for name, p in parameters.items()}
         self._batch_size = batch_size
         self._layers: list[LayerCall] = []
@@ -60,11 +64,12 @@ class Capture:
         self._owner: dict[str, list[Call]] = defaultdict(list)
         self._returned: list[tuple[Any, list[tuple[Call, int]]]] = []
         self._handles: list[Any] = []
+        self._arguments: dict[nn.Module, list[Any]] = defaultdict(list)
         self._forward = True
-        self._outside: slice | None = None
+        self._norms: dict[tuple[Call, int], Tensor] | None = None
         self._totals: dict[str, Tensor] = {}
         self.handled: set[str] = set()
-        self.mixed: set[str] = set()
+        self.selects = False
         for module in model.modules():
             rule = find_rule(module)
             local = self._local_names(module, rule) if rule else {}
@@ -72,7 +77,12 @@ class Capture:
                 # First in line: hooks of the user may change the output afterwards.
                 self._watch(module, partial(self._note_layer, rule, local))
             if module is not model and self._is_opaque(module, local):
-                self._watch(module, self._note_module)
+                # Outside of all hooks of the user: they run again with the module.
+                handle = module.register_forward_pre_hook(
+                    self._note_arguments, prepend=True, with_kwargs=True
+                )
+                self._handles.append(handle)
+                self._watch(module, self._note_module, last=True)
 
     def __enter__(self) -> Capture:
         return self
@@ -88,6 +98,7 @@ class Capture:
         for calls in (self._layers, self._modules, self._calls, self._returned):
             calls.clear()
         self._owner.clear()
+        self._arguments.clear()
 
     def _local_names(self, module: nn.Module, rule: LayerRule) -> dict[str, str]:
         """`{the layer's own name: the model's name}` of what its rule can measure."""
@@ -105,13 +116,13 @@ class Capture:
         reparametrised = hasattr(module, "parametrizations")
         return bool(reparametrised or any(id(module._parameters[n]) in self._names for n in own))
 
-    def _watch(self, module: nn.Module, note: Any) -> None:
+    def _watch(self, module: nn.Module, note: Any, *, last: bool = False) -> None:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             # Activation checkpointing and module calls run layers again during the backward pass.
             if self._forward:
                 note(module, args, kwargs, output)
 
-        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+        handle = module.register_forward_hook(hook, prepend=not last, with_kwargs=True)
         self._handles.append(handle)
 
     def _spans(self, value: Any) -> bool:
@@ -125,7 +136,12 @@ class Capture:
         if simple and output.grad_fn is not None:
             self._layers.append(LayerCall(module, rule, dict(names), args[0], output))
 
+    def _note_arguments(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._forward:
+            self._arguments[module].append((args, kwargs))
+
     def _note_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        args, kwargs = self._arguments[module].pop()  # as they were before hooks of the user
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if tensors and all(map(self._spans, tensors)):
             call = ModuleCall(module, args, kwargs, output, self._batch_size)
@@ -152,9 +168,10 @@ class Capture:
         reached = leaves(order, lambda variable: self._names.get(id(variable)))
         # What the outputs do not depend on has gradient zero.
         self.handled = self._parameters.keys() - reached.keys()
+        self.selects = selects(order)
         for name, leaf in reached.items():
             for calls in self._explanations(name, leaf, parents, roots):
-                if calls and (self._allowed is None or self._allowed.get(name) == _way(calls)):
+                if calls and self._permits(name, _way(calls)):
                     self._owner[name] = calls
                     self.handled.add(name)
                     for call in calls:
@@ -163,9 +180,13 @@ class Capture:
         self._keep_used_names()
         self._place_hooks(order)
 
-    def ways(self) -> dict[str, Way]:
-        """How each captured parameter is measured; a first word `rule`, `elementwise`, `module`."""
+    def ways(self) -> Ways:
+        """How each captured parameter is measured; a way's first word says by what kind of call."""
         return {name: _way(self._owner[name]) for name in self.handled if name in self._owner}
+
+    def _permits(self, name: str, way: Way) -> bool:
+        allowed = self._allowed is None or self._allowed.get(name) == way
+        return allowed and (name, way) not in self._refused
 
     def _explanations(
         self, name: str, leaf: Node, parents: dict[Node, list[Node]], roots: set[Node]
@@ -181,7 +202,12 @@ class Capture:
         if explain(layers):
             yield list(layers)
         parameter = self._parameters[name]
-        yield list(elementwise_calls(name, leaf, parameter.shape, parents, self._batch_size))
+        # Operations alone, or together with calls of layers where these are one operation each.
+        found = {call.edges[0].node: call for call in layers}
+        for explained in (found, {}) if found else ({},):
+            for order in (0, 1):
+                layout = Layout(self._batch_size, order)
+                yield operation_calls(name, leaf, parameter.shape, parents, layout, explained)
         # Hooks fire for inner modules first: the innermost module that encloses the parameter.
         for module in dict.fromkeys(call.module for call in self._modules):
             if any(parameter is p for p in module.parameters()):
@@ -226,31 +252,17 @@ class Capture:
         if g is None:
             return
         for call, place in calls:
-            if self._outside is not None:
-                if g[self._outside].count_nonzero():
-                    self.mixed |= set(call.names.values())
+            if self._norms is not None:
+                rows = call.rows(g).reshape(self._batch_size, -1)
+                self._norms[call, place] = rows.double().norm(dim=1)
                 continue
             call.gradients[place] = g.detach()
             alone = len(call.edges) == 1 and all(
                 self._owner[name] == [call] for name in call.names.values()
             )
-            if alone and self.handled.issuperset(call.names.values()):
-                # Squared at once, so that the gradient need not be kept.
-                squares = call.squared_sum()
-                if squares is not None:
-                    call.gradients[place] = None
-                    for name, square in squares.items():
-                        self._add(name, square)
-
-    def _add(self, name: str, squares: Tensor) -> None:
-        shape = self._parameters[name].shape
-        if squares.shape != shape:
-            raise ModelError(
-                f"The rule of a layer gave {name!r} a gradient of shape {tuple(squares.shape)}: "
-                f"expected {tuple(shape)}, after the dimension of the samples."
-            )
-        seen = name in self._totals
-        self._totals[name] = self._totals[name].add_(squares) if seen else squares
+            # Squared at once, so that the gradient need not be kept.
+            if alone and call.add_squares(self._totals):
+                call.gradients[place] = None
 
     def _backward(self, term: Tensor) -> None:
         if not self._returned:
@@ -262,10 +274,11 @@ class Capture:
             for (_, calls), g in zip(self._returned, gradients, strict=True):
                 self._receive(calls, g)
 
-    def check_samples(self, outputs: Any) -> set[str]:
-        """Find parameters whose calls mix samples, or do not have the samples first.
+    def mixed(self, outputs: Any) -> set[str]:
+        """Find parameters whose calls mix samples, or do not have them where they should be.
 
-        The outputs of the first sample must not reach the rows of the others, nor theirs its row.
+        Every sample's outputs are multiplied by a power of two: the rows of its gradients must grow
+        by just that, which is exact in any precision.
 
         Args:
             outputs: What the model returned.
@@ -274,30 +287,48 @@ class Capture:
             Names of the parameters.
         """
         tensors = [t for t in differentiable(outputs) if self._spans(t)]
-        for inside, outside in ((slice(0, 1), slice(1, None)), (slice(1, None), slice(0, 1))):
-            parts = [t[inside].reshape(-1) for t in tensors]
-            # Unequal weights: a plain sum has gradient zero behind a softmax.
-            terms = [(t * torch.arange(1, len(t) + 1, device=t.device).cos()).sum() for t in parts]
-            if terms:
-                self._outside = outside
-                self._backward(torch.stack(terms).sum())
-        self._outside = None
-        return self.mixed
+        if not tensors:
+            return set()
+        generator = torch.Generator().manual_seed(0)
+        exponents = torch.randperm(self._batch_size, generator=generator) % 8
+        weights = torch.ones(self._batch_size, dtype=torch.float64).ldexp(exponents - 3)
+        found = []
+        for scales in (torch.ones_like(weights), weights):
+            self._norms = {}
+            # Unequal weights of the entries too: a plain sum has gradient zero behind a softmax.
+            rows = [t.reshape(self._batch_size, -1) for t in tensors]
+            sums = [r @ torch.arange(1, r.shape[1] + 1, device=r.device).cos().to(r) for r in rows]
+            terms = [t @ scales.to(t) for t in sums]
+            self._backward(torch.stack(terms).sum())
+            found.append(self._norms)
+        self._norms = None
+        plain, weighted = found
+        return {
+            name
+            for key, norms in weighted.items()
+            for name in key[0].names.values()
+            if not torch.allclose(norms, plain[key] * weights.to(norms.device), rtol=1e-4, atol=0)
+        }
 
-    def squared_sums(self, terms: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Sum, over samples and terms, of the squared per-sample gradients of each handled name.
+    def drop(self, names: set[str]) -> None:
+        """Leave parameters to be measured in some other way."""
+        self.handled -= names
+        for name in names:
+            self._owner.pop(name, None)
+        self._keep_used_names()
+
+    def add_squares(self, terms: Iterable[Tensor], totals: dict[str, Tensor]) -> None:
+        """Add, over samples and terms, the squared per-sample gradients of each handled name.
 
         Args:
             terms: Scalars, each a sum over the samples of that sample's own value.
-
-        Returns:
-            `{name: tensor of the parameter's shape}`; absent names are zero.
+            totals: `{name: tensor of the parameter's shape}`, changed in place.
         """
+        self._totals = totals
         for term in terms:
             self._backward(term)
             with torch.no_grad():
                 self._square_rest()
-        return self._totals
 
     def _square_rest(self) -> None:
         """What could not be squared at once: group by group of calls that share parameters."""
@@ -305,8 +336,7 @@ class Capture:
         shared = [c for c in waiting if any(len(self._owner[n]) > 1 for n in c.names.values())]
         groups = [[c] for c in waiting if c not in shared] + ([shared] if shared else [])
         for group in groups:
-            for name, square in square_together(group, self._parameters, self._batch_size):
-                self._add(name, square)
+            square_together(group, self._totals, self._batch_size)
             for call in group:
                 call.gradients = [None] * len(call.edges)
 

@@ -1,11 +1,14 @@
-"""Convolutions of any dimension: per-sample weight gradients, and three ways to their squares.
+"""Convolutions of any dimension: per-sample weight gradients, and four ways to their squares.
 
-A loop over samples costs a call for each; one convolution with a group for each sample costs none,
-but is slow for large weights; unfolding turns all into a product of matrices, which GPUs do well.
-Which is fastest depends on the weight's size (measured: `gradmask bench fisher`).
+The kernel for squared products forms no per-sample gradient at all and is the fastest where it can
+be had. Without it: a loop over samples costs a call for each; one convolution with a group for each
+sample costs none, but is slow for large weights; unfolding turns all into a product of matrices,
+which GPUs do well. Which is fastest depends on the weight's shape (`gradmask bench layers`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from gradmask.fisher.rules import chunk_size, register_rule, trains
+from gradmask.kernels import add_squared_products, can_add_squared_products
 
 # Above this many entries a weight gradient per group is slower than one per call (on CPUs).
 GROUPED_ELEMENTS = 1 << 18
+# With fewer outputs in a group most of the kernel's vectors would be empty.
+VECTOR_OUTPUTS = 8
+
+Way = Callable[[_ConvNd, Tensor, Tensor, Tensor], None]
 
 
 def weight_gradient(module: _ConvNd, x: Tensor, g: Tensor, samples: int = 1) -> Tensor:
@@ -59,6 +67,38 @@ def _padded(module: _ConvNd, x: Tensor) -> Tensor:
     return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
 
 
+def _grid(sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """Places of the points of a grid, in order, with a step for each dimension."""
+    places = torch.zeros(1, dtype=torch.int64)
+    for size, step in zip(sizes, steps, strict=True):
+        places = (places[:, None] + torch.arange(size) * step).flatten()
+    return places
+
+
+def add_by_products(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
+    """Add the squares by the kernel that forms no per-sample gradient.
+
+    The weight gradient of a transposed convolution is that of a convolution from its output to
+    its input.
+    """
+    still, moving = (x, g) if module.transposed else (g, x)
+    if module.transposed or not _pads_itself(module):
+        moving = F.pad(moving, module._reversed_padding_repeated_twice)
+    else:
+        moving = _padded(module, moving)
+    channel, *steps = moving.stride()[1:]
+    strides = [a * b for a, b in zip(module.stride, steps, strict=True)]
+    dilations = [a * b for a, b in zip(module.dilation, steps, strict=True)]
+    positions = _grid(still.shape[2:], strides)
+    offsets = _grid(total.shape[1:], [channel, *dilations])
+    groups = module.groups
+    parts = zip(
+        total.flatten(1).chunk(groups), still.chunk(groups, 1), moving.chunk(groups, 1), strict=True
+    )
+    for part, outputs, inputs in parts:
+        add_squared_products(part, outputs.flatten(2), inputs, positions, offsets)
+
+
 def by_groups(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
     """Per-sample weight gradients (N, *weight.shape) by one convolution with N times the groups."""
     x = _padded(module, x)
@@ -66,30 +106,25 @@ def by_groups(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
     return weight_gradient(module, x.reshape(1, -1, *inside), g.reshape(1, -1, *outside), n)
 
 
-def squares_by_groups(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
-    """Sum of the squares, some samples at a time."""
+def add_by_groups(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
+    """Add the squares, some samples at a time."""
     chunk = chunk_size([module.weight])
     parts = zip(x.split(chunk), g.split(chunk), strict=True)
-    total = torch.zeros_like(module.weight, dtype=g.dtype, requires_grad=False)
     for xp, gp in parts:
         total += by_groups(module, xp, gp).square_().sum(0)
-    return total
 
 
-def squares_by_samples(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
-    """Sum of the squares, one sample at a time: its gradient is still in cache when squared."""
+def add_by_samples(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
+    """Add the squares, one sample at a time: its gradient is still in cache when squared."""
     x = _padded(module, x)
-    total = torch.zeros_like(module.weight, dtype=g.dtype, requires_grad=False)
     for n in range(len(x)):
         gradient = weight_gradient(module, x[n : n + 1], g[n : n + 1])[0]
         total.addcmul_(gradient, gradient)
-    return total
 
 
-def squares_by_unfolding(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
-    """Sum of the squares of δᵀ·unfold(x), a product of matrices for each sample; for Conv2d."""
+def add_by_unfolding(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
+    """Add the squares of δᵀ·unfold(x), a product of matrices for each sample; for Conv2d."""
     assert isinstance(module, nn.Conv2d)
-    total = torch.zeros_like(module.weight, dtype=g.dtype, requires_grad=False)
     flat = total.view(module.groups, len(total) // module.groups, -1)
     deltas = g.flatten(2).unflatten(1, (module.groups, -1))  # (n, groups, K / groups, positions)
     largest = max(module.weight.numel(), deltas[0, 0].shape[-1] * flat.shape[-1] * module.groups)
@@ -105,7 +140,6 @@ def squares_by_unfolding(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
             flat[0].addcmul_(gradient, gradient)
         else:
             flat += (delta[0] @ patches[0].mT).square_()
-    return total
 
 
 def _unfold(module: nn.Conv2d, x: Tensor) -> Tensor:
@@ -118,20 +152,23 @@ def _unfold(module: nn.Conv2d, x: Tensor) -> Tensor:
     return split
 
 
-def _squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def fastest_way(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> Way:
+    """Which of the ways to take, by the weight's shape and the device."""
+    outputs = len(total) // module.groups
+    if outputs >= VECTOR_OUTPUTS and can_add_squared_products(total, x, g):
+        return add_by_products
+    if module.weight.numel() <= GROUPED_ELEMENTS and not x.is_cuda:
+        return add_by_groups
+    return add_by_unfolding if isinstance(module, nn.Conv2d) else add_by_samples
+
+
+def _add_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
     assert isinstance(module, _ConvNd)
-    out = {}
-    if trains(module, "weight"):
-        small = module.weight.numel() <= GROUPED_ELEMENTS
-        if small and not x.is_cuda:
-            out["weight"] = squares_by_groups(module, x, g)
-        elif isinstance(module, nn.Conv2d):
-            out["weight"] = squares_by_unfolding(module, x, g)
-        else:
-            out["weight"] = squares_by_samples(module, x, g)
-    if trains(module, "bias"):
-        out["bias"] = g.flatten(2).sum(2).square_().sum(0)
-    return out
+    if "weight" in totals:
+        total = totals["weight"]
+        fastest_way(module, x, g, total)(module, x, g, total)
+    if "bias" in totals:
+        totals["bias"] += g.flatten(2).sum(2).square_().sum(0)
 
 
 @register_rule(
@@ -141,7 +178,7 @@ def _squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
-    squared_sum=_squared_sum,
+    add_squares=_add_squares,
 )
 def convolution(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Per-sample gradients; input (N, C, ...), output gradient (N, K, ...)."""

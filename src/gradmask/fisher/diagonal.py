@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmask.errors import DataError, OptionError
-from gradmask.fisher.capture import Capture, Way
+from gradmask.fisher.capture import Capture, Way, Ways
 from gradmask.fisher.likelihood import (
     Loss,
     check_likelihood,
@@ -20,7 +20,7 @@ from gradmask.fisher.likelihood import (
     nll,
     part,
 )
-from gradmask.fisher.reference import call, per_sample_squares, zero_squares
+from gradmask.fisher.reference import add_per_sample_squares, call, zero_squares
 from gradmask.fisher.sampling import random_samples
 from gradmask.parameters import evaluation_mode, trainable_parameters
 
@@ -68,8 +68,7 @@ def fisher_diagonal(
     parameters = trainable_parameters(model)
     device = next(iter(parameters.values())).device
     generator = torch.Generator().manual_seed(seed)
-    totals: dict[str, Tensor] = {}
-    safe: dict[str, Way] | None = None
+    safe: Ways | None = None
     seen: dict[str, str] = {}
     count = 0
     with (
@@ -78,6 +77,7 @@ def fisher_diagonal(
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
+        totals = {name: zero_squares(p) for name, p in parameters.items()}
         batches = loader if max_samples is None else random_samples(loader, max_samples, seed)
         for batch in batches:
             inputs, targets = _unpack(batch, device)
@@ -89,13 +89,15 @@ def fisher_diagonal(
             with Capture(model, parameters, n, safe if n > 1 else None) as capture:
                 outputs = call(model, inputs)
                 capture.resolve(outputs)
+                if n > 1 and capture.selects:
+                    capture.drop(capture.mixed(outputs))
                 if kind == "sampled":
                     targets = draw_targets(outputs, targets, loss, generator)
                 if kind == "exact":
                     terms = exact_terms(outputs, targets, loss)
                 else:
                     terms = iter([nll(outputs, targets, loss)])
-                _accumulate(totals, capture.squared_sums(terms))
+                capture.add_squares(terms, totals)
                 ways = {name: way[0][0] for name, way in capture.ways().items()}
                 rest = {k: p for k, p in parameters.items() if k not in capture.handled}
                 del outputs, terms
@@ -103,32 +105,30 @@ def fisher_diagonal(
             _report({name: way for name, way in ways.items() if seen.get(name) != way})
             seen |= ways
             if rest:
-                squares = per_sample_squares(
-                    model, inputs, targets, rest, exact=kind == "exact", loss=loss
+                add_per_sample_squares(
+                    model, inputs, targets, rest, totals, exact=kind == "exact", loss=loss
                 )
-                _accumulate(totals, squares)
             count += n
     if count == 0:
         raise DataError("The loader gave no samples: an iterator may be used up already.")
-    return {
-        name: totals[name].div_(count) if name in totals else zero_squares(p)
-        for name, p in parameters.items()
-    }
+    return {name: total.div_(count) for name, total in totals.items()}
 
 
-def _safe_ways(
-    model: nn.Module, inputs: Any, parameters: dict[str, nn.Parameter]
-) -> dict[str, Way]:
-    """How to measure each parameter: the calls that keep samples apart, as seen on two samples.
+def _safe_ways(model: nn.Module, inputs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
+    """How to measure each parameter: the first way that keeps samples apart, as seen on two.
 
     A dimension that only happens to be as long as the batch is not 2 long here as well, so it is
     not captured; if it is 2, the gradients of one sample's outputs reach the other's row.
     """
-    with Capture(model, parameters, 2) as probe:
-        outputs = call(model, part(inputs, slice(2)))
-        probe.resolve(outputs)
-        mixed = probe.check_samples(outputs)
-        return {name: way for name, way in probe.ways().items() if name not in mixed}
+    refused: set[tuple[str, Way]] = set()
+    while True:
+        with Capture(model, parameters, 2, refused=refused) as probe:
+            outputs = call(model, part(inputs, slice(2)))
+            probe.resolve(outputs)
+            ways, mixed = probe.ways(), probe.mixed(outputs)
+        if not mixed:
+            return ways
+        refused |= {(name, ways[name]) for name in mixed}
 
 
 def _report(ways: dict[str, str]) -> None:
@@ -140,11 +140,6 @@ def _report(ways: dict[str, str]) -> None:
         names = [name for name, found in ways.items() if found == way]
         if names:
             logger.info("%s (no rule applies): %s", text, ", ".join(names))
-
-
-def _accumulate(totals: dict[str, Tensor], squares: dict[str, Tensor]) -> None:
-    for name, square in squares.items():
-        totals[name] = totals[name].add_(square) if name in totals else square
 
 
 def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:

@@ -109,3 +109,12 @@ def leaves(order: Iterable[Node], name_of: Callable[[Any], str | None]) -> dict[
         if name is not None:
             found[name] = node
     return found
+
+
+# Words in the names of operations that choose entries by data.
+_SELECTIONS = ("Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "Pack")
+
+
+def selects(order: Iterable[Node]) -> bool:
+    """Whether entries are chosen by data somewhere, so that sizes may depend on the samples."""
+    return any(word in node.name() for node in order for word in _SELECTIONS)

@@ -20,34 +20,32 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def zero_squares(parameter: nn.Parameter) -> Tensor:
-    """Zeros of a parameter's shape, in its precision but at least float32."""
+    """Zeros of a parameter's shape, contiguous, in its precision but at least float32."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
 
-def per_sample_squares(
+def add_per_sample_squares(
     model: nn.Module,
     inputs: Any,
     targets: Tensor,
     parameters: dict[str, nn.Parameter],
+    totals: dict[str, Tensor],
     *,
     exact: bool = False,
     loss: Loss = "cross_entropy",
-) -> dict[str, Tensor]:
-    """Sum over samples of squared per-sample gradients, by a loop of single-sample autograd.
+) -> None:
+    """Add the sum over samples of squared per-sample gradients, by single-sample autograd.
 
     Args:
         model: The model, in eval mode.
         inputs: Inputs of N samples.
         targets: Targets, shape (N, ...).
         parameters: The parameters to differentiate by.
+        totals: `{name: tensor of the parameter's shape}`, changed in place.
         exact: Take the expectation over all labels in place of the targets.
         loss: The negative log-likelihood.
-
-    Returns:
-        `{name: tensor of the parameter's shape}`, the sum (not the mean) over the samples.
     """
-    totals = {name: zero_squares(p) for name, p in parameters.items()}
     for n in range(len(targets)):
         sample = slice(n, n + 1)
         outputs, target = call(model, part(inputs, sample)), part(targets, sample)
@@ -56,7 +54,6 @@ def per_sample_squares(
             gradients = torch.autograd.grad(
                 term, list(parameters.values()), retain_graph=exact, allow_unused=True
             )
-            for total, gradient in zip(totals.values(), gradients, strict=True):
+            for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    total += gradient.to_dense().to(total.dtype).square()
-    return totals
+                    totals[name] += gradient.to_dense().to(totals[name].dtype).square()

@@ -2,8 +2,8 @@
 
 A rule maps `(module, input, grad_output)`, both with the samples first, to
 `{"weight": (N, *weight.shape), "bias": (N, *bias.shape)}`: positions (pixels, tokens) are summed
-BEFORE anything is squared. A layer may have a second function that gives the sum over the samples
-of the squares directly, where that is cheaper than forming the per-sample gradients.
+BEFORE anything is squared. A layer may have a second function that adds up the squares over the
+samples directly, where that is cheaper than forming the per-sample gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from gradmask.kernels import add_squared_products, can_add_squared_products
+
 Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+AddSquares = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], None]
 
 # Per-sample gradients are formed for as many samples at a time as fit in this many elements: on a
 # CPU few enough to stay in its cache until they are squared, on a GPU enough to keep it busy.
@@ -27,11 +30,11 @@ CHUNK_ELEMENTS_CUDA = 1 << 26
 
 @dataclass(frozen=True)
 class LayerRule:
-    """A layer type's rule, the names it covers, and perhaps a cheaper sum of squares."""
+    """A layer type's rule, the names it covers, and perhaps a cheaper way to the squares."""
 
     layer: type[nn.Module]
     per_sample: Rule
-    squared_sum: Rule | None
+    add_squares: AddSquares | None
     parameters: tuple[str, ...]
 
 
@@ -40,7 +43,7 @@ _RULES: dict[type[nn.Module], LayerRule] = {}
 
 def register_rule(
     *layers: type[nn.Module],
-    squared_sum: Rule | None = None,
+    add_squares: AddSquares | None = None,
     parameters: tuple[str, ...] = ("weight", "bias"),
 ) -> Callable[[Rule], Rule]:
     """Register a per-sample gradient rule for layer types, as a decorator.
@@ -54,8 +57,9 @@ def register_rule(
 
     Args:
         layers: Module types; a subclass inherits the rule unless it overrides `forward`.
-        squared_sum: Optional function of the same arguments that returns the sum over samples of
-            the squared per-sample gradients, shaped like the parameters.
+        add_squares: Optional function `(module, input, grad_output, totals)` that adds the sum over
+            samples of the squared per-sample gradients, in place, to each of the tensors in
+            `totals`, a dict by the layer's own parameter names; what is not wanted is not there.
         parameters: Names of the layer's own parameters that the rule covers.
 
     Returns:
@@ -64,7 +68,7 @@ def register_rule(
 
     def decorate(rule: Rule) -> Rule:
         for layer in layers:
-            _RULES[layer] = LayerRule(layer, rule, squared_sum, parameters)
+            _RULES[layer] = LayerRule(layer, rule, add_squares, parameters)
         return rule
 
     return decorate
@@ -92,30 +96,6 @@ def find_rule(module: nn.Module) -> LayerRule | None:
     return None
 
 
-def sum_of_squares(rule: LayerRule, module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Sum over samples of squared per-sample gradients: Σ_n (∂ℓ_n/∂w)².
-
-    Args:
-        rule: The layer's rule.
-        module: The layer.
-        x: Its input, shape (N, ...).
-        g: Gradient of the summed loss with respect to its output, shape (N, ...).
-
-    Returns:
-        `{local parameter name: tensor of the parameter's shape}`.
-    """
-    if rule.squared_sum is not None:
-        return rule.squared_sum(module, x, g)
-    total: dict[str, Tensor] = {}
-    chunk = chunk_size(p for p in module.parameters(recurse=False))
-    for start in range(0, len(x), chunk):
-        part = slice(start, start + chunk)
-        for name, gradient in rule.per_sample(module, x[part], g[part]).items():
-            squares = gradient.square().sum(0)  # the rule may have returned `g` itself
-            total[name] = total[name].add_(squares) if name in total else squares
-    return total
-
-
 def chunk_size(parameters: Iterable[Tensor]) -> int:
     """Samples whose gradients of these parameters are formed at a time, at least 1."""
     found = list(parameters)
@@ -135,28 +115,39 @@ def _tokens(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
-def _linear_squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
+    """Add Σ_n (Σ_p g[n, p, k] · x[n, p, d])² to total[k, d], the fastest way there is.
+
+    Args:
+        total: Shape (K, D), changed in place.
+        x: Inputs, shape (N, P, D), any strides.
+        g: Gradients of the outputs, shape (N, P, K), any strides.
+    """
+    if x.shape[1] == 1:  # a gradient of rank one: its square is the product of the squares
+        total.addmm_(g[:, 0].square().t(), x[:, 0].square())
+    elif can_add_squared_products(total, g, x):
+        places = zip(x.shape[1:], x.stride()[1:], strict=True)
+        positions, offsets = (torch.arange(size) * step for size, step in places)
+        add_squared_products(total, g.mT, x, positions, offsets)
+    elif x.is_cuda:
+        chunk = chunk_size([total])
+        for xp, gp in zip(x.split(chunk), g.split(chunk), strict=True):
+            total += (gp.mT @ xp).square_().sum(0)
+    else:
+        for xn, gn in zip(x, g, strict=True):  # one gradient stays in cache between its two uses
+            gradient = gn.t() @ xn
+            total.addcmul_(gradient, gradient)
+
+
+def _add_linear_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
     x, g = _tokens(x), _tokens(g)
-    out = {}
-    if trains(module, "weight"):
-        if x.shape[1] == 1:  # a rank-one gradient: its square is the product of the squares
-            out["weight"] = g[:, 0].square().t() @ x[:, 0].square()
-        elif x.is_cuda:
-            chunk = chunk_size([module.weight])  # type: ignore[list-item]
-            parts = zip(x.split(chunk), g.split(chunk), strict=True)
-            out["weight"] = sum((gp.mT @ xp).square_().sum(0) for xp, gp in parts)
-        else:
-            total = g.new_zeros(g.shape[-1], x.shape[-1])
-            for n in range(len(x)):  # one sample's gradient stays in cache between its two uses
-                gradient = g[n].t() @ x[n]
-                total.addcmul_(gradient, gradient)
-            out["weight"] = total
-    if trains(module, "bias"):
-        out["bias"] = g.sum(1).square_().sum(0)
-    return out
+    if "weight" in totals:
+        add_linear_squares(totals["weight"], x, g)
+    if "bias" in totals:
+        totals["bias"] += g.sum(1).square_().sum(0)
 
 
-@register_rule(nn.Linear, squared_sum=_linear_squared_sum)
+@register_rule(nn.Linear, add_squares=_add_linear_squares)
 def linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Σ_t g_t x_tᵀ over the positions t; input (N, ..., in), output gradient (N, ..., out)."""
     x, g = _tokens(x), _tokens(g)
@@ -182,10 +173,25 @@ def _scale_and_shift(module: nn.Module, normalised: Tensor, g: Tensor) -> dict[s
 def batch_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Scale and shift after normalisation by the running statistics."""
     assert isinstance(module, _BatchNorm)
-    mean = None if module.running_mean is None else module.running_mean.to(x.dtype)
-    var = None if module.running_var is None else module.running_var.to(x.dtype)
-    normalised = F.batch_norm(x, mean, var, None, None, False, 0.0, module.eps)
-    return _scale_and_shift(module, normalised, g)
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    # The channels of all samples side by side are those of one sample: one reading gives both sums.
+    one = (1, -1, *x.shape[2:])
+    mean, var = (s.to(x.dtype).repeat(len(x)) for s in (module.running_mean, module.running_var))
+    _, weight, bias = torch.ops.aten.native_batch_norm_backward(
+        g.reshape(one),
+        x.reshape(one),
+        None,
+        mean,
+        var,
+        None,
+        None,
+        False,
+        module.eps,
+        [False, True, True],
+    )
+    found = {"weight": weight, "bias": bias}
+    return {name: t.view(x.shape[:2]) for name, t in found.items() if trains(module, name)}
 
 
 @register_rule(nn.GroupNorm)
@@ -243,14 +249,15 @@ def _embedding_rows(module: nn.Embedding, x: Tensor, g: Tensor) -> tuple[Tensor,
     return keys, rows.index_add_(0, inverse, g.reshape(-1, g.shape[-1]))
 
 
-def _embedding_squared_sum(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _add_embedding_squares(
+    module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]
+) -> None:
     assert isinstance(module, nn.Embedding)
     keys, rows = _embedding_rows(module, x, g)
-    total = g.new_zeros(module.num_embeddings, g.shape[-1])
-    return {"weight": total.index_add_(0, keys % module.num_embeddings, rows.square_())}
+    totals["weight"].index_add_(0, keys % module.num_embeddings, rows.square_())
 
 
-@register_rule(nn.Embedding, squared_sum=_embedding_squared_sum)
+@register_rule(nn.Embedding, add_squares=_add_embedding_squares)
 def embedding(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rows of the output gradient added up by token; input (N, ...) of integers."""
     assert isinstance(module, nn.Embedding)

@@ -1,0 +1,239 @@
+"""Single operations on bare parameters, and the per-sample gradients that follow from them.
+
+Matrix products (attention projections, functional layers, tied heads), and sums, products and
+expansions over the samples (class tokens, position embeddings, layer scales, biases). They are read
+off the autograd graph, which does not say where the samples lie in a result: first (N, P, ...) or
+second (P, N, ...), perhaps folded into rows. Both are offered; a probe tells which is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from gradmask.fisher.calls import Call, full_precision
+from gradmask.fisher.graph import Node
+from gradmask.fisher.rules import add_linear_squares
+
+Factor = Callable[[], Tensor | float]
+
+# Operations that leave the order of the entries as it is.
+_RESHAPES = (
+    "ViewBackward0",
+    "UnsqueezeBackward0",
+    "ReshapeAliasBackward0",
+    "UnsafeViewBackward0",
+    "ToCopyBackward0",
+)
+_TRANSPOSES = ("TBackward0", "TransposeBackward0")
+_PRODUCTS = ("MmBackward0", "AddmmBackward0")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples lie in results: (N, ...), (P, N, ...), or in the rows of a matrix.
+
+    Attributes:
+        samples: Samples in the batch, N.
+        order: 0 if the samples come first, 1 if positions do.
+    """
+
+    samples: int
+    order: int
+
+    def dimension(self, shape: torch.Size) -> int | None:
+        """The dimension of the samples (and positions) in a result of this shape, if any."""
+        if len(shape) == 2:  # rows of samples, or of samples times positions
+            return 0 if shape[0] and shape[0] % self.samples == 0 else None
+        return self.order if len(shape) > self.order and shape[self.order] == self.samples else None
+
+    def folds(self, shape: torch.Size) -> bool:
+        """Whether samples and positions share a dimension."""
+        return len(shape) == 2 and shape[0] != self.samples
+
+    def samples_first(self, tensor: Tensor) -> Tensor:
+        """A view with the samples in dimension 0 and nothing else in it."""
+        if self.folds(tensor.shape):
+            sizes = (self.samples, -1) if self.order == 0 else (-1, self.samples)
+            rows: Tensor = tensor.unflatten(0, sizes)
+            return rows.movedim(self.order, 0)
+        return tensor if tensor.dim() == 2 else tensor.movedim(self.order, 0)
+
+
+class OperationCall(Call):
+    """An operation whose result has the samples where a layout says."""
+
+    layout: Layout
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        """The gradient of the result with the samples in dimension 0."""
+        return self.layout.samples_first(gradient)
+
+
+class ElementwiseCall(OperationCall):
+    """A sum, product or expansion in which a bare parameter is repeated over the samples.
+
+    Args:
+        use: The parameter's name and shape.
+        node: The operation.
+        operand: Sizes that the parameter has in the result, without the dimension of the samples.
+        factor: What the result's gradient is multiplied by.
+        layout: Where the samples lie.
+    """
+
+    def __init__(
+        self,
+        use: tuple[str, torch.Size],
+        node: Node,
+        operand: tuple[int, ...],
+        factor: Factor,
+        layout: Layout,
+    ) -> None:
+        self.name, self.shape = use
+        super().__init__({self.name: self.name}, [GradientEdge(node, 0)])
+        self.kind = ("elementwise", layout.order, node.name(), operand)
+        self.operand, self.factor, self.layout = operand, factor, layout
+
+    def per_sample(self, samples: slice) -> dict[str, Tensor]:
+        """The output's gradient times the other factor, summed over what was broadcast."""
+        gradient, other = self.gradients[0], self.factor()
+        assert gradient is not None
+        g = full_precision(self.rows(gradient)[samples])
+        if isinstance(other, Tensor):
+            other = self.rows(other.expand_as(gradient))[samples]
+            other = full_precision(other)
+        g = g * other
+        repeated = [d for d, size in enumerate(self.operand, 1) if size == 1 and g.shape[d] > 1]
+        summed = g.sum(repeated) if repeated else g
+        return {self.name: summed.reshape(len(g), *self.shape)}
+
+
+class MatmulCall(OperationCall):
+    """A product of matrices with a parameter on the right: rows @ W, or rows @ Wᵀ.
+
+    Args:
+        name: The parameter's name.
+        node: The operation.
+        transposed: Whether the parameter is transposed in it, as in a linear layer.
+        layout: Where the samples lie.
+    """
+
+    def __init__(self, name: str, node: Node, transposed: bool, layout: Layout) -> None:
+        super().__init__({name: name}, [GradientEdge(node, 0)])
+        self.kind = ("matmul", layout.order, transposed)
+        self.name, self.node, self.transposed, self.layout = name, node, transposed, layout
+
+    def _pair(self, samples: slice) -> tuple[Tensor, Tensor]:
+        """Inputs (n, P, D) and gradients (n, P, K) of a linear layer with this weight (K, D)."""
+        g = self.gradients[0]
+        assert g is not None
+        if self.node.name() == "MmBackward0":
+            x = self.node._saved_self
+        else:
+            x = self.node._saved_mat1
+            g = g if self.node._saved_alpha == 1 else g * self.node._saved_alpha
+        rows = [full_precision(self.rows(t)[samples]) for t in (x.detach(), g)]
+        x, g = (t.unsqueeze(1) if t.dim() == 2 else t for t in rows)
+        return (x, g) if self.transposed else (g, x)
+
+    def per_sample(self, samples: slice) -> dict[str, Tensor]:
+        """Sum of the outer products over the positions."""
+        x, g = self._pair(samples)
+        return {self.name: g.mT @ x}
+
+    def add_squares(self, totals: dict[str, Tensor]) -> bool:
+        """As a linear layer does."""
+        add_linear_squares(totals[self.name], *self._pair(slice(None)))
+        return True
+
+
+def operation_calls(
+    name: str,
+    leaf: Node,
+    shape: torch.Size,
+    parents: dict[Node, list[Node]],
+    layout: Layout,
+    explained: Mapping[Node, Call],
+) -> list[Call]:
+    """Explain every use of a bare parameter by single operations, if that is what they are.
+
+    Args:
+        name: The parameter's name.
+        leaf: Its node.
+        shape: Its shape.
+        parents: `{node: parents}` of the graph.
+        layout: Where the samples may lie in the results.
+        explained: Calls of layers with this parameter that consist of one operation.
+
+    Returns:
+        The operations (and calls); none if some use is of another kind.
+    """
+    found: list[Call] = []
+    stack = [(leaf, shape, False)]
+    while stack:
+        child, operand, transposed = stack.pop()
+        for node in dict.fromkeys(parents[child]):
+            output = torch.Size(node._input_metadata[0].shape)
+            if node in explained:
+                found.append(explained[node])
+                continue
+            if node.name() in _TRANSPOSES and len(operand) == 2:
+                stack.append((node, output, not transposed))
+                continue
+            if node.name() in _RESHAPES and not transposed and operand.numel() == output.numel():
+                stack.append((node, output, False))
+                continue
+            for place, (below, _) in enumerate(node.next_functions):
+                if below is not child:
+                    continue
+                call: Call | None
+                if node.name() in _PRODUCTS and place == len(node.next_functions) - 1:
+                    whole = operand == (shape[::-1] if transposed else shape)
+                    fits = whole and layout.dimension(output) is not None
+                    call = MatmulCall(name, node, transposed, layout) if fits else None
+                else:
+                    plain = None if transposed else operand
+                    call = _elementwise((name, shape), node, place, plain, layout)
+                if call is None:
+                    return []
+                found.append(call)
+    return found
+
+
+def _elementwise(
+    use: tuple[str, torch.Size],
+    node: Node,
+    place: int,
+    operand: torch.Size | None,
+    layout: Layout,
+) -> ElementwiseCall | None:
+    output, factor = torch.Size(node._input_metadata[0].shape), _factor(node, place)
+    at = layout.dimension(output)
+    if operand is None or factor is None or at is None:
+        return None
+    sizes = (1,) * (len(output) - len(operand)) + tuple(operand)
+    if len(sizes) != len(output) or sizes[at] != 1:
+        return None
+    rest = (1,) * layout.folds(output) + sizes[:at] + sizes[at + 1 :]
+    return ElementwiseCall(use, node, rest, factor, layout)
+
+
+def _factor(node: Node, place: int) -> Factor | None:
+    """What the gradient of an operation's output is multiplied by on its way to an operand."""
+    kind = node.name()
+    if kind == "ExpandBackward0":
+        return lambda: 1.0
+    if kind == "AddmmBackward0" and place == 0:
+        return lambda: float(node._saved_beta)
+    if kind == "AddBackward0":
+        return lambda: 1.0 if place == 0 else float(node._saved_alpha)
+    if kind == "SubBackward0":
+        return lambda: 1.0 if place == 0 else -float(node._saved_alpha)
+    if kind == "MulBackward0":
+        saved = "_saved_other" if place == 0 else "_saved_self"
+        return lambda: getattr(node, saved).detach()
+    return None

@@ -1,0 +1,72 @@
+"""The sum over samples of a squared contraction: per-sample weight gradients, never formed."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from gradmask.kernels.library import load
+
+_REALS = {torch.float32: "float", torch.float64: "double"}
+
+
+def can_add_squared_products(*tensors: Tensor) -> bool:
+    """Whether `add_squared_products` works for tensors like these on this machine."""
+    dtype = tensors[0].dtype
+    alike = all(t.device.type == "cpu" and t.dtype == dtype for t in tensors)
+    return alike and dtype in _REALS and load("squared_products.c", Real=_REALS[dtype]) is not None
+
+
+def add_squared_products(
+    total: Tensor, g: Tensor, x: Tensor, positions: Tensor, offsets: Tensor
+) -> None:
+    """Add squared per-sample contractions: total[k, d] += Σ_n (Σ_p g[n, k, p] · x_n[p + d])².
+
+    Here x_n[p + d] is the element of sample n at `positions[p] + offsets[d]` in its memory: an
+    unfolding that is read in place.
+
+    Args:
+        total: Shape (K, D), contiguous; changed in place.
+        g: Shape (N, K, P), any strides.
+        x: Samples in dimension 0; within a sample any strides.
+        positions: P integers, in elements from a sample's first.
+        offsets: D integers, likewise.
+
+    Raises:
+        ValueError: If shapes do not fit each other, or a place lies outside of `x`.
+        MemoryError: If there is no memory for a copy of one sample's `g`.
+    """
+    samples, outputs, places = g.shape
+    if total.shape != (outputs, len(offsets)) or not total.is_contiguous():
+        raise ValueError(f"total must be contiguous and of shape {(outputs, len(offsets))}")
+    if len(positions) != places or len(x) != samples:
+        raise ValueError("g, x and positions do not fit each other")
+    if not (total.numel() and g.numel()):
+        return
+    extent = sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True))
+    first, last = (int(f(positions)) + int(f(offsets)) for f in (torch.min, torch.max))
+    if first < 0 or last > extent:
+        raise ValueError("positions and offsets reach beyond a sample")
+    library = load("squared_products.c", Real=_REALS[g.dtype])
+    assert library is not None
+    sizes = (samples, outputs, len(offsets), places)
+    positions, offsets = positions.contiguous(), offsets.contiguous()
+    arguments = [
+        *map(ctypes.c_int64, sizes),
+        _pointer(g),
+        *map(ctypes.c_int64, g.stride()),
+        _pointer(x),
+        ctypes.c_int64(x.stride(0)),
+        _pointer(positions),
+        _pointer(offsets),
+        _pointer(total),
+        ctypes.c_int(torch.get_num_threads()),
+    ]
+    if library.add_squared_products(*arguments):
+        raise MemoryError("no memory for the squares of per-sample gradients")
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

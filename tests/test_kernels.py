@@ -1,0 +1,185 @@
+"""The compiled kernels against PyTorch, and how they are built, or not."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gradmask.kernels import add_squared_products, can_add_squared_products, library
+
+needs_compiler = pytest.mark.skipif(
+    not can_add_squared_products(torch.zeros(1)), reason="no C compiler"
+)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing loaded or built yet."""
+    library.load.cache_clear()
+    monkeypatch.setenv("GRADMASK_CACHE", str(tmp_path))
+    yield tmp_path
+    library.load.cache_clear()
+
+
+def expected(total, g, x, positions, offsets):
+    x = x.as_strided((len(x), x[0].numel()), (x.stride(0), 1)) if x[0].is_contiguous() else x
+    patches = x[:, positions[:, None] + offsets]  # (n, positions, inputs)
+    return total + torch.einsum("nkp,npd->nkd", g, patches).square().sum(0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("samples", "outputs", "inputs", "places"),
+    [
+        (1, 1, 1, 1),
+        (3, 16, 12, 5),
+        (2, 33, 25, 17),
+        (5, 70, 7, 64),
+        (4, 31, 13, 1),
+        (300, 9, 30, 40),
+    ],
+)
+def test_squared_products(samples, outputs, inputs, places, dtype, threads):
+    g = torch.randn(samples, outputs, places, dtype=dtype)
+    x = torch.randn(samples, 200, dtype=dtype)
+    positions = torch.randint(100, (places,))
+    offsets = torch.randint(100, (inputs,))
+    total = torch.rand(outputs, inputs, dtype=dtype)
+    exact = expected(total.double(), g.double(), x.double(), positions, offsets)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        add_squared_products(total, g, x, positions, offsets)
+    finally:
+        torch.set_num_threads(before)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    assert ((total.double() - exact).abs() / exact).max() < tolerance
+
+
+@needs_compiler
+def test_any_strides():
+    g = torch.randn(7, 4, 5, dtype=torch.float64).permute(1, 2, 0)
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64).permute(2, 0, 1, 3)  # samples third
+    positions = torch.arange(7) % 2 * x.stride(1)
+    offsets = torch.arange(6)
+    total = torch.zeros(5, 6, dtype=torch.float64)
+    add_squared_products(total, g, x, positions, offsets)
+    patches = torch.stack([x[:, p % 2, 0] for p in range(7)], 1)
+    truth = torch.einsum("nkp,npd->nkd", g, patches).square().sum(0)
+    torch.testing.assert_close(total, truth, rtol=1e-12, atol=0)
+
+
+@needs_compiler
+def test_number_of_threads_changes_no_bit():
+    g, x = torch.randn(9, 40, 30), torch.randn(9, 100)
+    positions, offsets = torch.arange(30), torch.arange(50)
+    found = []
+    for threads in (1, 2, 5):
+        total = torch.zeros(40, 50)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        add_squared_products(total, g, x, positions, offsets)
+        torch.set_num_threads(before)
+        found.append(total)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"total": torch.zeros(3, 5)}, "contiguous and of shape"),
+        ({"total": torch.zeros(5, 4).t()}, "contiguous and of shape"),
+        ({"positions": torch.arange(2)}, "do not fit"),
+        ({"x": torch.zeros(1, 9)}, "do not fit"),
+        ({"positions": torch.tensor([0, 1, 6])}, "beyond a sample"),
+        ({"offsets": torch.tensor([0, -1, 1, 2, 2])}, "beyond a sample"),
+    ],
+)
+def test_reading_outside_is_refused(change, message):
+    arguments = {
+        "total": torch.zeros(4, 5),
+        "g": torch.zeros(2, 4, 3),
+        "x": torch.zeros(2, 10),
+        "positions": torch.arange(3),
+        "offsets": torch.arange(5),
+    }
+    add_squared_products(**arguments)
+    with pytest.raises(ValueError, match=message):
+        add_squared_products(**(arguments | change))
+
+
+@needs_compiler
+def test_nothing_to_add():
+    total = torch.ones(4, 5)
+    for n, places in ((0, 3), (2, 0)):
+        g, x = torch.zeros(n, 4, places), torch.zeros(n, 10)
+        add_squared_products(total, g, x, torch.arange(places), torch.arange(5))
+    assert torch.equal(total, torch.ones(4, 5))
+
+
+def test_other_types_are_left_to_pytorch():
+    assert not can_add_squared_products(torch.zeros(1, dtype=torch.bfloat16))
+    assert not can_add_squared_products(torch.zeros(1), torch.zeros(1, dtype=torch.float64))
+    assert not can_add_squared_products(torch.zeros(1, device="meta"))
+
+
+@needs_compiler
+def test_a_library_is_built_once(fresh, monkeypatch):
+    assert library.load("squared_products.c", Real="float") is not None
+    (built,) = (fresh / "kernels").iterdir()
+    stamp = built.stat().st_mtime_ns
+    library.load.cache_clear()
+    assert library.load("squared_products.c", Real="float") is not None
+    assert (built.stat().st_mtime_ns, len(list((fresh / "kernels").iterdir()))) == (stamp, 1)
+    library.load("squared_products.c", Real="double")
+    assert len(list((fresh / "kernels").iterdir())) == 2
+
+
+@pytest.mark.parametrize("how", ["off", "no compiler", "broken compiler", "hopeless compiler"])
+def test_without_a_library(how, fresh, monkeypatch, caplog, tmp_path):
+    caplog.set_level(logging.INFO, "gradmask")
+    if how == "off":
+        monkeypatch.setenv("GRADMASK_KERNELS", "0")
+    elif how == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+    else:
+        compiler = tmp_path / "compiler"
+        compiler.write_text("#!/bin/sh\necho it broke >&2\nexit 1\n")
+        if how == "broken compiler":
+            compiler.chmod(0o755)
+        monkeypatch.setenv("CC", str(compiler))
+    assert library.load("squared_products.c", Real="float") is None
+    assert not can_add_squared_products(torch.zeros(1))
+    message = {"no compiler": "no C compiler was found", "broken compiler": "it broke"}.get(how, "")
+    assert message in caplog.text
+    assert bool(caplog.text) == (how != "off")
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written(fresh, monkeypatch):
+    file = fresh / "file"
+    file.touch()
+    monkeypatch.setenv("GRADMASK_CACHE", str(file))
+    assert library.load("squared_products.c", Real="float") is not None
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_pool_of_threads():
+    """Two OpenMP libraries in one process would compete for the cores."""
+    code = (
+        "import torch\n"
+        "from gradmask.kernels.library import load\n"
+        "assert load('squared_products.c', Real='float')\n"
+        "maps = open('/proc/self/maps').read().splitlines()\n"
+        "print(len({line.split()[-1] for line in maps if 'gomp' in line}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "1"
