@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -37,6 +37,24 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
+def without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Keep hooks on parameters (`Tensor.register_hook`) out of gradients that are only measured.
+
+    Args:
+        parameters: The parameters; their hooks are back afterwards.
+    """
+    hooked = [p._backward_hooks for p in parameters if p._backward_hooks]
+    found = [dict(hooks) for hooks in hooked]
+    try:
+        for hooks in hooked:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in zip(hooked, found, strict=True):
+            hooks.update(before)
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode; give every module its own mode back, and the random state.
 
@@ -51,8 +69,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    cudnn = torch.backends.cudnn.enabled
     try:
         model.eval()
+        if any(isinstance(module, nn.RNNBase) for module in modes):
+            # cuDNN differentiates recurrent layers in training mode only.
+            torch.backends.cudnn.enabled = False
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
                 raise ModelError(
@@ -63,5 +85,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
             yield
     finally:
+        torch.backends.cudnn.enabled = cudnn
         for module, training in modes.items():
             module.training = training

@@ -25,7 +25,7 @@ models = pytest.importorskip("torchvision.models")
         pytest.param(
             "vit_b_16",
             {"image_size": 32},
-            ("self_attention",),
+            (),
             marks=pytest.mark.slow,
         ),
     ],

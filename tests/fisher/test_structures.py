@@ -291,3 +291,106 @@ def test_reentrant_checkpointing_is_refused():
     model.function = lambda m, x: readout(checkpoint(m.block, m.first(x), use_reentrant=True))
     with pytest.raises(ModelError, match="use_reentrant=False"):
         fisher_diagonal(randomise(model), batches(floats(3)))
+
+
+def hooked(layer, kind, change):
+    """A layer with a hook of the user on it."""
+    register = {
+        "before": lambda: layer.register_forward_pre_hook(lambda m, args: change(args)),
+        "after": lambda: layer.register_forward_hook(lambda m, args, out: change(out)),
+    }
+    register[kind]()
+    return layer
+
+
+def doubled(value):
+    return (2 * value[0], *value[1:]) if isinstance(value, tuple) else 2 * value
+
+
+class Sinh(nn.Linear):
+    """No rule fits its function."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.sinh(), self.bias)
+
+
+HOOKED = {
+    "rule": lambda: nn.Linear(3, 3),
+    "module": lambda: Sinh(3, 3),
+    "weight-norm": lambda: weight_norm(nn.Linear(3, 3)),
+    "lstm": lambda: nn.LSTM(3, 3, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("kind", ["before", "after"])
+@pytest.mark.parametrize("case", HOOKED)
+def test_hooks_of_the_user_count_once(case, kind):
+    layer = hooked(HOOKED[case](), kind, doubled)
+    first = lambda h: h[0] if isinstance(h, tuple) else h  # noqa: E731
+    model = Net(lambda m, x: readout(first(m.block(m.fc(x)))), fc=nn.Linear(3, 3), block=layer)
+    randomise(model)
+    data = batches(floats(4, 3), (3, 2))
+    assert_close(fisher_diagonal(model, data), oracle(model, data))
+
+
+@pytest.mark.parametrize("block", [nn.Linear(3, 3), Sinh(3, 3)])
+def test_hooks_on_parameters_stay_out_of_it(block):
+    model = randomise(stack(block))
+    data = batches(floats(3))
+    expected = oracle(model, data)
+    calls = []
+    for p in model.parameters():
+        p.register_hook(lambda g: calls.append(g))
+    assert_close(fisher_diagonal(model, data), expected)
+    assert not calls
+    model(data[0][0]).sum().backward()
+    assert len(calls) == 2
+
+
+def packed(m, x):
+    """As many rows as there are valid positions: by chance as many as samples."""
+    valid = x[..., 0] > 0
+    h = torch.zeros_like(x)
+    h[valid] = m.expert(x[valid])
+    return readout(h.sum(1))
+
+
+def routed(m, x):
+    """Positions go to one of two experts."""
+    rows, first = x.flatten(0, 1), x.flatten(0, 1)[:, 0] > 0
+    h = torch.zeros_like(rows)
+    h = h.index_put((first,), m.expert(rows[first])).index_put((~first,), m.other(rows[~first]))
+    return readout(h.view_as(x))
+
+
+def gathered(m, x):
+    places = (x[..., 0] > 0).flatten().nonzero().squeeze(1)
+    h = m.expert(x.flatten(0, 1).index_select(0, places))
+    return readout(torch.zeros_like(x.flatten(0, 1)).index_add(0, places, h).view_as(x))
+
+
+@pytest.mark.parametrize("function", [packed, routed, gathered])
+@pytest.mark.parametrize(
+    "counts", [(1, 1, 2, 0), (1, 2, 0, 1), (1, 1, 3, 1, 0, 0), (2, 0, 1, 1), (1, 1, 1, 1)]
+)
+def test_rows_that_are_samples_by_chance_only(function, counts):
+    model = randomise(Net(function, expert=nn.Linear(3, 3), other=nn.Linear(3, 3)))
+    x = torch.randn(len(counts), 3, 3, dtype=torch.float64)
+    for sample, count in zip(x, counts, strict=True):
+        sample[:, 0] = torch.where(torch.arange(3) < count, 1, -1) * sample[:, 0].abs()
+    data = [(x, torch.arange(len(counts)) % CLASSES)]
+    assert_close(fisher_diagonal(model, data), oracle(model, data))
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_channels_last(kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(
+            "gradmask.fisher.convolution.can_add_squared_products", lambda *_: False
+        )
+    model = stack(nn.Conv2d(3, 200, 3), nn.Tanh(), nn.Conv2d(200, 180, 3), nn.BatchNorm2d(180))
+    model = randomise(model).to(memory_format=torch.channels_last)
+    data = [
+        (x.to(memory_format=torch.channels_last), y) for x, y in batches(floats(3, 6, 6), (2, 1))
+    ]
+    assert_close(fisher_diagonal(model, data), oracle(model, data))

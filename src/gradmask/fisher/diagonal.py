@@ -22,7 +22,7 @@ from gradmask.fisher.likelihood import (
 )
 from gradmask.fisher.reference import add_per_sample_squares, call, zero_squares
 from gradmask.fisher.sampling import random_samples
-from gradmask.parameters import evaluation_mode, trainable_parameters
+from gradmask.parameters import evaluation_mode, trainable_parameters, without_hooks
 
 logger = logging.getLogger("gradmask")
 
@@ -73,6 +73,7 @@ def fisher_diagonal(
     count = 0
     with (
         evaluation_mode(model),
+        without_hooks(parameters.values()),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),

@@ -179,8 +179,8 @@ def batch_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     one = (1, -1, *x.shape[2:])
     mean, var = (s.to(x.dtype).repeat(len(x)) for s in (module.running_mean, module.running_var))
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
-        g.reshape(one),
-        x.reshape(one),
+        g.reshape(one).contiguous(),
+        x.reshape(one).contiguous(),
         None,
         mean,
         var,
