@@ -96,6 +96,29 @@ def test_folder_of_a_different_run_is_refused(config, changes):
     assert (config.output / "results.json").read_bytes() == before
 
 
+def test_folder_without_a_finished_run_is_taken_over(config, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "train_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_comparison(config, quiet())
+    assert (config.output / "config.yaml").exists()
+    results = run_comparison(change(config, keep=0.5, arms=("none",), seeds=(7,)), quiet())
+    assert runs(results) == [("none", 7)]  # the earlier arms and seeds are not wanted any more
+    assert results["config"]["keep"] == 0.5
+
+
+def test_options_of_the_users_own_are_not_overwritten(config):
+    config.output.mkdir()
+    mine = config.output / "config.yaml"
+    mine.write_text("keep: 0.5\n")
+    with pytest.raises(OptionError, match="different run"):
+        run_comparison(config, quiet())
+    assert mine.read_text() == "keep: 0.5\n"
+
+
 def test_folder_of_something_else_is_refused(config):
     config.output.mkdir()
     (config.output / "thesis.tex").write_text("mine")

@@ -86,7 +86,8 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
         config: Options of the comparison.
 
     Returns:
-        The options with the folder's earlier arms and seeds added, and its results so far.
+        The options with the folder's earlier arms and seeds added, and its results so far. A
+        folder without a finished run has nothing to lose: it is taken over as if it were empty.
 
     Raises:
         OptionError: If the folder holds a different comparison, or other files.
@@ -102,6 +103,10 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
             f"{folder} holds files, but no comparison (no config.yaml): choose another --output."
         )
     earlier, ours = _read_options(folder / "config.yaml"), to_plain(config)
+    if (folder / "results.json").exists():
+        results = read_results(folder)
+    if not results["runs"] and earlier.keys() == ours.keys():  # not a user's own config.yaml
+        return config, results
     for name, value in ours.items():
         if name not in (*_EXTENDABLE, *_NOT_RESULTS) and earlier.get(name) != value:
             raise OptionError(
@@ -111,8 +116,6 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
     merged: dict[str, Any] = {
         name: tuple(dict.fromkeys([*earlier.get(name, []), *ours[name]])) for name in _EXTENDABLE
     }
-    if (folder / "results.json").exists():
-        results = read_results(folder)
     return replace(config, **merged), results
 
 
