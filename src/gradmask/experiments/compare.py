@@ -16,7 +16,7 @@ import yaml
 
 import gradmask
 from gradmask import fisher_diagonal
-from gradmask.errors import OptionError, StateError
+from gradmask.errors import GradmaskError, OptionError, StateError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData, channel_statistics, load_images, normalize
 from gradmask.experiments.files import write_atomically
@@ -215,9 +215,18 @@ def _commit() -> str | None:
 
 def _check_model(config: Comparison, data: ImageData) -> None:
     """Measure two images, so that a model that cannot be masked is refused before training."""
-    model = new_model(config, data, config.seeds[0])
     inputs = normalize(data.train_images[:2], *channel_statistics(data.train_images))
-    fisher_diagonal(model, [(inputs, data.train_labels[:2])], kind=config.fisher_kind)
+    try:
+        model = new_model(config, data, config.seeds[0])
+        fisher_diagonal(model, [(inputs, data.train_labels[:2])], kind=config.fisher_kind)
+    except GradmaskError:
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:  # most often of the image size
+        size, reason = inputs.shape[-1], (str(error).splitlines() or [repr(error)])[0]
+        raise OptionError(
+            f"model={config.model!r} cannot run on images of {size} x {size} pixels: "
+            f"{reason.rstrip('.!')}. Give another size with --image-size, or another --model."
+        ) from error
 
 
 def _describe(data: ImageData) -> dict[str, Any]:
