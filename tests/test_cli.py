@@ -67,7 +67,9 @@ def test_yaml_file_and_the_command_line_over_it(tmp_path):
         (["run", "demo", "--optimizer", "sdg"], "Did you mean 'sgd'"),
         (["run", "demo", "--keep", "0"], r"keep=0.0 must be in \(0, 1\]"),
         (["run", "demo", "--arms", "none", "fishes"], "Did you mean 'fisher'"),
-        (["run", "demo", "--config", "no-such.yaml"], r"no-such\.yaml"),
+        (["run", "demo", "--config", "no-such.yaml"], r"'no-such\.yaml'.*No such file"),
+        (["run", "demo", "--config=no-such.yaml"], r"'no-such\.yaml'.*No such file"),
+        (["run", "demo", "--momentum", "-1"], "momentum=-1.0 must be"),
         (["run", "demo", "stray"], "stray"),
         (["report", "no-such-folder"], r"No results\.json"),
     ],
@@ -81,11 +83,25 @@ def test_mistakes_are_one_clear_line(words, message, capsys):
     assert printed.out == ""
 
 
-def test_unknown_key_in_a_yaml_file(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kep: 0.5\n", r"Unknown .*mine\.yaml option 'kep'\. Did you mean 'keep'"),
+        ("keep: 0.5\nepochs: [1\nlr: 3\n", r"mine\.yaml' is not valid YAML in line 3: "),
+        ("keep: \x00\n", r"mine\.yaml' is not valid YAML: it is not plain text"),
+        ("", r"mine\.yaml' holds no options"),
+        ("- keep\n", r"mine\.yaml' holds no options"),
+        ("keep: many\n", "keep='many' is not of the type float"),
+        ("lr: .nan\n", "lr=nan must be positive and finite"),
+    ],
+)
+def test_mistakes_in_a_yaml_file(text, message, tmp_path, capsys):
     file = tmp_path / "mine.yaml"
-    file.write_text("epoch: 1\n")
+    file.write_text(text)
     assert main(["run", "demo", "--config", str(file)]) == 2
-    assert "epoch" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert len(printed.strip().splitlines()) == 1
+    assert re.search(message, printed)
 
 
 def test_recipes_are_listed(capsys):
