@@ -17,7 +17,8 @@ def result(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_run_and_report(tmp_path, capsys):
+def test_run_and_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # no terminal: the table is printed whole all the same
     folder = tmp_path / "out"
     words = ["run", "demo", *SMALL, "--seeds", "3", "4", "--arms", "none", "fisher"]
     assert main([*words, "--output", str(folder)]) == 0
@@ -25,6 +26,8 @@ def test_run_and_report(tmp_path, capsys):
     assert "Conclusion on the Fisher mask" in printed
     assert str(folder / "report.html") in printed
     assert "no mask             seed 3:" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("│ no mask"))
+    assert row.count("±") == 6
     runs = [(run["arm"], run["seed"]) for run in result(folder)["runs"]]
     assert runs == [("none", 3), ("none", 4), ("fisher", 3), ("fisher", 4)]
     assert result(folder)["config"]["label_noise"] == 0.4  # the recipe's

@@ -91,6 +91,29 @@ def test_table_on_the_terminal(results):
     assert "Conclusion on the Fisher mask" in text
 
 
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [
+        (120, []),
+        (80, ["best epoch", "train loss"]),
+        (60, ["best epoch", "train loss", "memorised", "last epoch"]),
+    ],
+)
+def test_narrow_terminal_leaves_whole_columns_out(width, missing, results):
+    console = Console(record=True, width=width)
+    print_summary(results, console)
+    text = console.export_text()
+    rows = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
+    titles = [metric.title for metric in METRICS if metric.title not in missing]
+    assert [row[0].strip() for row in rows] == list(ARM_TITLES.values())  # one line an arm
+    for arm, row in zip(ARM_TITLES, rows, strict=True):
+        means = [cell.split("±")[0].strip() for cell in row[1:]]
+        kept = [metric for metric in METRICS if metric.title in titles]
+        assert means == [m.show(results["summary"][arm][m.name]["mean"]) for m in kept]
+        assert all(re.fullmatch(r" *[\d.]+ ± [\d.]+ ", cell) for cell in row[1:])
+    assert (f"terminal: {', '.join(missing)}." in " ".join(text.split())) == bool(missing)
+
+
 def test_one_epoch(folder, results, tmp_path):
     for run in results["runs"]:
         run["epochs"] = run["epochs"][:1]

@@ -18,6 +18,8 @@ from gradmask import __version__
 from gradmask.errors import GradmaskError, OptionError, check_choice
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
+    from rich.console import Console
+
     from gradmask.experiments.config import Comparison
     from gradmask.experiments.statistics import Results
 
@@ -80,13 +82,11 @@ def _main(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from rich.console import Console
-
     from gradmask.experiments.compare import run_comparison
     from gradmask.experiments.progress import Progress
 
     config = _options(words)
-    results = run_comparison(config, Progress(Console()))
+    results = run_comparison(config, Progress(_console()))
     return _show(config.output, results)
 
 
@@ -97,23 +97,27 @@ def _report(directory: Path) -> int:
 
 
 def _show(directory: Path, results: Results) -> int:
-    from rich.console import Console
-
     from gradmask.experiments.report import print_summary, write_report
 
-    console = Console()
+    console = _console()
     print_summary(results, console)
     page = write_report(directory, results)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
     return 0
 
 
-def _recipes() -> int:
+def _console() -> Console:
+    """The terminal; a file or pipe has no width of its own, so it gets room for every column."""
     from rich.console import Console
 
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
+
+
+def _recipes() -> int:
     from gradmask.experiments.recipes import RECIPES
 
-    console = Console()
+    console = _console()
     for recipe in RECIPES:
         console.print(f"[bold]{recipe.name}[/bold]  {recipe.description}", highlight=False)
         options = "  ".join(f"{name}={value}" for name, value in recipe.options.items())
