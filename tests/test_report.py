@@ -7,7 +7,7 @@ from gradmask.experiments.compare import read_results, run_comparison
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.report import print_summary, write_report
-from gradmask.experiments.statistics import ARM_TITLES, METRICS
+from gradmask.experiments.statistics import ARM_TITLES, METRICS, compare_arms
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,22 @@ def test_page_holds_every_number(folder, results):
     for name, numel in results["parameters"]:
         assert f"{name}  ({numel:,})" in page
     assert "Conclusion on the Fisher mask" in page
+
+
+def test_wide_parts_of_the_page_can_be_read(folder, results):
+    page = write_report(folder, results).read_text()
+    # The interval on a line of its own, or the table is wider than the page.
+    cells = re.findall(r'<td class="(?:best|weak)">(\S+?)<span class="interval">(.*?)</span>', page)
+    assert len(cells) == len(METRICS) * (len(ARM_TITLES) - 1)
+    difference = compare_arms(results, "inverse", "none", METRICS[-1])
+    low, high = (METRICS[-1].show(x, signed=True) for x in (difference.low, difference.high))
+    assert cells[-1] == (METRICS[-1].show(difference.mean, signed=True), f"[{low}, {high}]")
+    assert re.search(r"\.interval { display: block;", page)
+    # Figures keep a legible size on a small screen and scroll in their own box.
+    assert re.search(r"figure svg {[^}]* min-width: \d{3}px;", page)
+    assert re.search(r"\.scroll, figure {\s*overflow-x: auto;", page)
+    assert page.count("<figure><svg") + page.count("<figure>\n<svg") == page.count("<svg")
+    assert page.count('<div class="scroll"><table>') == page.count("<table>")
 
 
 def test_same_results_same_files(folder, results):

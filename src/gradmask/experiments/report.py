@@ -150,11 +150,12 @@ def _differences(results: Results) -> list[dict[str, Any]]:
             difference = compare_arms(results, arm, "none", metric)
             if arm == "none" or difference is None:
                 continue
-            text = metric.show(difference.mean, signed=True)
+            interval = ""
             if difference.low is not None and difference.high is not None:
                 low, high = (metric.show(x, signed=True) for x in (difference.low, difference.high))
-                text += f" [{low}, {high}]"
-            cells.append({"text": text, "shown": difference.shown})
+                interval = f"[{low}, {high}]"
+            mean = metric.show(difference.mean, signed=True)
+            cells.append({"mean": mean, "interval": interval, "shown": difference.shown})
         if cells:
             rows.append({"arm": arm, "title": ARM_TITLES[arm], "cells": cells})
     return rows
