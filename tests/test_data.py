@@ -159,7 +159,7 @@ def test_failing_hub_is_a_data_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        DataError, match="'user/none': there is no such local folder.*hub.*it does not exist"
+        DataError, match=r"'user/none': there is no such local folder.*hub.*it does not exist"
     ):
         load_images(Comparison(data="user/none"), 0)
 
