@@ -17,7 +17,8 @@ def result(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_run_and_report(tmp_path, capsys):
+def test_run_and_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # no terminal: the table is printed whole all the same
     folder = tmp_path / "out"
     words = ["run", "demo", *SMALL, "--seeds", "3", "4", "--arms", "none", "fisher"]
     assert main([*words, "--output", str(folder)]) == 0
@@ -25,6 +26,8 @@ def test_run_and_report(tmp_path, capsys):
     assert "Conclusion on the Fisher mask" in printed
     assert str(folder / "report.html") in printed
     assert "no mask             seed 3:" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("│ no mask"))
+    assert len(re.findall(r"± \d", row)) == 6
     runs = [(run["arm"], run["seed"]) for run in result(folder)["runs"]]
     assert runs == [("none", 3), ("none", 4), ("fisher", 3), ("fisher", 4)]
     assert result(folder)["config"]["label_noise"] == 0.4  # the recipe's
@@ -67,7 +70,9 @@ def test_yaml_file_and_the_command_line_over_it(tmp_path):
         (["run", "demo", "--optimizer", "sdg"], "Did you mean 'sgd'"),
         (["run", "demo", "--keep", "0"], r"keep=0.0 must be in \(0, 1\]"),
         (["run", "demo", "--arms", "none", "fishes"], "Did you mean 'fisher'"),
-        (["run", "demo", "--config", "no-such.yaml"], r"no-such\.yaml"),
+        (["run", "demo", "--config", "no-such.yaml"], r"'no-such\.yaml'.*No such file"),
+        (["run", "demo", "--config=no-such.yaml"], r"'no-such\.yaml'.*No such file"),
+        (["run", "demo", "--momentum", "-1"], "momentum=-1.0 must be"),
         (["run", "demo", "stray"], "stray"),
         (["report", "no-such-folder"], r"No results\.json"),
     ],
@@ -81,11 +86,25 @@ def test_mistakes_are_one_clear_line(words, message, capsys):
     assert printed.out == ""
 
 
-def test_unknown_key_in_a_yaml_file(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kep: 0.5\n", r"Unknown .*mine\.yaml option 'kep'\. Did you mean 'keep'"),
+        ("keep: 0.5\nepochs: [1\nlr: 3\n", r"mine\.yaml' is not valid YAML in line 3: "),
+        ("keep: \x00\n", r"mine\.yaml' is not valid YAML: it is not plain text"),
+        ("", r"mine\.yaml' holds no options"),
+        ("- keep\n", r"mine\.yaml' holds no options"),
+        ("keep: many\n", "keep='many' is not of the type float"),
+        ("lr: .nan\n", "lr=nan must be positive and finite"),
+    ],
+)
+def test_mistakes_in_a_yaml_file(text, message, tmp_path, capsys):
     file = tmp_path / "mine.yaml"
-    file.write_text("epoch: 1\n")
+    file.write_text(text)
     assert main(["run", "demo", "--config", str(file)]) == 2
-    assert "epoch" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert len(printed.strip().splitlines()) == 1
+    assert re.search(message, printed)
 
 
 def test_recipes_are_listed(capsys):

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from gradmask.errors import GradmaskError, ModelError, OptionError, StateError
 from gradmask.experiments import compare, train
 from gradmask.experiments.compare import read_results, run_comparison, to_plain
 from gradmask.experiments.config import Comparison
+from gradmask.experiments.data import load_images
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.recipes import RECIPES
 
@@ -96,6 +98,29 @@ def test_folder_of_a_different_run_is_refused(config, changes):
     assert (config.output / "results.json").read_bytes() == before
 
 
+def test_folder_without_a_finished_run_is_taken_over(config, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "train_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_comparison(config, quiet())
+    assert (config.output / "config.yaml").exists()
+    results = run_comparison(change(config, keep=0.5, arms=("none",), seeds=(7,)), quiet())
+    assert runs(results) == [("none", 7)]  # the earlier arms and seeds are not wanted any more
+    assert results["config"]["keep"] == 0.5
+
+
+def test_options_of_the_users_own_are_not_overwritten(config):
+    config.output.mkdir()
+    mine = config.output / "config.yaml"
+    mine.write_text("keep: 0.5\n")
+    with pytest.raises(OptionError, match="different run"):
+        run_comparison(config, quiet())
+    assert mine.read_text() == "keep: 0.5\n"
+
+
 def test_folder_of_something_else_is_refused(config):
     config.output.mkdir()
     (config.output / "thesis.tex").write_text("mine")
@@ -128,6 +153,23 @@ def test_model_that_cannot_be_measured_is_found_before_training(config, monkeypa
     monkeypatch.setattr(train, "build_model", lambda *_: torch.nn.Sequential(*layers))
     with pytest.raises(ModelError, match=r"Layer '1'.*batch statistics"):
         run_comparison(config, quiet())
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "reason"),
+    [("alexnet", 32, "too small"), ("inception_v3", 32, "Kernel size"), ("vit_b_16", 30, "patch")],
+)
+def test_model_that_does_not_fit_the_images_is_named(config, model, size, reason, monkeypatch):
+    def colour(*_):
+        grey = load_images(change(config, image_size=size), 0)
+        parts = ("train_images", "val_images", "test_images")
+        return replace(grey, **{part: getattr(grey, part).repeat(1, 3, 1, 1) for part in parts})
+
+    monkeypatch.setattr(compare, "load_images", colour)
+    message = rf"model='{model}'.*{size} x {size} pixels.*{reason}.*--image-size"
+    with pytest.raises(OptionError, match=message):
+        run_comparison(change(config, model=model, width=None), quiet())
     assert not config.output.exists()
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from gradmask.errors import OptionError
@@ -17,6 +19,14 @@ from gradmask.experiments.config import Comparison
         ("label_noise", 1.1),
         ("validation", 0.0),
         ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("momentum", -0.1),
+        ("momentum", 1.0),
+        ("momentum", math.nan),
+        ("weight_decay", -1e-4),
+        ("weight_decay", math.inf),
+        ("weight_decay", math.nan),
     ],
 )
 def test_bad_option_is_named(option, value):

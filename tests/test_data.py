@@ -158,7 +158,9 @@ def test_failing_hub_is_a_data_error(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("it does not exist")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match="'user/none': it does not exist"):
+    with pytest.raises(
+        DataError, match=r"'user/none': there is no such local folder.*hub.*it does not exist"
+    ):
         load_images(Comparison(data="user/none"), 0)
 
 

@@ -64,6 +64,18 @@ def test_small_cnn_strides():
     assert [m.stride[0] for m in model if isinstance(m, nn.Conv2d)] == [1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("mlp", ["fc1", "fc2", "fc3"]),
+        ("small_cnn", ["conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "fc"]),
+    ],
+)
+def test_layers_have_names_for_the_report(name, layers):
+    model = build_model(Comparison(model=name), 1, 8, 10)
+    assert list(dict.fromkeys(n.split(".")[0] for n, _ in model.named_parameters())) == layers
+
+
 def test_resnet_is_torchvisions_but_for_the_stem():
     from torchvision.models import resnet18
 

@@ -7,7 +7,7 @@ from gradmask.experiments.compare import read_results, run_comparison
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.report import print_summary, write_report
-from gradmask.experiments.statistics import ARM_TITLES, METRICS
+from gradmask.experiments.statistics import ARM_TITLES, METRICS, compare_arms
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,22 @@ def test_page_holds_every_number(folder, results):
     assert "Conclusion on the Fisher mask" in page
 
 
+def test_wide_parts_of_the_page_can_be_read(folder, results):
+    page = write_report(folder, results).read_text()
+    # The interval on a line of its own, or the table is wider than the page.
+    cells = re.findall(r'<td class="(?:best|weak)">(\S+?)<span class="interval">(.*?)</span>', page)
+    assert len(cells) == len(METRICS) * (len(ARM_TITLES) - 1)
+    difference = compare_arms(results, "inverse", "none", METRICS[-1])
+    low, high = (METRICS[-1].show(x, signed=True) for x in (difference.low, difference.high))
+    assert cells[-1] == (METRICS[-1].show(difference.mean, signed=True), f"[{low}, {high}]")
+    assert re.search(r"\.interval { display: block;", page)
+    # Figures keep a legible size on a small screen and scroll in their own box.
+    assert re.search(r"figure svg {[^}]* min-width: \d{3}px;", page)
+    assert re.search(r"\.scroll, figure {\s*overflow-x: auto;", page)
+    assert page.count("<figure><svg") + page.count("<figure>\n<svg") == page.count("<svg")
+    assert page.count('<div class="scroll"><table>') == page.count("<table>")
+
+
 def test_same_results_same_files(folder, results):
     page = write_report(folder, results).read_bytes()
     curves = (folder / "figures" / "curves.svg").read_bytes()
@@ -89,6 +105,29 @@ def test_table_on_the_terminal(results):
     summary = results["summary"]["inverse"]["last_test_loss"]
     assert f"{summary['mean']:.3f} ± {summary['std']:.3f}" in text
     assert "Conclusion on the Fisher mask" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [
+        (120, []),
+        (80, ["best epoch", "train loss"]),
+        (60, ["best epoch", "train loss", "memorised", "last epoch"]),
+    ],
+)
+def test_narrow_terminal_leaves_whole_columns_out(width, missing, results):
+    console = Console(record=True, width=width)
+    print_summary(results, console)
+    text = console.export_text()
+    rows = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
+    titles = [metric.title for metric in METRICS if metric.title not in missing]
+    assert [row[0].strip() for row in rows] == list(ARM_TITLES.values())  # one line an arm
+    for arm, row in zip(ARM_TITLES, rows, strict=True):
+        means = [cell.split("±")[0].strip() for cell in row[1:]]
+        kept = [metric for metric in METRICS if metric.title in titles]
+        assert means == [m.show(results["summary"][arm][m.name]["mean"]) for m in kept]
+        assert all(re.fullmatch(r" *[\d.]+ ± [\d.]+ ", cell) for cell in row[1:])
+    assert (f"terminal: {', '.join(missing)}." in " ".join(text.split())) == bool(missing)
 
 
 def test_one_epoch(folder, results, tmp_path):

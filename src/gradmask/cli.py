@@ -18,6 +18,8 @@ from gradmask import __version__
 from gradmask.errors import GradmaskError, OptionError, check_choice
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
+    from rich.console import Console
+
     from gradmask.experiments.config import Comparison
     from gradmask.experiments.statistics import Results
 
@@ -80,13 +82,11 @@ def _main(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from rich.console import Console
-
     from gradmask.experiments.compare import run_comparison
     from gradmask.experiments.progress import Progress
 
     config = _options(words)
-    results = run_comparison(config, Progress(Console()))
+    results = run_comparison(config, Progress(_console()))
     return _show(config.output, results)
 
 
@@ -97,23 +97,27 @@ def _report(directory: Path) -> int:
 
 
 def _show(directory: Path, results: Results) -> int:
-    from rich.console import Console
-
     from gradmask.experiments.report import print_summary, write_report
 
-    console = Console()
+    console = _console()
     print_summary(results, console)
     page = write_report(directory, results)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
     return 0
 
 
-def _recipes() -> int:
+def _console() -> Console:
+    """The terminal; a file or pipe has no width of its own, so it gets room for every column."""
     from rich.console import Console
 
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
+
+
+def _recipes() -> int:
     from gradmask.experiments.recipes import RECIPES
 
-    console = Console()
+    console = _console()
     for recipe in RECIPES:
         console.print(f"[bold]{recipe.name}[/bold]  {recipe.description}", highlight=False)
         options = "  ".join(f"{name}={value}" for name, value in recipe.options.items())
@@ -145,9 +149,13 @@ def _options(words: list[str]) -> Comparison:
     names = [field.name for field in fields(Comparison)]
     defaults = recipe.config()
     parser.set_defaults({name: getattr(defaults, name) for name in names})
-    known = [*names, "config", "print_config", "help"]
+    normal = _normal_form(words[named:], [*names, "config", "print_config", "help"])
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    files.add_argument("--config", action="append", default=[])
     try:
-        parsed = parser.parse_args(_normal_form(words[named:], known))
+        for file in files.parse_known_args(normal)[0].config:
+            _check_file(file, names)
+        parsed = parser.parse_args(normal)
     except argparse.ArgumentError as error:
         raise OptionError(_plain(str(error))) from error
     return Comparison(**{name: getattr(parsed, name) for name in names})
@@ -190,6 +198,25 @@ def _normal_form(words: list[str], known: list[str]) -> list[str]:
         else:
             normal.append(f"--{name}{equals}{value}")
     return normal
+
+
+def _check_file(file: str, names: list[str]) -> None:
+    """Refuse a YAML file in plain words; jsonargparse would speak of its parser."""
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"config={file!r} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "it is not plain text in UTF-8"
+        raise OptionError(f"config={file!r} is not valid YAML{where}: {reason}.") from error
+    if not isinstance(options, dict):
+        raise OptionError(f"config={file!r} holds no options: write lines such as 'keep: 0.25'.")
+    for name in options:
+        check_choice(f"{file} option", name, names)
 
 
 def _plain(message: str) -> str:

@@ -16,7 +16,7 @@ import yaml
 
 import gradmask
 from gradmask import fisher_diagonal
-from gradmask.errors import OptionError, StateError
+from gradmask.errors import GradmaskError, OptionError, StateError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData, channel_statistics, load_images, normalize
 from gradmask.experiments.files import write_atomically
@@ -86,7 +86,8 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
         config: Options of the comparison.
 
     Returns:
-        The options with the folder's earlier arms and seeds added, and its results so far.
+        The options with the folder's earlier arms and seeds added, and its results so far. A
+        folder without a finished run has nothing to lose: it is taken over as if it were empty.
 
     Raises:
         OptionError: If the folder holds a different comparison, or other files.
@@ -102,6 +103,10 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
             f"{folder} holds files, but no comparison (no config.yaml): choose another --output."
         )
     earlier, ours = _read_options(folder / "config.yaml"), to_plain(config)
+    if (folder / "results.json").exists():
+        results = read_results(folder)
+    if not results["runs"] and earlier.keys() == ours.keys():  # not a user's own config.yaml
+        return config, results
     for name, value in ours.items():
         if name not in (*_EXTENDABLE, *_NOT_RESULTS) and earlier.get(name) != value:
             raise OptionError(
@@ -111,8 +116,6 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
     merged: dict[str, Any] = {
         name: tuple(dict.fromkeys([*earlier.get(name, []), *ours[name]])) for name in _EXTENDABLE
     }
-    if (folder / "results.json").exists():
-        results = read_results(folder)
     return replace(config, **merged), results
 
 
@@ -212,9 +215,18 @@ def _commit() -> str | None:
 
 def _check_model(config: Comparison, data: ImageData) -> None:
     """Measure two images, so that a model that cannot be masked is refused before training."""
-    model = new_model(config, data, config.seeds[0])
     inputs = normalize(data.train_images[:2], *channel_statistics(data.train_images))
-    fisher_diagonal(model, [(inputs, data.train_labels[:2])], kind=config.fisher_kind)
+    try:
+        model = new_model(config, data, config.seeds[0])
+        fisher_diagonal(model, [(inputs, data.train_labels[:2])], kind=config.fisher_kind)
+    except GradmaskError:
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:  # most often of the image size
+        size, reason = inputs.shape[-1], (str(error).splitlines() or [repr(error)])[0]
+        raise OptionError(
+            f"model={config.model!r} cannot run on images of {size} x {size} pixels: "
+            f"{reason.rstrip('.!')}. Give another size with --image-size, or another --model."
+        ) from error
 
 
 def _describe(data: ImageData) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,8 +94,14 @@ class Comparison:
             raise OptionError(f"label_noise={self.label_noise!r} must be a share in [0, 1].")
         if not 0.0 < self.validation < 1.0:
             raise OptionError(f"validation={self.validation!r} must be a share in (0, 1).")
-        if self.lr <= 0:
-            raise OptionError(f"lr={self.lr!r} must be positive.")
+        if not 0.0 < self.lr < math.inf:
+            raise OptionError(f"lr={self.lr!r} must be positive and finite.")
+        if not 0.0 <= self.momentum < 1.0:
+            raise OptionError(f"momentum={self.momentum!r} must be in [0, 1).")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise OptionError(
+                f"weight_decay={self.weight_decay!r} must be finite and not negative; 0 is none."
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise OptionError(f"seeds={list(self.seeds)} must be one or more different integers.")
         if not self.arms or len(set(self.arms)) < len(self.arms):

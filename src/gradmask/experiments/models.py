@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torchvision
@@ -114,27 +115,32 @@ def _torchvision_model(name: str, in_channels: int, image_size: int, num_classes
     return model
 
 
+# Layers have names, because the report shows them.
 def _mlp(inputs: int, width: int, num_classes: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(inputs, width),
-        nn.ReLU(),
-        nn.Linear(width, width),
-        nn.ReLU(),
-        nn.Linear(width, num_classes),
-    )
+    layers: dict[str, nn.Module] = {
+        "flatten": nn.Flatten(),
+        "fc1": nn.Linear(inputs, width),
+        "relu1": nn.ReLU(),
+        "fc2": nn.Linear(width, width),
+        "relu2": nn.ReLU(),
+        "fc3": nn.Linear(width, num_classes),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _small_cnn(in_channels: int, width: int, num_classes: int) -> nn.Module:
-    layers: list[nn.Module] = []
+    layers: dict[str, nn.Module] = {}
     channels = in_channels
-    for planes, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-        layers += [
-            nn.Conv2d(channels, planes, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(planes),
-            nn.ReLU(),
-        ]
+    for i, (planes, stride) in enumerate(((width, 1), (2 * width, 2), (4 * width, 2)), start=1):
+        layers |= {
+            f"conv{i}": nn.Conv2d(channels, planes, 3, stride, padding=1, bias=False),
+            f"norm{i}": nn.BatchNorm2d(planes),
+            f"relu{i}": nn.ReLU(),
+        }
         channels = planes
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
-    )
+    layers |= {
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "fc": nn.Linear(channels, num_classes),
+    }
+    return nn.Sequential(OrderedDict(layers))

@@ -25,6 +25,9 @@ from gradmask.experiments.statistics import (
     verdicts,
 )
 
+# Columns that a narrow terminal can do without, in this order.
+_LEAST_IMPORTANT = ("best_accuracy", "last_train_loss", "memorised", "last_accuracy")
+
 
 def write_report(folder: Path, results: Results) -> Path:
     """Write `report.html` and the figures as SVG files.
@@ -53,7 +56,7 @@ def write_report(folder: Path, results: Results) -> Path:
         config=results["config"],
         yaml=yaml.safe_dump(results["config"], sort_keys=False, default_flow_style=None),
         metrics=available(results),
-        rows=_table(results),
+        rows=_table(results, available(results)),
         differences=_differences(results),
         colours=COLOURS,
         titles=ARM_TITLES,
@@ -74,25 +77,39 @@ def print_summary(results: Results, console: Console) -> None:
         results: Contents of `results.json`.
         console: Where to print.
     """
-    table = Table(
-        title="Test accuracy in %, losses of the last epoch: mean ± standard deviation over seeds"
-    )
-    table.add_column("arm")
-    for metric in available(results):
-        table.add_column(metric.title, justify="right")
-    for row in _table(results):
-        cells = [f"[bold]{c['text']}[/bold]" if c["best"] else c["text"] for c in row["cells"]]
-        table.add_row(row["title"], *cells)
+    unlimited = console.options.update(width=1000)
+    metrics, left_out = available(results), []
+    table = _terminal_table(results, metrics)
+    for name in _LEAST_IMPORTANT:
+        if console.measure(table, options=unlimited).maximum > console.width:
+            left_out += [metric for metric in metrics if metric.name == name]
+            table = _terminal_table(results, [m for m in metrics if m not in left_out])
     console.print(table)
+    if left_out:
+        titles = ", ".join(metric.title for metric in left_out)
+        console.print(f"Left out on this narrow terminal: {titles}.", style="dim")
     *sentences, conclusion = verdicts(results)
     for sentence in [s for s in sentences if "against no mask" in s]:
         console.print(sentence, highlight=False)
     console.print(conclusion, style="bold", highlight=False)
 
 
-def _table(results: Results) -> list[dict[str, Any]]:
+def _terminal_table(results: Results, metrics: list[Metric]) -> Table:
+    table = Table(
+        title="Test accuracy in % at the last, chosen and best epoch, losses at the last: "
+        "mean ± std over seeds"
+    )
+    table.add_column("arm", no_wrap=True)
+    for metric in metrics:
+        table.add_column(metric.title.removesuffix(" epoch"), justify="right", no_wrap=True)
+    for row in _table(results, metrics):
+        cells = [f"[bold]{c['text']}[/bold]" if c["best"] else c["text"] for c in row["cells"]]
+        table.add_row(row["title"], *cells)
+    return table
+
+
+def _table(results: Results, metrics: list[Metric]) -> list[dict[str, Any]]:
     """Rows of `mean ± std` texts; the best mean of each column is marked."""
-    metrics = available(results)
     best = {m.name: _best(results, m) for m in metrics}
     return [
         {
@@ -133,11 +150,12 @@ def _differences(results: Results) -> list[dict[str, Any]]:
             difference = compare_arms(results, arm, "none", metric)
             if arm == "none" or difference is None:
                 continue
-            text = metric.show(difference.mean, signed=True)
+            interval = ""
             if difference.low is not None and difference.high is not None:
                 low, high = (metric.show(x, signed=True) for x in (difference.low, difference.high))
-                text += f" [{low}, {high}]"
-            cells.append({"text": text, "shown": difference.shown})
+                interval = f"[{low}, {high}]"
+            mean = metric.show(difference.mean, signed=True)
+            cells.append({"mean": mean, "interval": interval, "shown": difference.shown})
         if cells:
             rows.append({"arm": arm, "title": ARM_TITLES[arm], "cells": cells})
     return rows

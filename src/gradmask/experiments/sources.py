@@ -146,7 +146,8 @@ def _open(name: str) -> Any:
     try:
         return datasets.load_dataset(**options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"Cannot load {name!r}: {error}") from error
+        missing = "" if path.exists() else "there is no such local folder, and the hub fails: "
+        raise DataError(f"Cannot load {name!r}: {missing}{error}") from error
 
 
 def _columns(name: str, features: Any) -> tuple[str, str]:
