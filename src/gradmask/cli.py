@@ -64,15 +64,18 @@ def _main(words: list[str]) -> int:
     report = commands.add_parser("report", help="build the report of a run again")
     report.add_argument("directory", type=Path, help="output folder of a run")
     bench = commands.add_parser("bench", help="measure speed, with other libraries beside it")
-    bench.add_argument("what", choices=["fisher"])
+    bench.add_argument("what", choices=["fisher", "refresh"])
     bench.add_argument("--model", default="resnet18", help="workload (default: resnet18)")
     bench.add_argument("--batch-size", type=int, help="samples in a batch (default: workload's)")
     bench.add_argument("--batches", type=int, default=4, help="batches in a measurement")
     bench.add_argument("--rounds", type=int, default=5, help="times everything is timed")
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--no-peers", action="store_true", help="leave other libraries out")
-    if words[:1] == ["run"]:  # argparse would take a leading option for its own
+    # Argparse would take a leading option for its own.
+    if words[:1] == ["run"]:
         return _run(words[1:])
+    if words[:2] == ["bench", "refresh"]:
+        return _bench_refresh(words[2:])
     parsed = parser.parse_args(words)
     if parsed.command == "recipes":
         return _recipes()
@@ -172,6 +175,13 @@ def _bench(parsed: argparse.Namespace) -> int:
         device=parsed.device,
         peers=not parsed.no_peers,
     )
+    return 0
+
+
+def _bench_refresh(words: list[str]) -> int:
+    from gradmask.benchmarks.refresh import bench_refresh
+
+    bench_refresh(_options(words))
     return 0
 
 

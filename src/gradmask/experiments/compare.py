@@ -19,7 +19,7 @@ from gradmask import fisher_diagonal
 from gradmask.errors import GradmaskError, OptionError, StateError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData, channel_statistics, load_images, normalize
-from gradmask.experiments.files import write_atomically
+from gradmask.experiments.files import write_atomically, write_json
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.statistics import Results, summary_table
 from gradmask.experiments.train import new_model, resolve_device, train_run
@@ -160,18 +160,7 @@ def save_results(folder: Path, results: Results) -> None:
     """Write `results.json`, with its runs in the order of arms and seeds."""
     order = {arm: i for i, arm in enumerate(results["config"]["arms"])}
     results["runs"].sort(key=lambda run: (order[run["arm"]], run["seed"]))
-    write_atomically(folder / "results.json", _dump(results) + "\n")
-
-
-def _dump(value: Any, indent: str = "") -> str:
-    """JSON with one line for each epoch, option and parameter."""
-    inner = indent + "  "
-    if isinstance(value, dict) and "epoch" not in value:
-        lines = [f"{inner}{json.dumps(k)}: {_dump(v, inner)}" for k, v in value.items()]
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
-        return "[\n" + ",\n".join(inner + _dump(v, inner) for v in value) + f"\n{indent}]"
-    return json.dumps(value)
+    write_json(folder / "results.json", results)
 
 
 def to_plain(config: Comparison) -> dict[str, Any]:

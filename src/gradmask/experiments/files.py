@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -19,3 +21,24 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, in lines that are short enough to read and compare.
+
+    Args:
+        path: Where to write; its folder must exist.
+        value: What to write.
+    """
+    write_atomically(path, _dump(value) + "\n")
+
+
+def _dump(value: Any, indent: str = "") -> str:
+    """JSON with one line for each epoch, option and parameter."""
+    inner = indent + "  "
+    if isinstance(value, dict) and "epoch" not in value:
+        lines = [f"{inner}{json.dumps(k)}: {_dump(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
+        return "[\n" + ",\n".join(inner + _dump(v, inner) for v in value) + f"\n{indent}]"
+    return json.dumps(value)

@@ -150,6 +150,7 @@ def train_run(
     seed: int,
     directory: Path,
     on_epoch: Callable[[Row], None] = lambda _: None,
+    observe: Callable[[Row, nn.Module, Batches], None] = lambda *_: None,
 ) -> Row:
     """Train one network and measure it after each epoch.
 
@@ -164,6 +165,8 @@ def train_run(
         seed: Seed of the run.
         directory: Folder of this run: `metrics.jsonl` and TensorBoard events are written there.
         on_epoch: Called with each epoch's measurements.
+        observe: Called after each epoch with its measurements, to which it may add, the network,
+            and the training images as the Fisher information is measured on them.
 
     Returns:
         `{"arm", "seed", "seconds", "epochs": [measurements of each epoch]}`.
@@ -221,6 +224,7 @@ def train_run(
                 row["kept_per_parameter"] = [round(k, 4) for k in mask.kept_fractions.values()]
                 if epoch < config.epochs:
                     _, row["refresh_seconds"] = _timed(partial(mask.refresh, train_set))
+            observe(row, model, train_set)
             rows.append(row)
             log.write(row)
             on_epoch(row)

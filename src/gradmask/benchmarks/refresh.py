@@ -1,0 +1,145 @@
+"""`gradmask bench refresh`: how many samples a mask needs, and what they cost.
+
+A network is trained; after some of its epochs the Fisher diagonal is measured on growing random
+parts of the training images, and the masks it gives are compared with the mask of all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from gradmask import fisher_diagonal, make_masks
+from gradmask.experiments.compare import environment, to_plain
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data import load_images
+from gradmask.experiments.files import write_json
+from gradmask.experiments.train import Batches, Row, resolve_device, train_run
+from gradmask.seeding import seeded_generator
+
+SIZES = (250, 500, 1000, 2000, 4000, 8000, 16000)
+KEEPS = (0.25, 0.5, 0.75)
+
+
+def bench_refresh(
+    config: Comparison, *, at: Sequence[int] | None = None, draws: int = 3
+) -> dict[str, Any]:
+    """Train one network and measure the overlap of masks from parts of the data with that of all.
+
+    Args:
+        config: Options of the training run; its first seed is taken, and no mask.
+        at: Epochs after which to measure (default: after a third of them, and the last).
+        draws: Random orders of the images; every part is the beginning of one.
+
+    Returns:
+        Contents of `refresh.json`, which is written to the output folder.
+    """
+    epochs = sorted(set(at or (max(1, config.epochs // 3), config.epochs)))
+    device, seed = resolve_device(config.device), config.seeds[0]
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    results: dict[str, Any] = {
+        "config": to_plain(config),
+        "environment": environment(device),
+        "measurements": [],
+    }
+    console = Console()
+
+    def observe(row: Row, model: nn.Module, images: Batches) -> None:
+        console.print(
+            f"epoch {row['epoch']}: test accuracy {100 * row['test_accuracy']:.1f} %, "
+            f"{row['seconds']:.0f} s",
+            highlight=False,
+        )
+        if row["epoch"] in epochs:
+            curves = [overlap_curve(model, images, draw) for draw in range(draws)]
+            results["measurements"].append(
+                {
+                    "after_epoch": row["epoch"],
+                    "epoch_seconds": row["seconds"],
+                    "test_accuracy": row["test_accuracy"],
+                    "draws": curves,
+                }
+            )
+            write_json(config.output / "refresh.json", results)
+            console.print(overlap_table(results["measurements"][-1]))
+
+    config.output.mkdir(parents=True, exist_ok=True)
+    config = replace(config, seeds=(seed,), arms=("none",))
+    directory = config.output / "runs" / f"none-seed{seed}"
+    train_run(config, load_images(config, seed), "none", seed, directory, observe=observe)
+    return results
+
+
+def overlap_curve(model: nn.Module, images: Batches, draw: int) -> list[dict[str, Any]]:
+    """Overlap of masks from the first images of a random order with the mask from all of them.
+
+    Args:
+        model: The network.
+        images: The training images.
+        draw: Seed of the order.
+
+    Returns:
+        For every size: `samples`, `seconds` of the pass, and `overlap`, intersection over union
+        of the kept entries, by share kept.
+    """
+    total = len(images.labels)
+    order = torch.randperm(total, generator=seeded_generator(draw, "overlap"))
+    order = order.to(images.labels.device)
+    sizes = [*(size for size in SIZES if size < total), total]
+    sums: dict[str, Tensor] = {}
+    seconds, start = 0.0, 0
+    masks = []
+    for size in sizes:
+        chosen = order[start:size]
+        part = replace(images, images=images.images[chosen], labels=images.labels[chosen])
+        began = time.perf_counter()
+        fisher = fisher_diagonal(model, part)
+        seconds += time.perf_counter() - began
+        for name, diagonal in fisher.items():
+            sums[name] = sums.get(name, 0) + diagonal * len(chosen)
+        masks.append((size, seconds, {keep: make_masks(sums, keep) for keep in KEEPS}))
+        start = size
+    full = masks[-1][2]
+    return [
+        {
+            "samples": size,
+            "seconds": seconds,
+            "overlap": {str(keep): overlap(found[keep], full[keep]) for keep in KEEPS},
+        }
+        for size, seconds, found in masks
+    ]
+
+
+def overlap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Intersection over union of the entries that two masks keep."""
+    both = sum(int((a[name] & b[name]).sum()) for name in a)
+    either = sum(int((a[name] | b[name]).sum()) for name in a)
+    return both / either
+
+
+def overlap_table(measurement: dict[str, Any]) -> Table:
+    """Table of one measurement: mean over the draws (standard deviation in brackets)."""
+    epoch = measurement["after_epoch"]
+    table = Table(title=f"After epoch {epoch}: overlap with the mask from all images")
+    table.add_column("samples", justify="right")
+    table.add_column("÷ epoch's time", justify="right")
+    for keep in KEEPS:
+        table.add_column(f"keep {keep}", justify="right")
+    for points in zip(*measurement["draws"], strict=True):
+        share = mean(p["seconds"] for p in points) / measurement["epoch_seconds"]
+        cells = []
+        for keep in KEEPS:
+            found = [p["overlap"][str(keep)] for p in points]
+            spread = f" ({stdev(found):.4f})" if len(found) > 1 else ""
+            cells.append(f"{mean(found):.4f}{spread}")
+        table.add_row(f"{points[0]['samples']:,}", f"{share:.3f}", *cells)
+    return table
