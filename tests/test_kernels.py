@@ -3,11 +3,20 @@
 import logging
 import subprocess
 import sys
+from statistics import mode
 
 import pytest
 import torch
 
-from gradmask.kernels import add_squared_products, can_add_squared_products, library
+from gradmask.kernels import (
+    add_squared_products,
+    can_add_squared_products,
+    count_digits,
+    digits,
+    keep_where,
+    library,
+    select,
+)
 
 needs_compiler = pytest.mark.skipif(
     not can_add_squared_products(torch.zeros(1)), reason="no C compiler"
@@ -121,6 +130,63 @@ def test_nothing_to_add():
         g, x = torch.zeros(n, 4, places), torch.zeros(n, 10)
         add_squared_products(total, g, x, torch.arange(places), torch.arange(5))
     assert torch.equal(total, torch.ones(4, 5))
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex128]
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("replaced", [True, False])
+def test_keep_where(replaced, dtype, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(select, "load", lambda *_, **__: None)
+    shapes = [(3, 5, 7, 9), (1000,), (), (0,), (4, 6), (8, 3, 5, 5)]
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+    tensors[0] = tensors[0].to(memory_format=torch.channels_last)
+    tensors[4] = tensors[4].t()
+    tensors[1][::3] = torch.inf
+    tensors[1][1::3] = torch.nan
+    masks = [
+        torch.empty_like(t, dtype=torch.bool).copy_(torch.rand(t.shape) < 0.4) for t in tensors
+    ]
+    masks[5] = masks[5].contiguous(memory_format=torch.channels_last)  # in another order
+    others = [torch.randn(t.shape).to(dtype) for t in tensors] if replaced else None
+    zeros = [torch.zeros_like(t) for t in tensors]
+    expected = [
+        torch.where(m, t, o) for m, t, o in zip(masks, tensors, others or zeros, strict=True)
+    ]
+    versions = [t._version for t in tensors]
+    keep_where(tensors, masks, others)
+    for tensor, truth in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor, truth, rtol=0, atol=0, equal_nan=True)
+    assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
+
+
+def test_keep_where_of_nothing():
+    keep_where([], [])
+    keep_where([], [], [])
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("size", [1, 33, 70_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_count_digits(dtype, size, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(digits, "load", lambda *_, **__: None)
+    values = torch.randn(size, dtype=dtype)
+    values[::5] = -0.0
+    integer, width = (torch.int32, 32) if dtype == torch.float32 else (torch.int64, 64)
+    bits = [int(b) % 2**width for b in values.add(0.0).view(integer)]
+    most = mode(b >> 16 for b in bits)
+    for shift, prefix in ((width - 16, None), (0, None), (0, most), (0, 12345)):
+        counts = torch.arange(1 << 16)
+        count_digits(values, shift, prefix, counts)
+        truth = torch.arange(1 << 16)
+        for b in bits:
+            if prefix is None or b >> shift >> 16 == prefix:
+                truth[(b >> shift) % 2**16] += 1
+        assert torch.equal(counts, truth)
 
 
 def test_other_types_are_left_to_pytorch():

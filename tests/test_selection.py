@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from gradmask import global_threshold, make_masks, selection
+from gradmask import global_threshold, make_masks
 from gradmask.errors import DataError, GradmaskWarning, OptionError
+from gradmask.kernels import digits
 from gradmask.selection import STRATEGIES, kept_count, kth_largest
 
 
@@ -37,10 +38,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1 << 20, 7])
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_kth_largest_is_that_of_sorting(case, chunk, monkeypatch):
-    monkeypatch.setattr(selection, "_CHUNK", chunk)
+def test_kth_largest_is_that_of_sorting(case, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(digits, "load", lambda *_, **__: None)
+        monkeypatch.setattr(digits, "_CHUNK", 7)
     tensors = CASES[case]
     wide = any(t.dtype == torch.float64 for t in tensors)
     joined = torch.cat(
@@ -53,15 +56,32 @@ def test_kth_largest_is_that_of_sorting(case, chunk, monkeypatch):
         assert found == ordered[k - 1]
 
 
-def test_more_values_than_one_chunk():
-    values = rand(3, 1 << 20, seed=5)
-    for k in (1, 12345, values.numel()):
-        assert kth_largest([values], k) == values.flatten().sort(descending=True).values[k - 1]
+LARGE = {
+    "uniform": rand(3, 1 << 18, seed=5),
+    "narrow": 1 + 1e-4 * rand(1 << 18, seed=6),
+    "ties": (9 * rand(1 << 18, seed=7)).floor(),
+    "zeros": rand(1 << 18, seed=8) * (rand(1 << 18, seed=9) > 0.5),
+    "negative zeros": -0.0 * rand(1 << 18, seed=10),
+    "float64": rand(1 << 17, dtype=torch.float64, seed=11).log().exp(),
+}
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("case", LARGE)
+def test_many_values(case, threads, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(digits, "load", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    values = LARGE[case]
+    ordered = values.flatten().sort(descending=True).values
+    for k in (1, 2, 12345, values.numel() // 2, values.numel() - 1, values.numel()):
+        assert kth_largest([values, *values[:0]], k) == ordered[k - 1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, -math.inf])
 def test_values_that_cannot_be_ordered(bad):
-    fisher = {"a": torch.ones(5), "b": torch.tensor([1.0, bad])}
+    fisher = {"a": torch.ones(70_000), "b": torch.tensor([1.0, bad])}
     for strategy in ("fisher", "random_matched", "inverse"):
         with pytest.raises(DataError, match="NaN, infinite or negative"):
             make_masks(fisher, 0.5, strategy=strategy, generator=seeded())

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from gradmask.errors import OptimizerError, OptionError, StateError, check_choice, check_keep
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
+from gradmask.kernels import keep_where
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed, seeded_generator
 from gradmask.selection import STRATEGIES, make_masks
@@ -171,19 +172,24 @@ class FisherMask:
         self._apply(self._parameters)
 
     def _apply(self, parameters: dict[str, nn.Parameter]) -> None:
+        gradients, masks = [], []
         for name, parameter in parameters.items():
             if name in self.masks and parameter.grad is not None:
                 if parameter.grad.is_sparse:
                     raise OptimizerError(
                         f"Parameter {name!r} has a sparse gradient: use sparse=False in its layer."
                     )
-                # Not a product: an infinite gradient times 0 would be NaN.
-                parameter.grad.masked_fill_(~self._mask(name, parameter), 0)
+                gradients.append(parameter.grad)
+                masks.append(self._mask(name, parameter))
+        keep_where(gradients, masks)
 
     def _mask(self, name: str, parameter: nn.Parameter) -> Tensor:
-        if self.masks[name].device != parameter.device:  # the model was moved
-            self.masks[name] = self.masks[name].to(parameter.device)
-        return self.masks[name]
+        mask = self.masks[name]
+        # The model may have been moved. In the parameter's own layout both are read in order.
+        if mask.device != parameter.device or mask.stride() != parameter.stride():
+            mask = torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(mask)
+            self.masks[name] = mask
+        return mask
 
     def _of(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         """The optimizer's parameters that belong to the model, groups added later included."""
@@ -223,9 +229,10 @@ class FisherMask:
     def _post_step(self, optimizer: Optimizer, *_: Any) -> None:
         parameters = self._of(optimizer)
         stack = self._before.get(id(optimizer))
-        for name, before in (stack.pop() if stack else {}).items():
-            parameter = parameters[name]
-            parameter.copy_(torch.where(self._mask(name, parameter), parameter, before))
+        before = stack.pop() if stack else {}
+        held = [parameters[name] for name in before]
+        masks = [self._mask(name, parameters[name]) for name in before]
+        keep_where(held, masks, list(before.values()))
 
     @property
     def kept_fraction(self) -> float:

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gradmask.errors import DataError, GradmaskWarning, OptionError, check_choice, check_keep
+from gradmask.kernels import count_digits
 
 STRATEGIES = ("fisher", "random", "random_matched", "inverse")
 
 _DIGIT = 16  # bits settled in each reading of the values
-_CHUNK = 1 << 20  # values worked on at a time: bounds the extra memory
 
 
-def _keys(tensors: list[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Integers in the order of the values: the bits of a non-negative float are such."""
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
-    for tensor in tensors:
-        for chunk in tensor.detach().reshape(-1).split(_CHUNK):
-            values = chunk.to(dtype)
-            if not bool(((values >= 0) & (values < math.inf)).all()):
-                raise DataError(
-                    "The Fisher diagonal holds NaN, infinite or negative values: training has "
-                    "probably diverged (try a lower learning rate)."
-                )
-            yield values.add(0.0).view(integer)  # adding 0 turns -0 into 0
-
-
-def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
+def kth_largest(tensors: Iterable[Tensor], k: int, group: ProcessGroup | None = None) -> Tensor:
     """The k-th largest of all entries of non-negative tensors together, without joining them.
 
     Counts the values by their leading 16 bits, keeps the bin that holds the k-th, and goes on
@@ -41,6 +29,7 @@ def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
     Args:
         tensors: Non-negative tensors of any shapes, dtypes and devices.
         k: Rank, from 1 for the largest.
+        group: Process group over which the entries are spread; every rank gets the same result.
 
     Returns:
         Scalar on the CPU, float64 if any tensor is, else float32.
@@ -48,33 +37,53 @@ def kth_largest(tensors: Iterable[Tensor], k: int) -> Tensor:
     Raises:
         DataError: If there are no values, or some are NaN, infinite or negative.
     """
-    values = [t for t in tensors if t.numel()]
-    if not 1 <= k <= sum(t.numel() for t in values):
-        raise DataError(f"There is no {k}-th largest of {sum(t.numel() for t in values)} values.")
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in values) else torch.float32
+    values = [t.detach() for t in tensors if t.numel()]
+    double = any(t.dtype == torch.float64 for t in values)
+    own = torch.tensor([sum(t.numel() for t in values), double], device="cpu")
+    total, doubles = _over_ranks(own, group).tolist()
+    if not 1 <= k <= total:
+        raise DataError(f"There is no {k}-th largest of {total} values.")
+    dtype, integer = (torch.float64, torch.int64) if doubles else (torch.float32, torch.int32)
     bits = torch.finfo(dtype).bits
+    infinity = int(torch.tensor(math.inf, dtype=dtype, device="cpu").view(integer))
     prefix, remaining = 0, k
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        first = shift + _DIGIT == bits
         counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device="cpu")
-        for keys in _keys(values, dtype):
-            if shift + _DIGIT < bits:
-                keys = keys[keys >> (shift + _DIGIT) == prefix]
-            digits = (keys >> shift) & ((1 << _DIGIT) - 1)
-            counts += torch.bincount(digits, minlength=1 << _DIGIT).cpu()
+        for tensor in values:
+            count_digits(tensor.to(dtype).contiguous(), shift, None if first else prefix, counts)
+        counts = _over_ranks(counts, group)
+        if first and bool(counts[infinity >> shift :].any()):
+            raise DataError(
+                "The Fisher diagonal holds NaN, infinite or negative values: training has "
+                "probably diverged (try a lower learning rate)."
+            )
         above = counts.flip(0).cumsum(0)  # values at or above each digit, from the largest
         place = int(torch.searchsorted(above, remaining))
         remaining -= int(above[place - 1]) if place else 0
         prefix = prefix << _DIGIT | ((1 << _DIGIT) - 1 - place)
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
     return torch.tensor(prefix, dtype=integer, device="cpu").view(dtype)
 
 
-def global_threshold(fisher: Mapping[str, Tensor], keep: float) -> Tensor:
+def _over_ranks(counts: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of integers on the CPU over the ranks of a process group."""
+    if group is None:
+        return counts
+    moved = counts.cuda() if dist.get_backend(group) == "nccl" else counts
+    dist.all_reduce(moved, group=group)
+    return moved.cpu()
+
+
+def global_threshold(
+    fisher: Mapping[str, Tensor], keep: float, group: ProcessGroup | None = None
+) -> Tensor:
     """The value k of equation 10: the ⌈keep · m⌉-th largest of all m diagonal entries together.
 
     Args:
         fisher: Diagonal of the Fisher information by parameter name.
         keep: Share of the entries at or above the threshold, in (0, 1].
+        group: Process group whose ranks hold each a part of the entries: the threshold is that of
+            all of them together, the same to the bit on every rank.
 
     Returns:
         Scalar on the CPU.
@@ -84,12 +93,13 @@ def global_threshold(fisher: Mapping[str, Tensor], keep: float) -> Tensor:
         DataError: If there are no values, or some are NaN, infinite or negative.
     """
     check_keep(keep)
-    return kth_largest(fisher.values(), kept_count(fisher, keep))
+    return kth_largest(fisher.values(), kept_count(fisher, keep, group), group)
 
 
-def kept_count(fisher: Mapping[str, Tensor], keep: float) -> int:
+def kept_count(fisher: Mapping[str, Tensor], keep: float, group: ProcessGroup | None = None) -> int:
     """⌈keep · m⌉ for m entries in all, with `keep` as it is written: ⌈0.1 · 30⌉ is 3, not 4."""
-    return math.ceil(Fraction(str(float(keep))) * sum(t.numel() for t in fisher.values()))
+    own = torch.tensor([sum(t.numel() for t in fisher.values())], device="cpu")
+    return math.ceil(Fraction(str(float(keep))) * int(_over_ranks(own, group)))
 
 
 def make_masks(
@@ -98,6 +108,7 @@ def make_masks(
     *,
     strategy: str = "fisher",
     generator: torch.Generator | None = None,
+    group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Masks M of equation 10 (True: the entry still learns), and the controls for it.
 
@@ -108,6 +119,7 @@ def make_masks(
             anywhere. `random_matched`: in every tensor as many as `fisher` keeps there, drawn at
             random. `inverse`: as many as `fisher` keeps, the lowest (ties drawn at random).
         generator: CPU generator of the random draws.
+        group: Process group whose ranks hold each a part of the entries (`fisher` only).
 
     Returns:
         `{name: bool tensor of the same shape and device}`.
@@ -120,10 +132,12 @@ def make_masks(
     check_choice("strategy", strategy, STRATEGIES)
     if strategy != "fisher" and generator is None:
         raise OptionError(f"strategy={strategy!r} draws at random: pass a seeded generator.")
+    if strategy != "fisher" and group is not None:
+        raise OptionError(f"strategy={strategy!r} draws within one process: leave group out.")
     if strategy == "random":
         total = sum(t.numel() for t in fisher.values())
         return _split(_draw(total, kept_count(fisher, keep), generator), fisher)
-    threshold = global_threshold(fisher, keep)
+    threshold = global_threshold(fisher, keep, group)
     if float(threshold) == 0.0 and keep < 1.0:
         warnings.warn(
             f"The threshold at keep={keep} is 0: more than {1 - keep:.0%} of the parameters have "

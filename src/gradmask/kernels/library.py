@@ -17,6 +17,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 logger = logging.getLogger("gradmask")
 
 _SECONDS = 60  # a compiler that takes longer hangs
@@ -44,6 +46,11 @@ def load(source: str, **macros: str) -> ctypes.CDLL | None:
         reason = getattr(error, "stderr", None) or str(error)
         logger.info("%s is not used, PyTorch does its work, slower: %s", source, reason.strip())
         return None
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Where a tensor's first element lies."""
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _build(compiler: str, source: Path, macros: dict[str, str]) -> Path:

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from gradmask.kernels.library import load
+from gradmask.kernels.library import load, pointer
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 
@@ -55,18 +55,14 @@ def add_squared_products(
     positions, offsets = positions.contiguous(), offsets.contiguous()
     arguments = [
         *map(ctypes.c_int64, sizes),
-        _pointer(g),
+        pointer(g),
         *map(ctypes.c_int64, g.stride()),
-        _pointer(x),
+        pointer(x),
         ctypes.c_int64(x.stride(0)),
-        _pointer(positions),
-        _pointer(offsets),
-        _pointer(total),
+        pointer(positions),
+        pointer(offsets),
+        pointer(total),
         ctypes.c_int(torch.get_num_threads()),
     ]
     if library.add_squared_products(*arguments):
         raise MemoryError("no memory for the squares of per-sample gradients")
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
