@@ -1,12 +1,21 @@
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from gradmask.benchmarks import workloads
 from gradmask.benchmarks.fisher import bench_fisher
+from gradmask.benchmarks.layers import bench_layers
+from gradmask.benchmarks.mask import bench_step, bench_threshold
 from gradmask.benchmarks.peers import loop, vmap
+from gradmask.benchmarks.refresh import bench_refresh, overlap, overlap_curve, overlap_table
 from gradmask.benchmarks.timing import interleave, ratio
 from gradmask.cli import main
 from gradmask.errors import OptionError
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.train import Batches
 
 
 def test_every_task_once_a_round_in_turn():
@@ -38,14 +47,105 @@ def test_own_peers_are_right():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-9)
 
 
-def test_table():
-    table = bench_fisher("small_cnn", batch_size=4, batches=1, rounds=1, peers=False)
-    assert list(table.columns[0].cells) == ["plain forward + backward", "gradmask"]
-    assert all(float(cell) > 0 for column in table.columns[1:4] for cell in column.cells)
+def cells(table, column):
+    return [re.sub(r"\[/?bold\]", "", cell) for cell in table.columns[column].cells]
 
 
-def test_command(capsys):
-    assert main(["bench", "fisher", "--model", "restnet18"]) == 2
+def test_fisher():
+    table = bench_fisher("small_cnn", batch_size=16, batches=1, rounds=1, peers=False)
+    assert cells(table, 0) == ["plain forward + backward", "gradmask"]
+    assert all(float(cell) > 0 for column in (1, 2, 3) for cell in cells(table, column))
+
+
+def test_layers():
+    table = bench_layers("small_cnn", batch_size=2, rounds=1)
+    assert cells(table, 0) == ["3 to 32, 3x3", "32 to 64, 3x3", "64 to 128, 3x3"]
+    assert cells(table, 1) == ["32x32", "16x16", "8x8"]
+    assert all(float(cell) > 0 for column in (2, 4, 5, 6) for cell in cells(table, column))
+    chosen = [sum("bold" in list(c.cells)[row] for c in table.columns) for row in range(3)]
+    assert chosen == [1, 1, 1]
+
+
+def test_step():
+    table = bench_step("small_cnn", batch_size=2, rounds=1)
+    assert len(table.rows) == 6
+    assert all(float(cell) > 0 for column in (1, 2, 3) for cell in cells(table, column))
+
+
+def test_threshold():
+    table = bench_threshold(entries=30_000, tensors=3, rounds=1)
+    assert float(cells(table, 2)[0]) == 1
+    assert cells(table, 4) == ["", "yes"]
+
+
+def test_refresh(options, tmp_path):
+    config = Comparison(**options | {"output": tmp_path / "out"})
+    results = bench_refresh(config, draws=2)
+    saved = json.loads((tmp_path / "out" / "refresh.json").read_text())
+    assert saved == results
+    assert [m["after_epoch"] for m in results["measurements"]] == [1, 3]
+    for measurement in results["measurements"]:
+        assert len(measurement["draws"]) == 2
+        for points in measurement["draws"]:
+            assert points[-1]["overlap"] == {"0.25": 1.0, "0.5": 1.0, "0.75": 1.0}
+            assert [p["samples"] for p in points] == sorted({p["samples"] for p in points})
+    assert len(overlap_table(measurement).rows) == len(points)
+
+
+def test_overlap_is_intersection_over_union():
+    a = {"x": torch.tensor([True, True, False]), "y": torch.tensor([True])}
+    b = {"x": torch.tensor([True, False, True]), "y": torch.tensor([True])}
+    assert overlap(a, b) == 2 / 4
+    assert overlap(a, a) == 1
+
+
+def test_parts_of_a_curve_add_up():
+    """The last point is the mask of all samples, whatever the parts were."""
+    model, inputs, targets = workloads.make("mlp", 600)
+    images = Batches(inputs, targets, lambda x: x, 128)
+    points = overlap_curve(model, images, 0)
+    assert [p["samples"] for p in points] == [250, 500, 600]
+    assert all(0.5 < p["overlap"]["0.25"] <= 1 for p in points)
+    assert points[0]["overlap"]["0.25"] < points[1]["overlap"]["0.25"] < 1
+
+
+def own_network():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+
+
+def test_networks_of_the_user(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    model, inputs, targets = workloads.make("test_benchmarks:own_network", 6, shape=(3, 2, 2))
+    assert model(inputs).shape == (6, 5)
+    assert 0 <= targets.min() <= targets.max() < 5
+    assert workloads.make("squeezenet1_1", 1, shape=(3, 64, 64))[1].shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("restnet18", "Did you mean 'resnet18'"),
+        ("no.such:network", "cannot be imported"),
+        ("torch:nothing", "cannot be imported"),
+        ("torch.nn:Identity", "does not return logits"),
+    ],
+)
+def test_networks_that_do_not_work(name, message):
+    with pytest.raises(OptionError, match=message):
+        workloads.make(name, 2)
+
+
+@pytest.mark.parametrize("what", ["fisher", "layers", "step"])
+def test_command_refuses_unknown_networks(what, capsys):
+    assert main(["bench", what, "--model", "restnet18"]) == 2
     assert "Did you mean 'resnet18'" in capsys.readouterr().err
-    with pytest.raises(OptionError):
-        workloads.make("restnet18")
+
+
+def test_commands(capsys, tmp_path):
+    words = ["--model", "mlp", "--batch-size", "2", "--rounds", "1"]
+    assert main(["bench", "fisher", *words, "--batches", "1", "--no-peers"]) == 0
+    assert main(["bench", "threshold", "--entries", "6000", "--rounds", "1"]) == 0
+    recipe = ["demo", "--epochs", "1", "--train-size", "100", "--output", str(tmp_path / "out")]
+    assert main(["bench", "refresh", *recipe]) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("mlp", "float32 entries", "overlap with the mask"))

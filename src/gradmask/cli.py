@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,14 +63,7 @@ def _main(words: list[str]) -> int:
     commands.add_parser("recipes", help="list the recipes")
     report = commands.add_parser("report", help="build the report of a run again")
     report.add_argument("directory", type=Path, help="output folder of a run")
-    bench = commands.add_parser("bench", help="measure speed, with other libraries beside it")
-    bench.add_argument("what", choices=["fisher", "refresh"])
-    bench.add_argument("--model", default="resnet18", help="workload (default: resnet18)")
-    bench.add_argument("--batch-size", type=int, help="samples in a batch (default: workload's)")
-    bench.add_argument("--batches", type=int, default=4, help="batches in a measurement")
-    bench.add_argument("--rounds", type=int, default=5, help="times everything is timed")
-    bench.add_argument("--device", default="cpu")
-    bench.add_argument("--no-peers", action="store_true", help="leave other libraries out")
+    _add_bench(commands)
     # Argparse would take a leading option for its own.
     if words[:1] == ["run"]:
         return _run(words[1:])
@@ -164,17 +157,47 @@ def _options(words: list[str]) -> Comparison:
     return Comparison(**{name: getattr(parsed, name) for name in names})
 
 
-def _bench(parsed: argparse.Namespace) -> int:
-    from gradmask.benchmarks.fisher import print_bench
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure speed, with other libraries beside it")
+    kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for what, text in (
+        ("fisher", "the Fisher diagonal, against a plain pass and other libraries"),
+        ("layers", "the ways to a convolution's squares"),
+        ("step", "a masked optimizer step"),
+        ("threshold", "the exact threshold over all entries"),
+    ):
+        kind = kinds.add_parser(what, help=text)
+        kind.add_argument("--rounds", type=int, default=7, help="times everything is timed")
+        kind.add_argument("--device", default="cpu")
+        if what == "threshold":
+            kind.add_argument("--entries", type=int, default=10**8)
+            continue
+        names = "resnet18, mlp, ..., a torchvision classifier, or package.module:function"
+        kind.add_argument("--model", default="resnet18", help=names)
+        kind.add_argument("--batch-size", type=int, help="samples in a batch")
+        kind.add_argument("--shape", type=int, nargs="+", help="shape of one sample: 3 224 224")
+        if what == "fisher":
+            kind.add_argument("--batches", type=int, default=4, help="batches in a measurement")
+            kind.add_argument("--no-peers", dest="peers", action="store_false")
+    kinds.add_parser("refresh", help="how many samples a mask needs (options of `gradmask run`)")
 
-    print_bench(
-        parsed.model,
-        batch_size=parsed.batch_size,
-        batches=parsed.batches,
-        rounds=parsed.rounds,
-        device=parsed.device,
-        peers=not parsed.no_peers,
-    )
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from gradmask.benchmarks.fisher import bench_fisher
+    from gradmask.benchmarks.layers import bench_layers
+    from gradmask.benchmarks.mask import bench_step, bench_threshold
+
+    benches: dict[str, Callable[..., Any]] = {
+        "fisher": bench_fisher,
+        "layers": bench_layers,
+        "step": bench_step,
+        "threshold": bench_threshold,
+    }
+    options = {k: v for k, v in vars(parsed).items() if k not in ("command", "what", "model")}
+    model = [parsed.model] if "model" in parsed else []
+    Console().print(benches[parsed.what](*model, **options))
     return 0
 
 

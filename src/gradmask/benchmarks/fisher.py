@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from gradmask import fisher_diagonal
@@ -27,16 +26,18 @@ def bench_fisher(
     batches: int = 4,
     rounds: int = 5,
     device: str = "cpu",
+    shape: Sequence[int] | None = None,
     peers: bool = True,
 ) -> Table:
     """Time `fisher_diagonal` on several batches, and what it is compared with.
 
     Args:
-        name: A workload (see `gradmask.benchmarks.workloads`).
+        name: A workload (see `gradmask.benchmarks.workloads.find_workload`).
         batch_size: Samples in a batch (default: the workload's own).
         batches: Batches in one measurement; a Fisher pass begins with a probe of two samples.
         rounds: Times everything is timed.
         device: Device to measure on.
+        shape: Shape of one sample (default: the workload's own).
         peers: Compare with other libraries, as far as they are installed.
 
     Returns:
@@ -44,7 +45,7 @@ def bench_fisher(
         the rounds' ratios), largest error relative to the largest entry of each tensor, peak
         memory of the process above its start (CPU) or of the device (CUDA).
     """
-    model, inputs, targets = make(name, batch_size, device)
+    model, inputs, targets = make(name, batch_size, device, shape)
     data = [(inputs, targets)] * batches
     step = plain(model, inputs, targets)
     tasks: dict[str, Callable[[], object]] = {
@@ -73,14 +74,9 @@ def bench_fisher(
             continue
         ms = 1e3 * median(seconds[way]) / batches
         times = ratio(seconds, way, "plain forward + backward")
-        memory = peak_megabytes(name, way, len(inputs), device)
+        memory = peak_megabytes(name, way, len(inputs), device, shape)
         table.add_row(way, f"{ms:.1f}", f"{times:.2f}", f"{memory:.0f}", note)
     return table
-
-
-def print_bench(name: str, **options: object) -> None:
-    """Print the table of `bench_fisher`."""
-    Console().print(bench_fisher(name, **options))  # type: ignore[arg-type]
 
 
 def _error(found: Diagonal, expected: Diagonal) -> str:

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from gradmask.benchmarks.workloads import make
 TASKS = {"plain forward + backward": peers.plain, "gradmask": peers.ours, **peers.PEERS}
 
 
-def peak_megabytes(workload: str, task: str, batch_size: int, device: str) -> float:
+def peak_megabytes(
+    workload: str, task: str, batch_size: int, device: str, shape: Sequence[int] | None = None
+) -> float:
     """Peak memory of a task above what the model, the batch and the libraries take.
 
     Args:
@@ -25,12 +28,14 @@ def peak_megabytes(workload: str, task: str, batch_size: int, device: str) -> fl
         task: `gradmask`, `plain forward + backward` or a peer.
         batch_size: Samples in the batch.
         device: Device to measure on.
+        shape: Shape of one sample (default: the workload's own).
 
     Returns:
         Megabytes: resident memory of the process on a CPU, allocated memory on CUDA; NaN if the
         task failed.
     """
     words = [sys.executable, "-m", __spec__.name, workload, task, str(batch_size), device]
+    words += map(str, shape or ())
     # Freed memory goes back to the system, so that what is resident is what is used.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     found = subprocess.run(words, capture_output=True, text=True, env=environment)
@@ -40,20 +45,32 @@ def peak_megabytes(workload: str, task: str, batch_size: int, device: str) -> fl
         return float("nan")
 
 
-def _main(workload: str, task: str, batch_size: str, device: str) -> None:
+def _main(workload: str, task: str, batch_size: str, device: str, *shape: str) -> None:
     small = TASKS[task](*make("mlp", 2, device))
     small()  # loads what is loaded at first use
-    model, inputs, targets = make(workload, int(batch_size), device)
+    model, inputs, targets = make(workload, int(batch_size), device, [int(size) for size in shape])
     run = TASKS[task](model, inputs, targets)
+    print(peak_of(run, device))
+
+
+def peak_of(run: Callable[[], object], device: str) -> float:
+    """Peak memory while a function runs, above what is in use before.
+
+    Args:
+        run: The function.
+        device: Device it runs on.
+
+    Returns:
+        Megabytes: resident memory of the process on a CPU, allocated memory on CUDA.
+    """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-    else:
-        before = _reset_peak()
-        run()
-        print((_peak() - before) / 2**20)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = _reset_peak()
+    run()
+    return (_peak() - before) / 2**20
 
 
 def _reset_peak() -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from gradmask.errors import check_choice
+from gradmask.errors import OptionError, check_choice
 from gradmask.experiments.models import CifarResNet
 
 
@@ -22,13 +23,11 @@ class Workload:
     Attributes:
         build: Makes the network.
         shape: Shape of one sample.
-        classes: Number of outputs.
         batch_size: Samples in a batch.
     """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    classes: int
     batch_size: int
 
 
@@ -63,38 +62,76 @@ def _mlp() -> nn.Module:
 
 
 WORKLOADS = {
-    "resnet18": Workload(
-        lambda: CifarResNet(BasicBlock, [2, 2, 2, 2], 3, 100), (3, 32, 32), 100, 32
-    ),
-    "small_cnn": Workload(_small_cnn, (3, 32, 32), 10, 128),
-    "mlp": Workload(_mlp, (784,), 10, 256),
-    "vit_b_16": Workload(torchvision.models.vit_b_16, (3, 224, 224), 1000, 8),
-    "encoder": Workload(Encoder, (197, 384), 100, 8),
-    "resnet50": Workload(torchvision.models.resnet50, (3, 224, 224), 1000, 64),
+    "resnet18": Workload(lambda: CifarResNet(BasicBlock, [2, 2, 2, 2], 3, 100), (3, 32, 32), 32),
+    "small_cnn": Workload(_small_cnn, (3, 32, 32), 128),
+    "mlp": Workload(_mlp, (784,), 256),
+    "vit_b_16": Workload(torchvision.models.vit_b_16, (3, 224, 224), 8),
+    "encoder": Workload(Encoder, (197, 384), 8),
+    "resnet50": Workload(torchvision.models.resnet50, (3, 224, 224), 64),
 }
 
 
+def find_workload(name: str) -> Workload:
+    """Find a workload: a name of ours, a classifier of torchvision, or a function of the user.
+
+    Args:
+        name: For example `resnet18`, `convnext_tiny` or `package.module:function`; the function
+            returns the network.
+
+    Returns:
+        The workload.
+
+    Raises:
+        OptionError: If the name is unknown or the function cannot be imported.
+    """
+    if name in WORKLOADS:
+        return WORKLOADS[name]
+    if ":" in name:
+        module, _, function = name.partition(":")
+        try:
+            build = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise OptionError(
+                f"model={name!r} cannot be imported ({error}): expected package.module:function, "
+                "a function without arguments that returns the network."
+            ) from error
+        return Workload(build, (3, 224, 224), 32)
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    check_choice("model", name, [*WORKLOADS, *classifiers])
+    return Workload(lambda: torchvision.models.get_model(name, weights=None), (3, 224, 224), 32)
+
+
 def make(
-    name: str, batch_size: int | None = None, device: str = "cpu"
+    name: str,
+    batch_size: int | None = None,
+    device: str = "cpu",
+    shape: Sequence[int] | None = None,
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """Build a workload: the network in eval mode, random inputs and labels.
 
     Args:
-        name: Name of the workload.
+        name: Name of the workload (see `find_workload`).
         batch_size: Samples (default: the workload's own).
         device: Where to put everything.
+        shape: Shape of one sample (default: the workload's own).
 
     Returns:
         Network, inputs, labels.
+
+    Raises:
+        OptionError: If the name is unknown, or the network gives no logits (samples, classes).
     """
-    check_choice("model", name, WORKLOADS)
-    workload = WORKLOADS[name]
+    workload = find_workload(name)
     size = batch_size or workload.batch_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = workload.build().eval().to(device)
-        inputs = torch.randn(size, *workload.shape).to(device)
-        targets = torch.randint(0, workload.classes, (size,)).to(device)
+        inputs = torch.randn(size, *(shape or workload.shape)).to(device)
+        with torch.no_grad():
+            logits = model(inputs[:1])
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise OptionError(f"model={name!r} does not return logits of shape (samples, classes).")
+        targets = torch.randint(0, logits.shape[1], (size,)).to(device)
     for module in model.modules():  # torchvision starts some layers at zero, which is too easy
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)

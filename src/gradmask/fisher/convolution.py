@@ -152,6 +152,9 @@ def _unfold(module: nn.Conv2d, x: Tensor) -> Tensor:
     return split
 
 
+WAYS: tuple[Way, ...] = (add_by_products, add_by_groups, add_by_unfolding, add_by_samples)
+
+
 def fastest_way(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> Way:
     """Which of the ways to take, by the weight's shape and the device."""
     outputs = len(total) // module.groups
