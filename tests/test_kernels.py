@@ -1,6 +1,7 @@
 """The compiled kernels against PyTorch, and how they are built, or not."""
 
 import logging
+import os
 import subprocess
 import sys
 from statistics import mode
@@ -249,3 +250,66 @@ def test_one_pool_of_threads():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "1"
+
+
+INTERPRETED = """
+import torch
+from gradmask.kernels import add_squared_products, triton_products
+
+torch.manual_seed(0)
+for samples, outputs, inputs, places, splits in {cases}:
+    triton_products._multiprocessors = lambda _: splits
+    g = torch.randn(outputs, samples, places).transpose(0, 1)
+    x = torch.randn(samples, 2, 200)[:, 1]
+    positions, offsets = torch.randint(100, (places,)), torch.randint(100, (inputs,))
+    total = torch.rand(outputs, inputs)
+    patches = x[:, positions[:, None] + offsets].double()
+    truth = total.double() + torch.einsum("nkp,npd->nkd", g.double(), patches).square().sum(0)
+    triton_products.add_squared_products(total, g, x, positions, offsets)
+    assert ((total - truth) / truth).abs().max() < 1e-5, (samples, outputs, inputs, places)
+"""
+
+
+def test_triton_kernel_in_the_interpreter():
+    pytest.importorskip("triton")
+    cases = [(3, 70, 130, 45, 1), (5, 64, 64, 32, 3), (1, 1, 1, 1, 1), (7, 5, 3, 33, 9)]
+    code = INTERPRETED.format(cases=cases)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_triton_kernel_compiles_for_a_gpu():
+    triton = pytest.importorskip("triton")
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gradmask.kernels.triton_products import squares
+
+types = ["*fp32"] * 2 + ["*i64"] * 2 + ["*fp32"] + ["i32"] * 9
+for precision in ("ieee", "tf32"):
+    blocks = {"block_k": 64, "block_d": 64, "block_p": 32, "precision": precision}
+    signature = dict(zip(squares.arg_names, types)) | dict.fromkeys(blocks, "constexpr")
+    source = ASTSource(squares, signature, constexprs=blocks)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    print(made.metadata.shared, len(made.asm["cubin"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shared = [int(line.split()[0]) for line in done.stdout.splitlines()]
+    assert len(shared) == 2
+    assert max(shared) <= 48 * 1024  # what every GPU gives without asking
+    assert triton
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_triton_kernel_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("GRADMASK_TRITON", "1")
+    g, x = torch.randn(8, 130, 70, device="cuda"), torch.randn(8, 300, device="cuda")
+    positions, offsets = torch.arange(70), torch.arange(150)
+    total = torch.zeros(130, 150, device="cuda")
+    assert can_add_squared_products(total, g, x)
+    add_squared_products(total, g, x, positions, offsets)
+    truth = expected(torch.zeros(130, 150), g.cpu(), x.cpu(), positions, offsets)
+    torch.testing.assert_close(total.cpu(), truth, rtol=1e-4, atol=1e-4)

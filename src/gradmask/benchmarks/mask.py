@@ -17,9 +17,7 @@ from gradmask.benchmarks.workloads import make
 from gradmask.seeding import seeded_generator
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "SGD": lambda p, **way: SGD(
-        p, 1e-6, momentum=0.9, weight_decay=5e-4, **way
-    ),
+    "SGD": lambda p, **way: SGD(p, 1e-6, momentum=0.9, weight_decay=5e-4, **way),
     "AdamW": lambda p, **way: AdamW(p, 1e-6, **way),
 }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,9 +17,23 @@ _REALS = {torch.float32: "float", torch.float64: "double"}
 
 def can_add_squared_products(*tensors: Tensor) -> bool:
     """Whether `add_squared_products` works for tensors like these on this machine."""
-    dtype = tensors[0].dtype
-    alike = all(t.device.type == "cpu" and t.dtype == dtype for t in tensors)
-    return alike and dtype in _REALS and load("squared_products.c", Real=_REALS[dtype]) is not None
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if any(t.device != device or t.dtype != dtype for t in tensors):
+        return False
+    if device.type == "cuda":
+        return dtype == torch.float32 and _triton() is not None
+    known = device.type == "cpu" and dtype in _REALS
+    return known and load("squared_products.c", Real=_REALS[dtype]) is not None
+
+
+def _triton() -> ModuleType | None:
+    """The kernel for GPUs, if it is wanted and Triton is there."""
+    if os.environ.get("GRADMASK_TRITON") != "1":
+        return None
+    try:
+        return importlib.import_module("gradmask.kernels.triton_products")
+    except ImportError:
+        return None
 
 
 def add_squared_products(
@@ -49,6 +66,11 @@ def add_squared_products(
     first, last = (int(f(positions)) + int(f(offsets)) for f in (torch.min, torch.max))
     if first < 0 or last > extent:
         raise ValueError("positions and offsets reach beyond a sample")
+    if g.is_cuda:
+        triton_products = _triton()
+        assert triton_products is not None
+        triton_products.add_squared_products(total, g, x, positions, offsets)
+        return
     library = load("squared_products.c", Real=_REALS[g.dtype])
     assert library is not None
     sizes = (samples, outputs, len(offsets), places)
