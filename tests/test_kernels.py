@@ -271,7 +271,7 @@ for samples, outputs, inputs, places, splits in {cases}:
 
 
 def test_triton_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7", reason="older ones lack NumPy 2.4 or names")
     cases = [(3, 70, 130, 45, 1), (5, 64, 64, 32, 3), (1, 1, 1, 1, 1), (7, 5, 3, 33, 9)]
     code = INTERPRETED.format(cases=cases)
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -279,7 +279,7 @@ def test_triton_kernel_in_the_interpreter():
 
 
 def test_triton_kernel_compiles_for_a_gpu():
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.2.1")
     code = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -299,7 +299,6 @@ for precision in ("ieee", "tf32"):
     shared = [int(line.split()[0]) for line in done.stdout.splitlines()]
     assert len(shared) == 2
     assert max(shared) <= 48 * 1024  # what every GPU gives without asking
-    assert triton
 
 
 @pytest.mark.gpu
