@@ -83,6 +83,7 @@ def test_refresh(options, tmp_path):
     results = bench_refresh(config, draws=2)
     saved = json.loads((tmp_path / "out" / "refresh.json").read_text())
     assert saved == results
+    assert "After epoch 3" in (tmp_path / "out" / "refresh.svg").read_text()
     assert [m["after_epoch"] for m in results["measurements"]] == [1, 3]
     for measurement in results["measurements"]:
         assert len(measurement["draws"]) == 2

@@ -254,3 +254,25 @@ def test_all_kinds_and_a_loss_of_the_users_own():
         expected = fisher_diagonal(model, data, **({"kind": "empirical"} | options))
         if options.get("kind") != "sampled":
             assert equal(mask.masks, make_masks(expected, 0.25))
+
+
+class Counting(torch.utils.data.Dataset):
+    """More samples than a refresh reads."""
+
+    def __init__(self, size):
+        self.size, self.read = size, []
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return torch.full((2,), index / self.size), index % 2
+
+
+@pytest.mark.parametrize(("options", "count"), [({}, 4000), ({"max_samples": None}, 4500)])
+def test_a_refresh_reads_a_part_unless_told_otherwise(options, count):
+    data = Counting(4500)
+    mask = FisherMask(torch.nn.Linear(2, 2), 0.5, **options)
+    mask.refresh(torch.utils.data.DataLoader(data, batch_size=500))
+    assert len(set(data.read)) == len(data.read) == count

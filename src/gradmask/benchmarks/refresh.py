@@ -12,7 +12,9 @@ from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
+import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,7 +23,8 @@ from gradmask import fisher_diagonal, make_masks
 from gradmask.experiments.compare import environment, to_plain
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import load_images
-from gradmask.experiments.files import write_json
+from gradmask.experiments.figures import STYLE, to_svg
+from gradmask.experiments.files import write_atomically, write_json
 from gradmask.experiments.train import Batches, Row, resolve_device, train_run
 from gradmask.seeding import seeded_generator
 
@@ -40,7 +43,7 @@ def bench_refresh(
         draws: Random orders of the images; every part is the beginning of one.
 
     Returns:
-        Contents of `refresh.json`, which is written to the output folder.
+        Contents of `refresh.json`, which is written to the output folder with a figure.
     """
     epochs = sorted(set(at or (max(1, config.epochs // 3), config.epochs)))
     device, seed = resolve_device(config.device), config.seeds[0]
@@ -70,6 +73,7 @@ def bench_refresh(
                 }
             )
             write_json(config.output / "refresh.json", results)
+            write_atomically(config.output / "refresh.svg", overlap_figure(results))
             console.print(overlap_table(results["measurements"][-1]))
 
     config.output.mkdir(parents=True, exist_ok=True)
@@ -143,3 +147,28 @@ def overlap_table(measurement: dict[str, Any]) -> Table:
             cells.append(f"{mean(found):.4f}{spread}")
         table.add_row(f"{points[0]['samples']:,}", f"{share:.3f}", *cells)
     return table
+
+
+def overlap_figure(results: dict[str, Any]) -> str:
+    """Overlap against samples for each share kept, one panel for each measurement, as SVG."""
+    with mpl.rc_context(STYLE):
+        measurements = results["measurements"]
+        figure = Figure(figsize=(5 * len(measurements), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(measurements), sharey=True, squeeze=False)[0]
+        for axes, measurement in zip(panels, measurements, strict=True):
+            samples = [point["samples"] for point in measurement["draws"][0]]
+            for keep in KEEPS:
+                overlaps = [
+                    mean(point["overlap"][str(keep)] for point in points)
+                    for points in zip(*measurement["draws"], strict=True)
+                ]
+                axes.plot(samples, overlaps, marker="o", markersize=3, label=f"keep {keep}")
+            axes.axhline(0.95, color="#888888", linewidth=0.8, linestyle="--")
+            axes.set_xscale("log")
+            axes.set_xticks(samples, [f"{n:,}" for n in samples], rotation=45)
+            axes.minorticks_off()
+            axes.set_xlabel("training images in the Fisher pass")
+            axes.set_title(f"After epoch {measurement['after_epoch']}")
+        panels[0].set_ylabel("overlap with the mask from all images")
+        panels[-1].legend(loc="lower right")
+        return to_svg("refresh", figure)

@@ -29,7 +29,7 @@ COLOURS = {
     "random_matched": "#009e73",
     "inverse": "#cc79a7",
 }
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -56,13 +56,16 @@ def draw_all(results: Results) -> dict[str, str]:
     Returns:
         `{name: SVG source}`, in the order of the report.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figures = {"curves": _curves(results), "differences": _differences(results)}
         figures["kept"] = _kept(results)
-        return {name: _svg(name, figure) for name, figure in figures.items() if figure is not None}
+        return {
+            name: to_svg(name, figure) for name, figure in figures.items() if figure is not None
+        }
 
 
-def _svg(name: str, figure: Figure) -> str:
+def to_svg(name: str, figure: Figure) -> str:
+    """SVG source of a figure, the same for the same figure; the name keeps its ids apart."""
     text = io.StringIO()
     # The salt keeps ids of figures on one page apart, and the same figure the same file.
     with mpl.rc_context({"svg.hashsalt": name}):

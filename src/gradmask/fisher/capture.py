@@ -16,20 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gradmask.errors import ModelError
-from gradmask.fisher.calls import (
-    Call,
-    LayerCall,
-    ModuleCall,
-    differentiable,
-    spans,
-    square_together,
-)
+from gradmask.fisher.calls import Call, differentiable, spans, square_together
 from gradmask.fisher.graph import Node, enclosed, leaves, lowest, selects, walk
+from gradmask.fisher.observe import Observer
 from gradmask.fisher.operations import Layout, operation_calls
-from gradmask.fisher.rules import LayerRule, find_rule
 
 Way = tuple[Any, ...]  # the kinds of the calls that explain a parameter
 Ways = dict[str, Way]
@@ -58,31 +50,15 @@ class Capture:
         self._allowed, self._refused = allowed, set(refused)
         self._names = {id(p): name for name, p in parameters.items()}
         self._batch_size = batch_size
-        self._layers: list[LayerCall] = []
-        self._modules: list[ModuleCall] = []
+        self._observer = Observer(model, self._names, batch_size)
         self._calls: list[Call] = []
         self._owner: dict[str, list[Call]] = defaultdict(list)
         self._returned: list[tuple[Any, list[tuple[Call, int]]]] = []
         self._handles: list[Any] = []
-        self._arguments: dict[nn.Module, list[Any]] = defaultdict(list)
-        self._forward = True
         self._norms: dict[tuple[Call, int], Tensor] | None = None
         self._totals: dict[str, Tensor] = {}
         self.handled: set[str] = set()
         self.selects = False
-        for module in model.modules():
-            rule = find_rule(module)
-            local = self._local_names(module, rule) if rule else {}
-            if rule and local:
-                # First in line: hooks of the user may change the output afterwards.
-                self._watch(module, partial(self._note_layer, rule, local))
-            if module is not model and self._is_opaque(module, local):
-                # Outside of all hooks of the user: they run again with the module.
-                handle = module.register_forward_pre_hook(
-                    self._note_arguments, prepend=True, with_kwargs=True
-                )
-                self._handles.append(handle)
-                self._watch(module, self._note_module, last=True)
 
     def __enter__(self) -> Capture:
         return self
@@ -95,58 +71,10 @@ class Capture:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        for calls in (self._layers, self._modules, self._calls, self._returned):
-            calls.clear()
+        self._observer.remove()
+        self._calls.clear()
+        self._returned.clear()
         self._owner.clear()
-        self._arguments.clear()
-
-    def _local_names(self, module: nn.Module, rule: LayerRule) -> dict[str, str]:
-        """`{the layer's own name: the model's name}` of what its rule can measure."""
-        return {
-            local: self._names[id(p)]
-            for local in rule.parameters
-            if (p := module._parameters.get(local)) is not None and id(p) in self._names
-        }
-
-    def _is_opaque(self, module: nn.Module, local: dict[str, str]) -> bool:
-        """Whether a module has parameters of its own, or below it, that no rule speaks for."""
-        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
-            return False
-        own = {name for name, p in module._parameters.items() if p is not None} - local.keys()
-        reparametrised = hasattr(module, "parametrizations")
-        return bool(reparametrised or any(id(module._parameters[n]) in self._names for n in own))
-
-    def _watch(self, module: nn.Module, note: Any, *, last: bool = False) -> None:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            # Activation checkpointing and module calls run layers again during the backward pass.
-            if self._forward:
-                note(module, args, kwargs, output)
-
-        handle = module.register_forward_hook(hook, prepend=not last, with_kwargs=True)
-        self._handles.append(handle)
-
-    def _spans(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and spans(value, self._batch_size)
-
-    def _note_layer(
-        self, rule: LayerRule, names: dict[str, str], module: nn.Module, *found: Any
-    ) -> None:
-        args, kwargs, output = found
-        simple = len(args) == 1 and not kwargs and self._spans(args[0]) and self._spans(output)
-        if simple and output.grad_fn is not None:
-            self._layers.append(LayerCall(module, rule, dict(names), args[0], output))
-
-    def _note_arguments(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._forward:
-            self._arguments[module].append((args, kwargs))
-
-    def _note_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        args, kwargs = self._arguments[module].pop()  # as they were before hooks of the user
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if tensors and all(map(self._spans, tensors)):
-            call = ModuleCall(module, args, kwargs, output, self._batch_size)
-            if call.edges:
-                self._modules.append(call)
 
     def resolve(self, outputs: Any) -> None:
         """Decide which parameters the captured calls explain completely; the rest is not handled.
@@ -160,7 +88,7 @@ class Capture:
         Raises:
             ModelError: If the outputs do not depend on the parameters, or hide their graph.
         """
-        self._forward = False
+        self._observer.stop()
         roots = {t.grad_fn for t in differentiable(outputs)}
         if not roots:
             raise ModelError("The model's outputs do not depend on its trainable parameters.")
@@ -198,7 +126,7 @@ class Capture:
             inputs = {node for call in calls for node in call.inputs}
             return bool(calls) and enclosed(leaf, outputs, inputs, parents, roots)
 
-        layers = [call for call in self._layers if name in call.names.values()]
+        layers = [call for call in self._observer.layers if name in call.names.values()]
         if explain(layers):
             yield list(layers)
         parameter = self._parameters[name]
@@ -209,9 +137,9 @@ class Capture:
                 layout = Layout(self._batch_size, order)
                 yield operation_calls(name, leaf, parameter.shape, parents, layout, explained)
         # Hooks fire for inner modules first: the innermost module that encloses the parameter.
-        for module in dict.fromkeys(call.module for call in self._modules):
+        for module in dict.fromkeys(call.module for call in self._observer.modules):
             if any(parameter is p for p in module.parameters()):
-                calls = [call for call in self._modules if call.module is module]
+                calls = [call for call in self._observer.modules if call.module is module]
                 if all(call.is_sound(parents) for call in calls) and explain(calls):
                     yield list(calls)
 
@@ -222,8 +150,8 @@ class Capture:
             call.names = {
                 local: name for local, name in call.names.items() if call in self._owner[name]
             }
-        self._layers.clear()
-        self._modules.clear()
+        self._observer.layers.clear()
+        self._observer.modules.clear()
 
     def _place_hooks(self, order: list[Node]) -> None:
         """The lowest gradients are what autograd returns; a hook reads each of the others.
@@ -286,7 +214,7 @@ class Capture:
         Returns:
             Names of the parameters.
         """
-        tensors = [t for t in differentiable(outputs) if self._spans(t)]
+        tensors = [t for t in differentiable(outputs) if spans(t, self._batch_size)]
         if not tensors:
             return set()
         generator = torch.Generator().manual_seed(0)
