@@ -303,6 +303,8 @@ def test_a_refresh_that_fails_leaves_the_mask():
     [
         ({"keep": 0.0}, r"keep=0.0 must be in \(0, 1\]"),
         ({"keep": 1.5}, r"keep=1.5 must be in \(0, 1\]"),
+        ({"keep": "half"}, r"keep='half' must be in \(0, 1\]"),
+        ({"max_samples": 2.5}, "max_samples=2.5 must be a whole number"),
         ({"scope": "gradients"}, "Did you mean 'gradient'"),
         ({"strategy": "fischer"}, "Did you mean 'fisher'"),
         ({"kind": "empiric"}, "Did you mean 'empirical'"),
@@ -328,6 +330,8 @@ def test_models_that_cannot_be_masked():
 
 def test_optimizers_that_cannot_be_masked():
     model = linear()
+    with pytest.raises(OptimizerError, match=r"got a Linear: give it a torch\.optim optimizer"):
+        FisherMask(model).attach(model)
     mask = FisherMask(model)
     with pytest.raises(OptimizerError, match="L-BFGS"):
         mask.attach(torch.optim.LBFGS(model.parameters()))

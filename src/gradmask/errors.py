@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 
 class GradmaskError(Exception):
@@ -62,8 +63,23 @@ def check_keep(keep: float) -> None:
     Raises:
         OptionError: If `keep` is outside (0, 1].
     """
-    if not 0.0 < keep <= 1.0:
+    if not isinstance(keep, Real) or not 0.0 < keep <= 1.0:
         raise OptionError(
             f"keep={keep!r} must be in (0, 1]: it is the share of parameters that still learn, "
             "for example keep=0.25 masks three quarters of them."
+        )
+
+
+def check_max_samples(max_samples: int | None) -> None:
+    """Raise an error unless a number of samples is a whole number from 1, or None.
+
+    Args:
+        max_samples: The number.
+
+    Raises:
+        OptionError: If it is something else.
+    """
+    if max_samples is not None and not (isinstance(max_samples, Integral) and max_samples >= 1):
+        raise OptionError(
+            f"max_samples={max_samples!r} must be a whole number, at least 1, or None for all."
         )

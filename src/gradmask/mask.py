@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmask.errors import OptimizerError, OptionError, StateError, check_choice, check_keep
+from gradmask.errors import OptimizerError, StateError, check_choice, check_keep, check_max_samples
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.kernels import keep_where
@@ -71,8 +71,7 @@ class FisherMask:
         check_choice("scope", scope, SCOPES)
         check_choice("strategy", strategy, STRATEGIES)
         check_likelihood(kind, loss)
-        if max_samples is not None and max_samples < 1:
-            raise OptionError(f"max_samples={max_samples!r} must be at least 1, or None for all.")
+        check_max_samples(max_samples)
         trainable_parameters(model)  # refuses a model that has none
         self.model, self.scope, self.strategy = model, scope, strategy
         self.kind, self.loss = kind, loss
@@ -103,9 +102,13 @@ class FisherMask:
             The mask itself.
 
         Raises:
-            OptimizerError: If the optimizer has none of the model's parameters, is L-BFGS, or has
-                the mask already.
+            OptimizerError: If it is no optimizer, is L-BFGS, has none of the model's parameters, or
+                has the mask already.
         """
+        if not isinstance(optimizer, Optimizer):
+            raise OptimizerError(
+                f"attach() got a {type(optimizer).__name__}: give it a torch.optim optimizer."
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise OptimizerError(
                 "L-BFGS builds its step from gradients at several points, which no mask fits: "

@@ -23,8 +23,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         Trainable parameters under the first name that `model.named_parameters()` gives them.
 
     Raises:
-        ModelError: If nothing is trainable or a lazy layer has no shape yet.
+        ModelError: If the model is scripted or frozen, or a lazy layer has no shape yet.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("The model is a ScriptModule, which takes no hooks: give the nn.Module.")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ModelError(

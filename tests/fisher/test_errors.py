@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import CLASSES, Net, batches, floats, randomise, stack
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from gradmask import fisher_diagonal
 from gradmask.errors import DataError, ModelError, OptionError
@@ -50,6 +51,8 @@ def test_targets_that_do_not_fit(targets, loss, message):
     ("data", "message"),
     [
         ([], "no samples"),
+        (None, "not a NoneType"),
+        (TensorDataset(torch.zeros(2, 3)), "not a TensorDataset: .*DataLoader first"),
         (iter([]), "no samples"),
         ([(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))], "no samples"),
         ([torch.zeros(2, 3)], r"gave a Tensor: expected \(inputs, targets\)"),
@@ -99,6 +102,9 @@ def test_models_that_do_not_work():
     frozen = classifier().requires_grad_(False)
     with pytest.raises(ModelError, match="no trainable parameters"):
         fisher_diagonal(frozen, batches(floats(3)))
+    scripted = torch.jit.trace(classifier(), torch.zeros(1, 3, dtype=torch.float64))
+    with pytest.raises(ModelError, match="is a ScriptModule"):
+        fisher_diagonal(scripted, batches(floats(3)))
     with pytest.raises(ModelError, match=r"'0.weight' has no shape yet"):
         fisher_diagonal(nn.Sequential(nn.LazyLinear(3)), batches(floats(3)))
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset
 
-from gradmask.errors import DataError, OptionError
+from gradmask.errors import DataError, check_max_samples
 from gradmask.fisher.capture import Capture, Way, Ways
 from gradmask.fisher.likelihood import (
     Loss,
@@ -60,11 +61,16 @@ def fisher_diagonal(
     Raises:
         OptionError: If an option is unknown or does not fit the others.
         ModelError: If the model has nothing to train or mixes samples by batch statistics.
-        DataError: If there are no samples, a label is out of range, or the loss is not finite.
+        DataError: If there are no batches or samples, a label is out of range, or the loss is not
+            finite.
     """
     check_likelihood(kind, loss)
-    if max_samples is not None and max_samples < 1:
-        raise OptionError(f"max_samples={max_samples!r} must be at least 1, or None for all.")
+    check_max_samples(max_samples)
+    if isinstance(loader, Dataset) or not isinstance(loader, Iterable):
+        raise DataError(
+            f"Expected batches of (inputs, targets), not a {type(loader).__name__}: a dataset goes "
+            "into a torch.utils.data.DataLoader first."
+        )
     parameters = trainable_parameters(model)
     device = next(iter(parameters.values())).device
     generator = torch.Generator().manual_seed(seed)
