@@ -39,10 +39,15 @@ format: $(READY) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## measure the Fisher diagonal against a plain forward and backward
+bench: $(READY) ## measure speed and memory, with other libraries beside
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/gradmask bench fisher --model resnet18
 	$(BIN)/gradmask bench fisher --model small_cnn
 	$(BIN)/gradmask bench fisher --model mlp
+	$(BIN)/gradmask bench fisher --model encoder
+	$(BIN)/gradmask bench layers
+	$(BIN)/gradmask bench step
+	$(BIN)/gradmask bench threshold
 
 clean: ## remove the environment and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
