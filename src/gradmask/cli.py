@@ -177,7 +177,7 @@ def _add_bench(commands: Any) -> None:
         kind.add_argument("--batch-size", type=int, help="samples in a batch")
         kind.add_argument("--shape", type=int, nargs="+", help="shape of one sample: 3 224 224")
         if what == "fisher":
-            kind.add_argument("--batches", type=int, default=4, help="batches in a measurement")
+            kind.add_argument("--batches", type=int, default=8, help="batches in a pass")
             kind.add_argument("--no-peers", dest="peers", action="store_false")
     kinds.add_parser("refresh", help="how many samples a mask needs (options of `gradmask run`)")
 

@@ -117,4 +117,5 @@ _SELECTIONS = ("Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "P
 
 def selects(order: Iterable[Node]) -> bool:
     """Whether entries are chosen by data somewhere, so that sizes may depend on the samples."""
-    return any(word in node.name() for node in order for word in _SELECTIONS)
+    names = {node.name() for node in order}
+    return any(word in name for name in names for word in _SELECTIONS)

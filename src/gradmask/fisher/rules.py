@@ -123,7 +123,7 @@ def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
         x: Inputs, shape (N, P, D), any strides.
         g: Gradients of the outputs, shape (N, P, K), any strides.
     """
-    if x.shape[1] == 1:  # a gradient of rank one: its square is the product of the squares
+    if x.shape[1] == 1:
         total.addmm_(g[:, 0].square().t(), x[:, 0].square())
     elif can_add_squared_products(total, g, x):
         places = zip(x.shape[1:], x.stride()[1:], strict=True)
@@ -141,6 +141,13 @@ def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
 
 def _add_linear_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
     x, g = _tokens(x), _tokens(g)
+    if g.shape[1] == 1:
+        squares = g[:, 0].square()
+        if "weight" in totals:  # a gradient of rank one: its square is the product of the squares
+            totals["weight"].addmm_(squares.t(), x[:, 0].square())
+        if "bias" in totals:
+            totals["bias"] += squares.sum(0)
+        return
     if "weight" in totals:
         add_linear_squares(totals["weight"], x, g)
     if "bias" in totals:
