@@ -28,11 +28,13 @@ def quadratic_forms(setting: Setting) -> Blocks:
     Yields:
         Blocks of values.
     """
-    if setting.probe.targets is not None:
-        return _gram_forms(setting)
-    if can_differentiate(setting) and 2 * setting.labels > setting.sources.count:
-        return variances(setting)
-    return _gram_forms(setting)
+    along = setting.probe.targets is None and derivatives_pay(setting)
+    return variances(setting) if along else _gram_forms(setting)
+
+
+def derivatives_pay(setting: Setting) -> bool:
+    """Whether the model's derivative along each source's gradient is cheaper, and can be had."""
+    return 2 * setting.labels > setting.sources.count and can_differentiate(setting)
 
 
 def _gram_forms(setting: Setting) -> Blocks:
@@ -42,7 +44,6 @@ def _gram_forms(setting: Setting) -> Blocks:
     """
     model, parameters = setting.model, setting.parameters
     sources, probe, size = setting.sources, setting.probe, setting.gradient_blocks
-    device = next(iter(parameters.values())).device
     for rows in sources.blocks(size):
         n = rows.stop - rows.start
         with captured(model, part(sources.inputs, rows), n, parameters, sources.ways) as batch:
@@ -50,7 +51,7 @@ def _gram_forms(setting: Setting) -> Blocks:
             for columns in probe.blocks(size):
                 m = columns.stop - columns.start
                 inputs = part(probe.inputs, columns)
-                values = torch.zeros(n, m, dtype=torch.float64, device=device)
+                values = torch.zeros(n, m, dtype=torch.float64, device=setting.device)
                 with captured(model, inputs, m, parameters, probe.ways) as other:
                     for term in _probe_terms(setting, columns):
                         second = other.gradients(term)
@@ -98,6 +99,6 @@ def diagonal_forms(setting: Setting) -> Tensor:
         with captured(setting.model, inputs, n, setting.parameters, sources.ways) as batch:
             groups = batch.gradients(setting.nll_term(sources, rows))
             with torch.no_grad():
-                total = torch.zeros(n, dtype=torch.float64, device=targets.device)
+                total = torch.zeros(n, dtype=torch.float64, device=setting.device)
                 found.append(weighted_squares(total, groups, fisher))
     return torch.cat(found)

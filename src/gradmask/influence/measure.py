@@ -138,9 +138,8 @@ def _measuring(model: nn.Module, parameters: Parameters) -> Iterator[None]:
 
 def _collect(setting: Setting, blocks: Blocks, pairwise: bool) -> Tensor:
     n, m = setting.sources.count, setting.probe.count
-    device = next(iter(setting.parameters.values())).device
     shape = (n, m) if pairwise else (n,)
-    values = torch.zeros(shape, dtype=torch.float64, device=device)
+    values = torch.zeros(shape, dtype=torch.float64, device=setting.device)
     for rows, columns, found in blocks:
         if pairwise:
             values[rows, columns] = found

@@ -20,6 +20,9 @@ from gradmask.influence.samples import Parameters, Samples, Term, activation_byt
 # Values of some sources (first slice) on some probe samples (second slice).
 Blocks = Iterator[tuple[slice, slice, Tensor]]
 
+# On a CPU more gradients and activations at a time are slower: they leave the cache.
+PAIR_BYTES_CPU = 1 << 26
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -48,6 +51,11 @@ class Setting:
     example: Any
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.parameters.values())).device
+
+    @property
     def gradient_blocks(self) -> int:
         """Samples whose layer inputs and output gradients are held, of sources and probe each."""
         return max(1, self.memory // 4 // (2 * self.activation))
@@ -57,6 +65,8 @@ class Setting:
         """Sources whose gradients are held, and probe samples that run with each of them."""
         gradient = sum(p.numel() * p.element_size() for p in self.parameters.values())
         share = self.memory // 4
+        if self.device.type == "cpu":
+            share = min(share, PAIR_BYTES_CPU)
         sources = min(self.sources.count, max(1, share // (gradient + 2 * self.activation)))
         return sources, min(self.probe.count, max(1, share // (sources * self.activation)))
 

@@ -21,6 +21,10 @@ from gradmask.influence.setting import Blocks, Setting, check_outputs
 
 logger = logging.getLogger("gradmask")
 
+# Where perturbed forward passes run for one source at a time: convolutions with many weights at
+# once are slower there than one after the other.
+ONE_BY_ONE = ("cpu",)
+
 Gradient = dict[str, Tensor]
 Value = Callable[[Gradient, slice], Tensor]  # one source's gradient, some probe samples
 
@@ -44,18 +48,20 @@ def divergences(setting: Setting, step: float) -> Blocks:
     before = {columns.start: head.logits(outputs) for columns, outputs in _probe_outputs(setting)}
 
     def value(gradient: Gradient, columns: slice) -> Tensor:
-        moved = {n: setting.parameters[n].detach() - step * g for n, g in gradient.items()}
+        moved = {
+            n: torch.sub(setting.parameters[n].detach(), g, alpha=step) for n, g in gradient.items()
+        }
         outputs = head.logits(_run(setting, moved, part(setting.probe.inputs, columns)))
         return divergence(before[columns.start][: len(outputs)], outputs)
 
-    return _pairs(setting, value)
+    return _pairs(setting, value, batch=setting.device.type not in ONE_BY_ONE)
 
 
 def variances(setting: Setting) -> Blocks:
     """g_iᵀ F(x) g_i = Var_{c∼f(x)} (J(x) g_i)_c of every source and probe sample (equation 4)."""
     for _ in _probe_outputs(setting):  # to fail before long work
         pass
-    return _pairs(setting, _variance_along(setting))
+    return _pairs(setting, _variance_along(setting), batch=True)  # the forward pass is shared
 
 
 def can_differentiate(setting: Setting) -> bool:
@@ -85,15 +91,15 @@ def _probe_outputs(setting: Setting) -> Iterator[tuple[slice, Any]]:
             yield columns, check_outputs(outputs)
 
 
-def _pairs(setting: Setting, value: Value) -> Blocks:
-    """Values of all pairs; many sources at a time by `vmap` where the model allows it."""
+def _pairs(setting: Setting, value: Value, batch: bool) -> Blocks:
+    """Values of all pairs; if wanted, many sources at a time where the model allows it."""
     sources, samples = setting.pair_blocks
-    batched = sources > 1 and _can_batch(setting, value)
+    batched = batch and sources > 1 and _can_batch(setting, value)
     data = setting.sources
     for rows in data.blocks(sources):
         inputs, n = part(data.inputs, rows), rows.stop - rows.start
-        with captured(setting.model, inputs, n, setting.parameters, data.ways) as batch:
-            groups = batch.gradients(setting.nll_term(data, rows))
+        with captured(setting.model, inputs, n, setting.parameters, data.ways) as taken:
+            groups = taken.gradients(setting.nll_term(data, rows))
             with torch.no_grad():
                 gradients = stacked(groups, setting.parameters)
             del groups
