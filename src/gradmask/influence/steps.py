@@ -67,7 +67,10 @@ def variances(setting: Setting) -> Blocks:
 def can_differentiate(setting: Setting) -> bool:
     """Whether all the model's operations have a forward derivative; tried on one sample."""
     ones = {n: torch.ones_like(p) for n, p in setting.parameters.items()}
-    return _works(lambda: _variance_along(setting)(ones, slice(1)))
+    works = _works(lambda: _variance_along(setting)(ones, slice(1)))
+    if not works:
+        logger.info("An operation has no forward derivative: gradients of all labels instead.")
+    return works
 
 
 def _variance_along(setting: Setting) -> Value:
