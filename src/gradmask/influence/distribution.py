@@ -81,7 +81,7 @@ def divergence(logits: Tensor, others: Tensor) -> Tensor:
     log_p = logits.log_softmax(-1)
     log_q = others.log_softmax(-1)
     p, d = log_p.exp(), log_q - log_p
-    phi = (d.expm1() - d).clamp(min=0)
+    phi = d.expm1() - d
     return torch.where(p > 0, p * phi, log_q.exp()).sum((-2, -1))
 
 

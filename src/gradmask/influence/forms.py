@@ -43,12 +43,13 @@ def _gram_forms(setting: Setting) -> Blocks:
     One label y for each probe sample, or all of them with their probabilities as weights w_y.
     """
     model, parameters = setting.model, setting.parameters
-    sources, probe, size = setting.sources, setting.probe, setting.gradient_blocks
-    for rows in sources.blocks(size):
+    sources, probe = setting.sources, setting.probe
+    many, few = setting.gradient_blocks
+    for rows in sources.blocks(many):
         n = rows.stop - rows.start
         with captured(model, part(sources.inputs, rows), n, parameters, sources.ways) as batch:
             first = batch.gradients(setting.nll_term(sources, rows))
-            for columns in probe.blocks(size):
+            for columns in probe.blocks(few):
                 m = columns.stop - columns.start
                 inputs = part(probe.inputs, columns)
                 values = torch.zeros(n, m, dtype=torch.float64, device=setting.device)
@@ -88,7 +89,7 @@ def diagonal_forms(setting: Setting) -> Tensor:
     Returns:
         Shape (n,).
     """
-    sources, probe, size = setting.sources, setting.probe, setting.gradient_blocks
+    sources, probe, size = setting.sources, setting.probe, setting.gradient_blocks[0]
     targets = probe.targets if probe.targets is not None else setting.blank_targets()
     batches = ((part(probe.inputs, c), part(targets, c)) for c in probe.blocks(size))
     kind = "exact" if probe.targets is None else "empirical"

@@ -56,9 +56,13 @@ class Setting:
         return next(iter(self.parameters.values())).device
 
     @property
-    def gradient_blocks(self) -> int:
-        """Samples whose layer inputs and output gradients are held, of sources and probe each."""
-        return max(1, self.memory // 4 // (2 * self.activation))
+    def gradient_blocks(self) -> tuple[int, int]:
+        """Sources, and probe samples, whose layer inputs and output gradients are held.
+
+        The probe set is run again for each block of sources, so these have the larger part.
+        """
+        samples = self.memory // (2 * self.activation)
+        return max(1, samples // 2), max(1, samples // 8)
 
     @property
     def pair_blocks(self) -> tuple[int, int]:
@@ -151,7 +155,7 @@ def prepare(
 def check_losses(setting: Setting) -> None:
     """Run the sources forward, so that a loss that is not finite is told before long work."""
     with torch.no_grad():
-        for rows in setting.sources.blocks(setting.gradient_blocks):
+        for rows in setting.sources.blocks(setting.gradient_blocks[0]):
             outputs = call(setting.model, part(setting.sources.inputs, rows))
             setting.nll_term(setting.sources, rows)(outputs, slice(None))
 
@@ -163,7 +167,7 @@ def drawn_targets(setting: Setting, seed: int) -> Tensor:
     assert isinstance(setting.loss, str)
     drawn = []
     with torch.no_grad():
-        for columns in setting.probe.blocks(setting.gradient_blocks):
+        for columns in setting.probe.blocks(setting.gradient_blocks[1]):
             outputs = call(setting.model, part(setting.probe.inputs, columns))
             blank = head.blank_targets(check_outputs(outputs))
             drawn.append(draw_targets(outputs, blank, setting.loss, generator))
