@@ -363,8 +363,8 @@ def test_memory_makes_uneven_blocks(monkeypatch):
     found = set()
     collect = steps._pairs
 
-    def record(given, value, **options):
-        for rows, columns, values in collect(given, value, **options):
+    def record(given, value, together):
+        for rows, columns, values in collect(given, value, together):
             found.add((rows.stop - rows.start, columns.stop - columns.start))
             yield rows, columns, values
 

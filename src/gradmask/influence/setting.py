@@ -21,7 +21,7 @@ from gradmask.influence.samples import Parameters, Samples, Term, activation_byt
 Blocks = Iterator[tuple[slice, slice, Tensor]]
 
 # On a CPU more gradients and activations at a time are slower: they leave the cache.
-PAIR_BYTES_CPU = 1 << 26
+PAIR_BYTES_CPU = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,19 @@ class Setting:
         samples = self.memory // (2 * self.activation)
         return max(1, samples // 2), max(1, samples // 8)
 
-    @property
-    def pair_blocks(self) -> tuple[int, int]:
-        """Sources whose gradients are held, and probe samples that run with each of them."""
+    def pair_blocks(self, together: bool) -> tuple[int, int]:
+        """Sources whose gradients are held, and probe samples that run with each of them.
+
+        Args:
+            together: Whether all these sources run at the same time.
+        """
         gradient = sum(p.numel() * p.element_size() for p in self.parameters.values())
         share = self.memory // 4
         if self.device.type == "cpu":
             share = min(share, PAIR_BYTES_CPU)
         sources = min(self.sources.count, max(1, share // (gradient + 2 * self.activation)))
-        return sources, min(self.probe.count, max(1, share // (sources * self.activation)))
+        passes = sources if together else 1
+        return sources, min(self.probe.count, max(1, share // (passes * self.activation)))
 
     @property
     def labels(self) -> int:

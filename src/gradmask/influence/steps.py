@@ -45,7 +45,9 @@ def divergences(setting: Setting, step: float) -> Blocks:
     """KL( f(x; θ) ‖ f(x; θ − ε g_i) ) of every source i and probe sample x (equation 3)."""
     head = setting.head
     assert head is not None
-    before = {columns.start: head.logits(outputs) for columns, outputs in _probe_outputs(setting)}
+    together = setting.device.type not in ONE_BY_ONE
+    passes = _probe_outputs(setting, together)
+    before = {columns.start: head.logits(outputs) for columns, outputs in passes}
 
     def value(gradient: Gradient, columns: slice) -> Tensor:
         moved = {
@@ -54,14 +56,14 @@ def divergences(setting: Setting, step: float) -> Blocks:
         outputs = head.logits(_run(setting, moved, part(setting.probe.inputs, columns)))
         return divergence(before[columns.start][: len(outputs)], outputs)
 
-    return _pairs(setting, value, batch=setting.device.type not in ONE_BY_ONE)
+    return _pairs(setting, value, together)
 
 
 def variances(setting: Setting) -> Blocks:
     """g_iᵀ F(x) g_i = Var_{c∼f(x)} (J(x) g_i)_c of every source and probe sample (equation 4)."""
-    for _ in _probe_outputs(setting):  # to fail before long work
+    for _ in _probe_outputs(setting, together=True):  # to fail before long work
         pass
-    return _pairs(setting, _variance_along(setting), batch=True)  # the forward pass is shared
+    return _pairs(setting, _variance_along(setting), together=True)  # the forward pass is shared
 
 
 def can_differentiate(setting: Setting) -> bool:
@@ -87,17 +89,17 @@ def _variance_along(setting: Setting) -> Value:
     return value
 
 
-def _probe_outputs(setting: Setting) -> Iterator[tuple[slice, Any]]:
+def _probe_outputs(setting: Setting, together: bool) -> Iterator[tuple[slice, Any]]:
     with torch.no_grad(), plain_attention():
-        for columns in setting.probe.blocks(setting.pair_blocks[1]):
+        for columns in setting.probe.blocks(setting.pair_blocks(together)[1]):
             outputs = call(setting.model, part(setting.probe.inputs, columns))
             yield columns, check_outputs(outputs)
 
 
-def _pairs(setting: Setting, value: Value, batch: bool) -> Blocks:
-    """Values of all pairs; if wanted, many sources at a time where the model allows it."""
-    sources, samples = setting.pair_blocks
-    batched = batch and sources > 1 and _can_batch(setting, value)
+def _pairs(setting: Setting, value: Value, together: bool) -> Blocks:
+    """Values of all pairs; if wanted, many sources together where the model allows it."""
+    sources, samples = setting.pair_blocks(together)
+    batched = together and sources > 1 and _can_batch(setting, value)
     data = setting.sources
     for rows in data.blocks(sources):
         inputs, n = part(data.inputs, rows), rows.stop - rows.start
