@@ -299,6 +299,7 @@ def test_diagonal_form(case):
         assert_close(case.measure(method="diagonal", fisher=fisher), diagonal)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("batched", [False, True])
 def test_divergence(case, batched, monkeypatch):
     monkeypatch.setattr(steps, "ONE_BY_ONE", () if batched else ("cpu",))
@@ -307,7 +308,7 @@ def test_divergence(case, batched, monkeypatch):
     assert_close(case.measure(method="kl", step=0.3), pairs.mean(1))
 
 
-@pytest.mark.parametrize(("sources", "expected"), [(CLASSES, True), (2 * CLASSES, False)])
+@pytest.mark.parametrize(("sources", "expected"), [(CLASSES, True), (4 * CLASSES, False)])
 def test_the_cheaper_way_is_taken(sources, expected, monkeypatch):
     used, pay = [], forms.derivatives_pay
     monkeypatch.setattr(forms, "derivatives_pay", lambda s: used.append(pay(s)) or used[0])
@@ -391,9 +392,7 @@ def test_sampled_labels():
 
 
 def test_sampled_diagonal_uses_the_same_labels():
-    case = CASES["mlp"](sizes=(3, 1))  # with one parameter and one sample the two are the same
-    case.model.requires_grad_(False)
-    case.model[0].weight.requires_grad_(True)
+    """With one parameter and one probe sample the two forms are the same."""
     one = Net(lambda m, x: m.w * x, w=nn.Parameter(torch.ones(1)))
     case = Case(one, cases.floats(CLASSES), labels(), sizes=(3, 1))
     for fisher in ("exact", "sampled", "empirical"):
@@ -659,6 +658,13 @@ X, Y = torch.randn(4, 3), torch.tensor([0, 1, 2, 3])
 def test_errors(arguments, options, error, message):
     with pytest.raises(error, match=message):
         influence(mlp(), *arguments, **options)
+
+
+def test_error_of_outputs_that_are_no_logits():
+    for outputs in (lambda x: (x, x), lambda x: x[:, 0], lambda x: {"logits": x}):
+        model = Net(lambda m, x, outputs=outputs: outputs(m.net(x)), net=mlp())
+        with pytest.raises(DataError, match="logits"):
+            influence(model, (X, Y), X)
 
 
 def test_error_without_parameters():

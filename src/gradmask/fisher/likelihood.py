@@ -46,7 +46,8 @@ def part(batch: Any, which: slice) -> Any:
 
 def _classes_last(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits with the classes in the last dimension."""
-    return logits.movedim(class_dimension(logits, targets), -1)
+    dimension = class_dimension(logits, targets)  # checks first that these are logits
+    return logits.movedim(dimension, -1)
 
 
 def class_dimension(logits: Tensor, targets: Tensor) -> int:

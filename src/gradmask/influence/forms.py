@@ -34,7 +34,7 @@ def quadratic_forms(setting: Setting) -> Blocks:
 
 def derivatives_pay(setting: Setting) -> bool:
     """Whether the model's derivative along each source's gradient is cheaper, and can be had."""
-    return 2 * setting.labels > setting.sources.count and can_differentiate(setting)
+    return 4 * setting.labels > setting.sources.count and can_differentiate(setting)
 
 
 def _gram_forms(setting: Setting) -> Blocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -140,9 +140,10 @@ def _collect(setting: Setting, blocks: Blocks, pairwise: bool) -> Tensor:
     n, m = setting.sources.count, setting.probe.count
     shape = (n, m) if pairwise else (n,)
     values = torch.zeros(shape, dtype=torch.float64, device=setting.device)
-    for rows, columns, found in blocks:
-        if pairwise:
-            values[rows, columns] = found
-        else:
-            values[rows] += found.sum(1) / m
+    with closing(blocks):  # an interrupted one gives the model back at once
+        for rows, columns, found in blocks:
+            if pairwise:
+                values[rows, columns] = found
+            else:
+                values[rows] += found.sum(1) / m
     return values

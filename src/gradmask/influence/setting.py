@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from gradmask.influence.distribution import Head, find_head
 from gradmask.influence.samples import Parameters, Samples, Term, activation_bytes
 
 # Values of some sources (first slice) on some probe samples (second slice).
-Blocks = Iterator[tuple[slice, slice, Tensor]]
+Blocks = Generator[tuple[slice, slice, Tensor], None, None]
 
 # On a CPU more gradients and activations at a time are slower: they leave the cache.
 PAIR_BYTES_CPU = 1 << 25
