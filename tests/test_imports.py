@@ -9,7 +9,17 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "gradmask"
 
 # A part may import from those before it only; the parts on top, the core through its public names
 # and these two foundations.
-CORE = ["errors", "seeding", "parameters", "kernels", "fisher", "selection", "mask", "__init__"]
+CORE = [
+    "errors",
+    "seeding",
+    "parameters",
+    "kernels",
+    "fisher",
+    "influence",
+    "selection",
+    "mask",
+    "__init__",
+]
 TOP = ["experiments", "benchmarks", "cli"]
 PUBLIC = ["__init__", "errors", "seeding"]
 HEAVY = {"torchvision", "sklearn", "datasets", "matplotlib", "scipy", "rich", "jsonargparse"}

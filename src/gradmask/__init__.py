@@ -1,6 +1,7 @@
 """Mask the gradients of parameters with low Fisher information."""
 
 from gradmask.fisher import fisher_diagonal, register_rule
+from gradmask.influence import influence
 from gradmask.mask import FisherMask
 from gradmask.selection import global_threshold, make_masks
 
@@ -11,6 +12,7 @@ __all__ = [
     "__version__",
     "fisher_diagonal",
     "global_threshold",
+    "influence",
     "make_masks",
     "register_rule",
 ]

@@ -76,3 +76,30 @@ def test_way_depends_on_the_shape(layer, kernels, way, monkeypatch):
     total = torch.zeros(layer.weight.shape)
     x = torch.randn(2, layer.in_channels, *[4] * (layer.weight.dim() - 2))
     assert fastest_way(layer, x, layer(x), total).__name__ == way
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3),
+        nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, dilation=(1, 2), groups=2),
+        nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular", groups=4),
+    ],
+    ids=str,
+)
+def test_per_sample_gradients_by_unfolding(layer):
+    layer, x = layer.double(), torch.randn(3, 4, 6, 7, dtype=torch.float64)
+    g = torch.randn_like(layer(x))
+    expected = convolution.by_groups(layer, x, g)
+    assert torch.allclose(convolution.by_unfolding(layer, x, g), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "size", "unfolded"), [(6, 4, False), (600, 4, True), (600, 32, False)]
+)
+def test_large_weights_with_few_positions_are_unfolded(outputs, size, unfolded, monkeypatch):
+    calls, unfolding = [], convolution.by_unfolding
+    monkeypatch.setattr(convolution, "by_unfolding", lambda *a: calls.append(1) or unfolding(*a))
+    layer, x = nn.Conv2d(60, outputs, 3), torch.randn(1, 60, size, size)
+    convolution.convolution(layer, x, torch.randn_like(layer(x)))
+    assert len(calls) == unfolded

@@ -86,6 +86,11 @@ class LayerCall(Call):
             self.rule.add_squares(self.module, *self._pair(slice(None)), own)
         return True
 
+    def outer_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Input (N, D) and output gradient (N, K) of a linear layer without positions."""
+        plain = self.rule.layer is nn.Linear and self.x.dim() == 2
+        return self._pair(slice(None)) if plain else None
+
     def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {self.names[local]: t for local, t in tensors.items() if local in self.names}
 
@@ -162,6 +167,15 @@ class ModuleCall(Call):
         ]
 
 
+def per_sample_together(calls: Sequence[Call], samples: slice) -> dict[str, Tensor]:
+    """Per-sample gradients `{model's name: (n, *shape)}`, summed over a parameter's uses."""
+    sums: dict[str, Tensor] = {}
+    for call in calls:
+        for name, gradient in call.per_sample(samples).items():
+            sums[name] = sums[name] + gradient if name in sums else gradient
+    return sums
+
+
 def square_together(calls: Sequence[Call], totals: dict[str, Tensor], n: int) -> None:
     """Add squares of per-sample gradients: summed over a parameter's uses, then squared.
 
@@ -176,10 +190,7 @@ def square_together(calls: Sequence[Call], totals: dict[str, Tensor], n: int) ->
     names = {name for call in calls for name in call.names.values()}
     chunk = chunk_size(totals[name] for name in names)
     for start in range(0, n, chunk):
-        sums: dict[str, Tensor] = {}
-        for call in calls:
-            for name, gradient in call.per_sample(slice(start, start + chunk)).items():
-                sums[name] = sums[name] + gradient if name in sums else gradient
+        sums = per_sample_together(calls, slice(start, start + chunk))
         for name, gradient in sums.items():
             if gradient.shape[1:] != totals[name].shape:
                 raise ModelError(

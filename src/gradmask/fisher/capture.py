@@ -56,7 +56,7 @@ class Capture:
         self._returned: list[tuple[Any, list[tuple[Call, int]]]] = []
         self._handles: list[Any] = []
         self._norms: dict[tuple[Call, int], Tensor] | None = None
-        self._totals: dict[str, Tensor] = {}
+        self._totals: dict[str, Tensor] | None = None
         self.handled: set[str] = set()
         self.selects = False
 
@@ -189,7 +189,7 @@ class Capture:
                 self._owner[name] == [call] for name in call.names.values()
             )
             # Squared at once, so that the gradient need not be kept.
-            if alone and call.add_squares(self._totals):
+            if alone and self._totals is not None and call.add_squares(self._totals):
                 call.gradients[place] = None
 
     def _backward(self, term: Tensor) -> None:
@@ -256,15 +256,33 @@ class Capture:
         for term in terms:
             self._backward(term)
             with torch.no_grad():
-                self._square_rest()
+                self._square_rest(totals)
 
-    def _square_rest(self) -> None:
-        """What could not be squared at once: group by group of calls that share parameters."""
+    def gradients(self, term: Tensor) -> list[list[Call]]:
+        """Run the backward pass of a term; the calls keep their gradients until the next one.
+
+        Args:
+            term: Scalar, a sum over the samples of that sample's own value.
+
+        Returns:
+            Groups of calls for `per_sample_together`; a parameter is in one group only.
+        """
+        self._totals = None
+        for call in self._calls:
+            call.gradients = [None] * len(call.edges)
+        self._backward(term)
+        return self._groups()
+
+    def _groups(self) -> list[list[Call]]:
+        """Calls that hold gradients; those that share parameters are together."""
         waiting = [call for call in self._calls if any(g is not None for g in call.gradients)]
         shared = [c for c in waiting if any(len(self._owner[n]) > 1 for n in c.names.values())]
-        groups = [[c] for c in waiting if c not in shared] + ([shared] if shared else [])
-        for group in groups:
-            square_together(group, self._totals, self._batch_size)
+        return [[c] for c in waiting if c not in shared] + ([shared] if shared else [])
+
+    def _square_rest(self, totals: dict[str, Tensor]) -> None:
+        """What could not be squared at once."""
+        for group in self._groups():
+            square_together(group, totals, self._batch_size)
             for call in group:
                 call.gradients = [None] * len(call.edges)
 

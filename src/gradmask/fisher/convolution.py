@@ -106,6 +106,13 @@ def by_groups(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
     return weight_gradient(module, x.reshape(1, -1, *inside), g.reshape(1, -1, *outside), n)
 
 
+def by_unfolding(module: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
+    """Per-sample weight gradients (N, *weight.shape) as products of matrices."""
+    deltas = g.flatten(2).unflatten(1, (module.groups, -1))
+    gradients: Tensor = deltas @ _unfold(module, x).mT
+    return gradients.reshape(len(x), *module.weight.shape)
+
+
 def add_by_groups(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
     """Add the squares, some samples at a time."""
     chunk = chunk_size([module.weight])
@@ -188,7 +195,11 @@ def convolution(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert isinstance(module, _ConvNd)
     out = {}
     if trains(module, "weight"):
-        out["weight"] = by_groups(module, x, g)
+        large = module.weight.numel() > GROUPED_ELEMENTS
+        if isinstance(module, nn.Conv2d) and large and g.shape[2:].numel() <= g.shape[1]:
+            out["weight"] = by_unfolding(module, x, g)
+        else:
+            out["weight"] = by_groups(module, x, g)
     if trains(module, "bias"):
         out["bias"] = g.flatten(2).sum(2)
     return out

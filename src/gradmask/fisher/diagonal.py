@@ -87,12 +87,12 @@ def fisher_diagonal(
         totals = {name: zero_squares(p) for name, p in parameters.items()}
         batches = loader if max_samples is None else random_samples(loader, max_samples, seed)
         for batch in batches:
-            inputs, targets = _unpack(batch, device)
+            inputs, targets = unpack(batch, device)
             n = len(targets)
             if n == 0:
                 continue
             if n > 1 and safe is None:
-                safe = _safe_ways(model, inputs, parameters)
+                safe = safe_ways(model, inputs, parameters)
             with Capture(model, parameters, n, safe if n > 1 else None) as capture:
                 outputs = call(model, inputs)
                 capture.resolve(outputs)
@@ -121,7 +121,7 @@ def fisher_diagonal(
     return {name: total.div_(count) for name, total in totals.items()}
 
 
-def _safe_ways(model: nn.Module, inputs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
+def safe_ways(model: nn.Module, inputs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
     """How to measure each parameter: the first way that keeps samples apart, as seen on two.
 
     A dimension that only happens to be as long as the batch is not 2 long here as well, so it is
@@ -149,7 +149,7 @@ def _report(ways: dict[str, str]) -> None:
             logger.info("%s (no rule applies): %s", text, ", ".join(names))
 
 
-def _unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+def unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     """Move a batch to the device and check its form."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise DataError(

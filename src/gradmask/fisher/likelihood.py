@@ -45,10 +45,23 @@ def part(batch: Any, which: slice) -> Any:
 
 
 def _classes_last(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits with the classes in the last dimension.
+    """Logits with the classes in the last dimension."""
+    dimension = class_dimension(logits, targets)  # checks first that these are logits
+    return logits.movedim(dimension, -1)
+
+
+def class_dimension(logits: Tensor, targets: Tensor) -> int:
+    """The dimension of the classes, 1 or -1.
 
     (N, C, ...) is PyTorch's layout, (N, ..., C) that of language models; the targets' shape
     tells them apart.
+
+    Args:
+        logits: The model's outputs.
+        targets: Their targets.
+
+    Raises:
+        DataError: If the two do not fit each other.
     """
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise DataError(
@@ -57,11 +70,11 @@ def _classes_last(logits: Tensor, targets: Tensor) -> Tensor:
         )
     if targets.is_floating_point():  # probabilities
         if targets.shape == logits.shape:
-            return logits.movedim(1, -1)
+            return 1
     elif targets.shape == (logits.shape[0], *logits.shape[2:]):
-        return logits.movedim(1, -1)
+        return 1
     elif targets.shape == logits.shape[:-1]:
-        return logits
+        return -1
     raise DataError(
         f"Targets of shape {tuple(targets.shape)} and type {targets.dtype} do not fit logits of "
         f"shape {tuple(logits.shape)}: expected integers of shape (N,) for (N, C), or (N, ...) for "
@@ -69,7 +82,8 @@ def _classes_last(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def _check_labels(targets: Tensor, classes: int) -> None:
+def check_labels(targets: Tensor, classes: int) -> None:
+    """Raise a DataError unless all labels that count are in 0 to classes - 1."""
     labels = targets[~_ignored(targets)]
     if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
         raise DataError(
@@ -82,7 +96,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     logits = _classes_last(logits, targets)
     if targets.is_floating_point():
         return -(targets.movedim(1, -1) * logits.log_softmax(-1)).sum()
-    _check_labels(targets, logits.shape[-1])
+    check_labels(targets, logits.shape[-1])
     flat = logits.reshape(-1, logits.shape[-1])
     labels = targets.reshape(-1).long()
     return F.cross_entropy(flat, labels, ignore_index=IGNORED, reduction="sum")
@@ -93,7 +107,8 @@ def _ignored(targets: Tensor) -> Tensor:
     return targets.long() == IGNORED
 
 
-def _check_binary(outputs: Any, targets: Tensor) -> None:
+def check_binary(outputs: Any, targets: Tensor) -> None:
+    """Raise a DataError unless outputs are logits of the targets' shape, and targets in [0, 1]."""
     if not isinstance(outputs, Tensor) or outputs.squeeze().shape != targets.squeeze().shape:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise DataError(
@@ -133,7 +148,7 @@ def nll(outputs: Any, targets: Any, loss: Loss) -> Tensor:
     if loss == "cross_entropy":
         total = _cross_entropy(outputs, targets)
     elif loss == "bernoulli":
-        _check_binary(outputs, targets)
+        check_binary(outputs, targets)
         targets = targets.reshape(outputs.shape).to(outputs.dtype)
         total = F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
     else:
@@ -163,7 +178,7 @@ def draw_targets(
         Targets of the same shape as the data's.
     """
     if loss == "bernoulli":
-        _check_binary(outputs, targets)
+        check_binary(outputs, targets)
         uniform = torch.rand(outputs.shape, generator=generator).to(outputs.device)
         return (uniform < outputs.detach().sigmoid()).to(outputs.dtype)
     logits = _classes_last(outputs, targets)
@@ -194,7 +209,7 @@ def exact_terms(outputs: Tensor, targets: Tensor, loss: Loss) -> Iterator[Tensor
         DataError: If targets do not fit the outputs, or the outputs are not finite.
     """
     if loss == "bernoulli":
-        _check_binary(outputs, targets)
+        check_binary(outputs, targets)
         logits = outputs.reshape(len(outputs), -1)
         if not logits.isfinite().all():
             raise _not_finite(math.nan)

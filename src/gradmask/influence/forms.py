@@ -1,0 +1,105 @@
+"""Quadratic forms of the sources' gradients with the Fisher information of the probe samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from gradmask.fisher.diagonal import fisher_diagonal
+from gradmask.fisher.likelihood import exact_terms, part
+from gradmask.influence.products import gram_matrix, weighted_squares
+from gradmask.influence.samples import Term, captured
+from gradmask.influence.setting import Blocks, Setting
+from gradmask.influence.steps import can_differentiate, variances
+
+
+def quadratic_forms(setting: Setting) -> Blocks:
+    """g_iᵀ F(x) g_i of every source i and probe sample x (equation 4), in the cheapest way.
+
+    Either from the model's derivative along each source's gradient, or from the gradients of each
+    probe sample at each label. The second needs no forward derivative, so it always works.
+
+    Args:
+        setting: What is measured; the probe's targets say that only these labels count.
+
+    Yields:
+        Blocks of values.
+    """
+    along = setting.probe.targets is None and derivatives_pay(setting)
+    return variances(setting) if along else _gram_forms(setting)
+
+
+def derivatives_pay(setting: Setting) -> bool:
+    """Whether the model's derivative along each source's gradient is cheaper, and can be had."""
+    return 4 * setting.labels > setting.sources.count and can_differentiate(setting)
+
+
+def _gram_forms(setting: Setting) -> Blocks:
+    """Σ_y w_y ⟨g_i, ∇log f^y(x)⟩², from Gram matrices of per-sample gradients.
+
+    One label y for each probe sample, or all of them with their probabilities as weights w_y.
+    """
+    model, parameters = setting.model, setting.parameters
+    sources, probe = setting.sources, setting.probe
+    many, few = setting.gradient_blocks
+    for rows in sources.blocks(many):
+        n = rows.stop - rows.start
+        with captured(model, part(sources.inputs, rows), n, parameters, sources.ways) as batch:
+            first = batch.gradients(setting.nll_term(sources, rows))
+            for columns in probe.blocks(few):
+                m = columns.stop - columns.start
+                inputs = part(probe.inputs, columns)
+                values = torch.zeros(n, m, dtype=torch.float64, device=setting.device)
+                with captured(model, inputs, m, parameters, probe.ways) as other:
+                    for term in _probe_terms(setting, columns):
+                        second = other.gradients(term)
+                        gram = torch.zeros_like(values)
+                        with torch.no_grad():
+                            gram_matrix(gram, first, second, parameters, setting.elements())
+                        values += gram.square_()
+                yield rows, columns, values
+
+
+def _probe_terms(setting: Setting, columns: slice) -> Iterator[Term]:
+    if setting.probe.targets is not None:
+        yield setting.nll_term(setting.probe, columns)
+        return
+    head, loss = setting.head, setting.loss
+    assert head is not None
+
+    def term(number: int) -> Term:
+        def value(outputs: Tensor, rows: slice) -> Tensor:
+            terms = exact_terms(outputs, head.blank_targets(outputs), loss)
+            return next(islice(terms, number, None))
+
+        return value
+
+    yield from map(term, range(setting.labels))
+
+
+def diagonal_forms(setting: Setting) -> Tensor:
+    """Σ_j a_jj g_ij² of every source (equation 9).
+
+    Args:
+        setting: What is measured; the probe's targets say that only these labels count.
+
+    Returns:
+        Shape (n,).
+    """
+    sources, probe, size = setting.sources, setting.probe, setting.gradient_blocks[0]
+    targets = probe.targets if probe.targets is not None else setting.blank_targets()
+    batches = ((part(probe.inputs, c), part(targets, c)) for c in probe.blocks(size))
+    kind = "exact" if probe.targets is None else "empirical"
+    fisher = fisher_diagonal(setting.model, batches, kind=kind, loss=setting.loss)
+    found = []
+    for rows in sources.blocks(size):
+        n, inputs = rows.stop - rows.start, part(sources.inputs, rows)
+        with captured(setting.model, inputs, n, setting.parameters, sources.ways) as batch:
+            groups = batch.gradients(setting.nll_term(sources, rows))
+            with torch.no_grad():
+                total = torch.zeros(n, dtype=torch.float64, device=setting.device)
+                found.append(weighted_squares(total, groups, fisher))
+    return torch.cat(found)

@@ -1,0 +1,149 @@
+"""The public function: how much one sample's gradient step changes the predictions on others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmask.errors import OptionError, check_choice
+from gradmask.fisher.likelihood import KINDS, LOSSES, Loss
+from gradmask.influence.forms import diagonal_forms, quadratic_forms
+from gradmask.influence.samples import Parameters
+from gradmask.influence.setting import Blocks, Setting, check_losses, drawn_targets, prepare
+from gradmask.influence.steps import divergences
+from gradmask.parameters import evaluation_mode, trainable_parameters, without_hooks
+
+METHODS = ("kl", "quadratic", "diagonal")
+
+
+def influence(
+    model: nn.Module,
+    sources: Any,
+    probe: Any,
+    *,
+    step: float = 1e-3,
+    method: str = "quadratic",
+    fisher: str = "exact",
+    loss: Loss = "cross_entropy",
+    pairwise: bool = False,
+    seed: int = 0,
+    memory: int = 1 << 30,
+) -> Tensor:
+    """KL( f(x; θ) ‖ f(x; θ − ε g_i) ) ≈ ½ ε² g_iᵀ F(x) g_i ≈ ½ ε² Σ_j a_jj g_ij².
+
+    How far one plain gradient step of size ε on source i alone moves the predictions on probe
+    samples x: `kl` (equation 3), `quadratic` (equation 4) and `diagonal` (equation 9) of L. Jiang,
+    "Gradient mask and neural network generalization". All are in nats and contain ½ ε², which the
+    paper leaves out of equations 8 and 9. g_i is the gradient of the source's loss, summed over
+    its positions, by the trainable parameters; F(x) is the Fisher information at x, and a_jj the
+    mean of its diagonal over the probe set. Positions of one sample (tokens, pixels) are
+    independent given the logits, and their divergences add.
+
+    The model runs in eval mode, and is left as it was, with its gradients, modes, hooks and
+    running statistics, and the random state of PyTorch.
+
+    Args:
+        model: Any module that treats its samples (dimension 0) independently in eval mode.
+        sources: `(inputs, targets)` of n samples. Inputs are a tensor, or a tuple or dict of
+            tensors that become the model's arguments.
+        probe: Inputs of m samples; with `fisher="empirical"`, `(inputs, targets)`.
+        step: ε, the learning rate of the step.
+        method: `kl`, `quadratic` or `diagonal`.
+        fisher: Labels of the Fisher information in the last two: `exact` (expectation over all
+            labels), `sampled` (drawn once from the model) or `empirical` (the probe's targets).
+        loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits) or, with
+            `fisher="empirical"`, a callable `(outputs, targets)`: a negative log-likelihood.
+        pairwise: Return every pair in place of the mean over the probe set.
+        seed: Seed of sampled labels.
+        memory: Bytes that gradients and activations may take at a time, about; one sample's are
+            held in any case.
+
+    Returns:
+        Shape (n,), the mean over the probe set; with `pairwise`, shape (n, m). In the parameters'
+        precision (float32 for half-precision parameters).
+
+    Raises:
+        OptionError: If an option is unknown, out of range or does not fit the others.
+        ModelError: If the model has nothing to train or mixes samples by batch statistics.
+        DataError: If there are no samples, labels are out of range, or the loss is not finite.
+    """
+    _check_options(step, method, fisher, loss, pairwise, memory)
+    parameters = trainable_parameters(model)
+    labelled = fisher == "empirical"
+    with _measuring(model, parameters):
+        setting = prepare(
+            model, parameters, sources, probe, labelled=labelled, loss=loss, memory=memory
+        )
+        if method != "diagonal":  # whose own pass is as short
+            check_losses(setting)
+        if fisher == "sampled":
+            targets = drawn_targets(setting, seed)
+            setting = replace(setting, probe=replace(setting.probe, targets=targets))
+        if method == "diagonal":
+            values = 0.5 * step**2 * diagonal_forms(setting)
+        elif method == "kl":
+            values = _collect(setting, divergences(setting, step), pairwise)
+        else:
+            values = 0.5 * step**2 * _collect(setting, quadratic_forms(setting), pairwise)
+    dtypes = {p.dtype for p in parameters.values()}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return values.to(dtype)
+
+
+def _check_options(
+    step: float, method: str, fisher: str, loss: Loss, pairwise: bool, memory: int
+) -> None:
+    check_choice("method", method, METHODS)
+    check_choice("fisher", fisher, KINDS)
+    if not (step > 0 and math.isfinite(step)):
+        raise OptionError(f"step={step!r} must be positive and finite: it is a learning rate.")
+    if memory < 1:
+        raise OptionError(f"memory={memory!r} must be positive: bytes, for example 2**30.")
+    if isinstance(loss, str):
+        check_choice("loss", loss, LOSSES)
+    elif method == "kl" or fisher != "empirical":
+        raise OptionError(
+            "The distribution behind a callable loss is not known. Use loss='cross_entropy' or "
+            "'bernoulli', or fisher='empirical' with method='quadratic' or 'diagonal'."
+        )
+    if method == "kl" and fisher != "exact":
+        raise OptionError(
+            f"fisher={fisher!r} has no meaning for method='kl', which has no Fisher information: "
+            "leave it out, and give the probe without targets."
+        )
+    if method == "diagonal" and pairwise:
+        raise OptionError(
+            "method='diagonal' uses the Fisher diagonal of the whole probe set, so it has no value "
+            "for a pair: use pairwise=False, or method='quadratic'."
+        )
+
+
+@contextmanager
+def _measuring(model: nn.Module, parameters: Parameters) -> Iterator[None]:
+    with (
+        evaluation_mode(model),
+        without_hooks(parameters.values()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield
+
+
+def _collect(setting: Setting, blocks: Blocks, pairwise: bool) -> Tensor:
+    n, m = setting.sources.count, setting.probe.count
+    shape = (n, m) if pairwise else (n,)
+    values = torch.zeros(shape, dtype=torch.float64, device=setting.device)
+    with closing(blocks):  # an interrupted one gives the model back at once
+        for rows, columns, found in blocks:
+            if pairwise:
+                values[rows, columns] = found
+            else:
+                values[rows] += found.sum(1) / m
+    return values

@@ -1,0 +1,212 @@
+"""What is measured, checked, with the sizes of blocks that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradmask.errors import DataError
+from gradmask.fisher.diagonal import safe_ways, unpack
+from gradmask.fisher.likelihood import Loss, draw_targets, nll, part
+from gradmask.fisher.reference import call
+from gradmask.influence.distribution import Head, find_head
+from gradmask.influence.samples import Parameters, Samples, Term, activation_bytes
+
+# Values of some sources (first slice) on some probe samples (second slice).
+Blocks = Generator[tuple[slice, slice, Tensor], None, None]
+
+# On a CPU more gradients and activations at a time are slower: they leave the cache.
+PAIR_BYTES_CPU = 1 << 25
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model in eval mode, sources and a probe set.
+
+    Attributes:
+        model: The model.
+        parameters: Its trainable parameters.
+        loss: The negative log-likelihood.
+        head: How outputs are distributions; None for a callable loss.
+        sources: Samples with targets.
+        probe: Samples, with targets if gradients at given labels are wanted.
+        memory: Bytes for what is held at a time.
+        activation: Bytes that the backward pass of one sample keeps.
+        example: Outputs for the first probe sample.
+    """
+
+    model: nn.Module
+    parameters: Parameters
+    loss: Loss
+    head: Head | None
+    sources: Samples
+    probe: Samples
+    memory: int
+    activation: int
+    example: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def gradient_blocks(self) -> tuple[int, int]:
+        """Sources, and probe samples, whose layer inputs and output gradients are held.
+
+        The probe set is run again for each block of sources, so these have the larger part.
+        """
+        samples = self.memory // (2 * self.activation)
+        return max(1, samples // 2), max(1, samples // 8)
+
+    def pair_blocks(self, together: bool) -> tuple[int, int]:
+        """Sources whose gradients are held, and probe samples that run with each of them.
+
+        Args:
+            together: Whether all these sources run at the same time.
+        """
+        gradient = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        share = self.memory // 4
+        if self.device.type == "cpu":
+            share = min(share, PAIR_BYTES_CPU)
+        sources = min(self.sources.count, max(1, share // (gradient + 2 * self.activation)))
+        passes = sources if together else 1
+        return sources, min(self.probe.count, max(1, share // (passes * self.activation)))
+
+    @property
+    def labels(self) -> int:
+        """Labels that a probe sample can have, counted over its positions."""
+        assert self.head is not None
+        positions, classes = self.head.logits(self.example).shape[1:]
+        return positions if self.loss == "bernoulli" else positions * classes
+
+    def blank_targets(self) -> Tensor:
+        """Targets of the probe samples that only have the right form."""
+        assert self.head is not None
+        blank = self.head.blank_targets(self.example)
+        return blank.expand(self.probe.count, *blank.shape[1:])
+
+    def elements(self) -> int:
+        """Elements of per-sample gradients that may be held at a time, of each of two batches."""
+        size = max(p.element_size() for p in self.parameters.values())
+        return max(1, self.memory // 8 // size)
+
+    def nll_term(self, samples: Samples, which: slice) -> Term:
+        """The loss of a block of samples with targets, for its per-sample gradients."""
+        targets = part(samples.targets, which)
+        return lambda outputs, rows: nll(outputs, part(targets, rows), self.loss)
+
+
+def prepare(
+    model: nn.Module,
+    parameters: Parameters,
+    sources: Any,
+    probe: Any,
+    *,
+    labelled: bool,
+    loss: Loss,
+    memory: int,
+) -> Setting:
+    """Check the data and find out what the model needs.
+
+    Args:
+        model: The model, in eval mode.
+        parameters: Its trainable parameters.
+        sources: `(inputs, targets)`.
+        probe: Inputs, or `(inputs, targets)` if `labelled`.
+        labelled: Whether the probe has targets.
+        loss: The negative log-likelihood.
+        memory: Bytes.
+
+    Raises:
+        DataError: If data are empty or of a wrong form, or labels out of range.
+    """
+    device = next(iter(parameters.values())).device
+    inputs, targets = _labelled("sources", sources, device)
+    probe_inputs, probe_targets = (
+        _labelled("probe", probe, device) if labelled else (_unlabelled(probe, device), None)
+    )
+    first, activation = activation_bytes(model, inputs)
+    example, other = activation_bytes(model, probe_inputs)
+    head = None
+    if isinstance(loss, str):
+        head = find_head(first, targets[:1], targets, loss)
+        if probe_targets is not None:
+            find_head(example, probe_targets[:1], probe_targets, loss)
+    counts = len(targets), _count(probe_inputs)
+    ways = [
+        safe_ways(model, data, parameters) if n > 1 else None
+        for data, n in zip((inputs, probe_inputs), counts, strict=True)
+    ]
+    return Setting(
+        model,
+        parameters,
+        loss,
+        head,
+        Samples(inputs, targets, counts[0], ways[0]),
+        Samples(probe_inputs, probe_targets, counts[1], ways[1]),
+        memory,
+        max(activation, other),
+        tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example),
+    )
+
+
+def check_losses(setting: Setting) -> None:
+    """Run the sources forward, so that a loss that is not finite is told before long work."""
+    with torch.no_grad():
+        for rows in setting.sources.blocks(setting.gradient_blocks[0]):
+            outputs = call(setting.model, part(setting.sources.inputs, rows))
+            setting.nll_term(setting.sources, rows)(outputs, slice(None))
+
+
+def drawn_targets(setting: Setting, seed: int) -> Tensor:
+    """Labels of the probe samples drawn from the model."""
+    head, generator = setting.head, torch.Generator().manual_seed(seed)
+    assert head is not None
+    assert isinstance(setting.loss, str)
+    drawn = []
+    with torch.no_grad():
+        for columns in setting.probe.blocks(setting.gradient_blocks[1]):
+            outputs = call(setting.model, part(setting.probe.inputs, columns))
+            blank = head.blank_targets(check_outputs(outputs))
+            drawn.append(draw_targets(outputs, blank, setting.loss, generator))
+    return torch.cat(drawn)
+
+
+def check_outputs(outputs: Tensor) -> Tensor:
+    """Outputs of probe samples, or a DataError if they contain NaN."""
+    if outputs.isnan().any():
+        raise DataError(
+            "The model's outputs for the probe samples contain NaN: check the inputs for NaN or "
+            "infinity, and that training has not diverged (a lower learning rate)."
+        )
+    return outputs
+
+
+def _labelled(name: str, data: Any, device: torch.device) -> tuple[Any, Tensor]:
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise DataError(
+            f"The {name} are a {type(data).__name__}: expected one pair (inputs, targets); join "
+            "the batches of a loader with torch.cat."
+        )
+    _check_some(name, _count(data))
+    return unpack(data, device)
+
+
+def _unlabelled(data: Any, device: torch.device) -> Any:
+    _check_some("probe", _count(data))
+    return unpack((data, torch.empty(_count(data), device=device)), device)[0]
+
+
+def _check_some(name: str, count: int) -> None:
+    if count == 0:
+        raise DataError(f"The {name} set has no samples: give at least one, in dimension 0.")
+
+
+def _count(data: Any) -> int:
+    return next((len(t) for t in tree_leaves(data) if isinstance(t, Tensor) and t.dim()), 0)

@@ -1,0 +1,148 @@
+"""Each source's step on each probe sample: perturbed forward passes and their derivatives."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradmask.fisher.likelihood import part
+from gradmask.fisher.reference import call
+from gradmask.influence.distribution import divergence, variance
+from gradmask.influence.samples import captured, stacked
+from gradmask.influence.setting import Blocks, Setting, check_outputs
+
+logger = logging.getLogger("gradmask")
+
+# Where perturbed forward passes run for one source at a time: convolutions with many weights at
+# once are slower there than one after the other.
+ONE_BY_ONE = ("cpu",)
+
+Gradient = dict[str, Tensor]
+Value = Callable[[Gradient, slice], Tensor]  # one source's gradient, some probe samples
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by ordinary operations: the fused ones have no forward derivative."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def divergences(setting: Setting, step: float) -> Blocks:
+    """KL( f(x; θ) ‖ f(x; θ − ε g_i) ) of every source i and probe sample x (equation 3)."""
+    head = setting.head
+    assert head is not None
+    together = setting.device.type not in ONE_BY_ONE
+    passes = _probe_outputs(setting, together)
+    before = {columns.start: head.logits(outputs) for columns, outputs in passes}
+
+    def value(gradient: Gradient, columns: slice) -> Tensor:
+        moved = {
+            n: torch.sub(setting.parameters[n].detach(), g, alpha=step) for n, g in gradient.items()
+        }
+        outputs = head.logits(_run(setting, moved, part(setting.probe.inputs, columns)))
+        return divergence(before[columns.start][: len(outputs)], outputs)
+
+    return _pairs(setting, value, together)
+
+
+def variances(setting: Setting) -> Blocks:
+    """g_iᵀ F(x) g_i = Var_{c∼f(x)} (J(x) g_i)_c of every source and probe sample (equation 4)."""
+    for _ in _probe_outputs(setting, together=True):  # to fail before long work
+        pass
+    return _pairs(setting, _variance_along(setting), together=True)  # the forward pass is shared
+
+
+def can_differentiate(setting: Setting) -> bool:
+    """Whether all the model's operations have a forward derivative; tried on one sample."""
+    ones = {n: torch.ones_like(p) for n, p in setting.parameters.items()}
+    works = _works(lambda: _variance_along(setting)(ones, slice(1)))
+    if not works:
+        logger.info("An operation has no forward derivative: gradients of all labels instead.")
+    return works
+
+
+def _variance_along(setting: Setting) -> Value:
+    head = setting.head
+    assert head is not None
+
+    def value(gradient: Gradient, columns: slice) -> Tensor:
+        inputs = part(setting.probe.inputs, columns)
+        here = {n: setting.parameters[n].detach() for n in gradient}
+        run = lambda moved: head.logits(_run(setting, moved, inputs))  # noqa: E731
+        logits, changes = jvp(run, (here,), (gradient,))[:2]
+        return variance(logits, changes)
+
+    return value
+
+
+def _probe_outputs(setting: Setting, together: bool) -> Iterator[tuple[slice, Any]]:
+    with torch.no_grad(), plain_attention():
+        for columns in setting.probe.blocks(setting.pair_blocks(together)[1]):
+            outputs = call(setting.model, part(setting.probe.inputs, columns))
+            yield columns, check_outputs(outputs)
+
+
+def _pairs(setting: Setting, value: Value, together: bool) -> Blocks:
+    """Values of all pairs; if wanted, many sources together where the model allows it."""
+    sources, samples = setting.pair_blocks(together)
+    batched = together and sources > 1 and _can_batch(setting, value)
+    data = setting.sources
+    for rows in data.blocks(sources):
+        inputs, n = part(data.inputs, rows), rows.stop - rows.start
+        with captured(setting.model, inputs, n, setting.parameters, data.ways) as taken:
+            groups = taken.gradients(setting.nll_term(data, rows))
+            with torch.no_grad():
+                gradients = stacked(groups, setting.parameters)
+            del groups
+        with torch.no_grad(), plain_attention():
+            for columns in setting.probe.blocks(samples):
+                if batched:
+                    found = vmap(value, in_dims=(0, None))(gradients, columns)
+                else:
+                    each = [{k: g[i] for k, g in gradients.items()} for i in range(n)]
+                    found = torch.stack([value(gradient, columns) for gradient in each])
+                yield rows, columns, found
+
+
+def _can_batch(setting: Setting, value: Value) -> bool:
+    two = {n: torch.zeros_like(p).expand(2, *p.shape) for n, p in setting.parameters.items()}
+    works = _works(lambda: vmap(value, in_dims=(0, None))(two, slice(0, 1)))
+    if not works:
+        logger.info("torch.func.vmap cannot run this model: one source at a time.")
+    return works
+
+
+def _works(attempt: Callable[[], Tensor]) -> bool:
+    """Whether an attempt succeeds; what fails for other reasons fails in the other way too."""
+    try:
+        with torch.no_grad(), plain_attention(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own first `jvp`
+            attempt()
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _run(setting: Setting, parameters: Gradient, inputs: Any) -> Tensor:
+    args: Any = inputs
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, dict):
+        args, kwargs = (), inputs
+    elif not isinstance(inputs, tuple | list):
+        args = (inputs,)
+    outputs: Tensor = functional_call(setting.model, parameters, tuple(args), kwargs)
+    return outputs
