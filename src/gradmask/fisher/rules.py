@@ -26,6 +26,10 @@ AddSquares = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], None]
 # CPU few enough to stay in its cache until they are squared, on a GPU enough to keep it busy.
 CHUNK_ELEMENTS = 1 << 20
 CHUNK_ELEMENTS_CUDA = 1 << 26
+# From these sizes on, a linear layer's gradients are faster formed one after the other on a CPU
+# than by the kernel that forms none (docs/performance.md).
+LOOP_POSITIONS = 64
+LOOP_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
     """
     if x.shape[1] == 1:
         total.addmm_(g[:, 0].square().t(), x[:, 0].square())
-    elif can_add_squared_products(total, g, x):
+    elif not _is_large(total, x) and can_add_squared_products(total, g, x):
         places = zip(x.shape[1:], x.stride()[1:], strict=True)
         positions, offsets = (torch.arange(size) * step for size, step in places)
         add_squared_products(total, g.mT, x, positions, offsets)
@@ -137,6 +141,11 @@ def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
         for xn, gn in zip(x, g, strict=True):  # one gradient stays in cache between its two uses
             gradient = gn.t() @ xn
             total.addcmul_(gradient, gradient)
+
+
+def _is_large(total: Tensor, x: Tensor) -> bool:
+    """Whether the product of one sample's matrices is large enough to be fast by itself."""
+    return x.shape[1] >= LOOP_POSITIONS and total.numel() >= LOOP_ELEMENTS and not x.is_cuda
 
 
 def _add_linear_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
