@@ -36,11 +36,16 @@ def bench_layers(
 
     Returns:
         Table: milliseconds (median) of the ordinary weight gradient of the whole batch and of each
-        way to the squares of the per-sample ones; the chosen way in bold.
+        way to the squares of the per-sample ones; * marks the way that is chosen.
     """
     model, inputs, _ = make(name, batch_size, device, shape)
-    table = Table(title=f"{name}, batch {len(inputs)}, {device}, ms")
-    for title in ("layer", "input", "weight gradient", *(way.__name__ for way in WAYS)):
+    table = Table(title=f"{name}, batch {len(inputs)}, {device}, ms, * chosen")
+    for title in (
+        "layer",
+        "input",
+        "weight gradient",
+        *(way.__name__.removeprefix("add_") for way in WAYS),
+    ):
         table.add_column(title, justify="left" if title in ("layer", "input") else "right")
     for layer, x in _shapes(model, inputs):
         g = torch.randn_like(layer(x))
@@ -57,7 +62,7 @@ def bench_layers(
         cells = []
         for way in ("plain", *(way.__name__ for way in WAYS)):
             text = f"{1e3 * median(seconds[way]):.2f}" if way in seconds else ""
-            cells.append(f"[bold]{text}[/bold]" if way == chosen else text)
+            cells.append(f"{text} *" if way == chosen else text)
         groups = f", {layer.groups} groups" if layer.groups > 1 else ""
         kernel = "x".join(map(str, layer.kernel_size))
         sizes = f"{layer.in_channels} to {layer.out_channels}, {kernel}{groups}"
