@@ -90,3 +90,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         torch.backends.cudnn.enabled = cudnn
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def measuring(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Eval mode, gradients on, eager, and no hooks on parameters; all as before afterwards.
+
+    Args:
+        model: Any module.
+        parameters: Its trainable parameters.
+
+    Raises:
+        ModelError: If a BatchNorm layer would use batch statistics even in eval mode.
+    """
+    with (
+        evaluation_mode(model),
+        without_hooks(parameters),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield

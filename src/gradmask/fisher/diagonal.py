@@ -23,7 +23,7 @@ from gradmask.fisher.likelihood import (
 )
 from gradmask.fisher.reference import add_per_sample_squares, call, zero_squares
 from gradmask.fisher.sampling import random_samples
-from gradmask.parameters import evaluation_mode, trainable_parameters, without_hooks
+from gradmask.parameters import measuring, trainable_parameters
 
 logger = logging.getLogger("gradmask")
 
@@ -77,13 +77,7 @@ def fisher_diagonal(
     safe: Ways | None = None
     seen: dict[str, str] = {}
     count = 0
-    with (
-        evaluation_mode(model),
-        without_hooks(parameters.values()),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):
+    with measuring(model, parameters.values()):
         totals = {name: zero_squares(p) for name, p in parameters.items()}
         batches = loader if max_samples is None else random_samples(loader, max_samples, seed)
         for batch in batches:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 from gradmask.errors import OptionError, check_choice
 from gradmask.fisher.likelihood import KINDS, LOSSES, Loss
 from gradmask.influence.forms import diagonal_forms, quadratic_forms
-from gradmask.influence.samples import Parameters
 from gradmask.influence.setting import Blocks, Setting, check_losses, drawn_targets, prepare
 from gradmask.influence.steps import divergences
-from gradmask.parameters import evaluation_mode, trainable_parameters, without_hooks
+from gradmask.parameters import measuring, trainable_parameters
 
 METHODS = ("kl", "quadratic", "diagonal")
 
@@ -76,7 +74,7 @@ def influence(
     _check_options(step, method, fisher, loss, pairwise, memory)
     parameters = trainable_parameters(model)
     labelled = fisher == "empirical"
-    with _measuring(model, parameters):
+    with measuring(model, parameters.values()):
         setting = prepare(
             model, parameters, sources, probe, labelled=labelled, loss=loss, memory=memory
         )
@@ -122,18 +120,6 @@ def _check_options(
             "method='diagonal' uses the Fisher diagonal of the whole probe set, so it has no value "
             "for a pair: use pairwise=False, or method='quadratic'."
         )
-
-
-@contextmanager
-def _measuring(model: nn.Module, parameters: Parameters) -> Iterator[None]:
-    with (
-        evaluation_mode(model),
-        without_hooks(parameters.values()),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        yield
 
 
 def _collect(setting: Setting, blocks: Blocks, pairwise: bool) -> Tensor:
