@@ -29,6 +29,7 @@ def fresh(monkeypatch, tmp_path):
     """Nothing loaded or built yet."""
     library.load.cache_clear()
     monkeypatch.setenv("GRADMASK_CACHE", str(tmp_path))
+    monkeypatch.delenv("GRADMASK_KERNELS", raising=False)
     yield tmp_path
     library.load.cache_clear()
 
