@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,3 +26,13 @@ def options():
         "batch_size": 32,
         "device": "cpu",
     }
+
+
+@pytest.fixture
+def repeatable():
+    """The same models and data each time; one thread, as the tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

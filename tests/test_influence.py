@@ -25,15 +25,7 @@ STEP = 0.03
 TOLERANCE = 1e-9
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    """The same models and data each time; one thread, as the tensors are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("repeatable")
 
 # The oracle: one matrix F for each probe sample, by a loop over all of its labels.
 

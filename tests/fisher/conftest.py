@@ -1,17 +1,11 @@
 import pytest
-import torch
 
 from gradmask.fisher import diagonal, rules
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
-    """The same models and data each time; one thread, as the tensors are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+def _repeatable(repeatable):
+    """In all tests here."""
 
 
 @pytest.fixture
