@@ -41,6 +41,7 @@ class Comparison:
         nesterov: Nesterov momentum for `sgd`.
         weight_decay: Weight decay.
         schedule: `onecycle`, `cosine` or `constant`, stepped after each batch.
+        save_every: Keep the network's weights after every so many epochs, and after the last.
         device: `auto`, `cpu`, `cuda`, ...
         threads: CPU threads (default: PyTorch's choice).
         output: Folder for results.
@@ -70,6 +71,7 @@ class Comparison:
     nesterov: bool = True
     weight_decay: float = 5e-4
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    save_every: int | None = None
     device: str = "auto"
     threads: int | None = None
     output: Path = Path("runs/compare")
@@ -86,7 +88,8 @@ class Comparison:
         for name in ("epochs", "batch_size", "stem_stride"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
-        for name in ("train_size", "classes", "image_size", "width", "fisher_samples", "threads"):
+        optional = ("train_size", "classes", "image_size", "width", "fisher_samples", "save_every")
+        for name in (*optional, "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name}={value!r} must be at least 1, or left out.")

@@ -23,6 +23,7 @@ from gradmask.errors import DataError, OptionError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData, augment_batch, channel_statistics, normalize
 from gradmask.experiments.models import build_model
+from gradmask.experiments.weights import save_weights, weights_path
 from gradmask.seeding import derive_seed, seeded_generator
 
 Row = dict[str, Any]
@@ -224,6 +225,8 @@ def train_run(
                 row["kept_per_parameter"] = [round(k, 4) for k in mask.kept_fractions.values()]
                 if epoch < config.epochs:
                     _, row["refresh_seconds"] = _timed(partial(mask.refresh, train_set))
+            if config.save_every and (epoch % config.save_every == 0 or epoch == config.epochs):
+                save_weights(weights_path(directory, epoch), model)
             observe(row, model, train_set)
             rows.append(row)
             log.write(row)
