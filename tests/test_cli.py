@@ -25,7 +25,7 @@ def test_run_and_report(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "Conclusion on the Fisher mask" in printed
     assert str(folder / "report.html") in printed
-    assert "no mask             seed 3:" in printed
+    assert "no mask     seed 3:" in printed
     row = next(line for line in printed.splitlines() if line.startswith("│ no mask"))
     assert len(re.findall(r"± \d", row)) == 6
     runs = [(run["arm"], run["seed"]) for run in result(folder)["runs"]]
@@ -41,6 +41,16 @@ def test_lists(seeds, tmp_path):
     folder = tmp_path / "out"
     assert main(["run", *SMALL, "--arms=none", *seeds, "--output", str(folder)]) == 0
     assert result(folder)["config"]["seeds"] == [5, 6]
+
+
+def test_arms_with_options(tmp_path):
+    folder = tmp_path / "out"
+    arms = ["none:labels=random", "fisher:keep=0.7"]
+    assert main(["run", *SMALL, "--seeds=0", "--arms", *arms, "--output", str(folder)]) == 0
+    assert [run["arm"] for run in result(folder)["runs"]] == arms
+    page = (folder / "report.html").read_text()
+    assert "no mask, random labels" in page
+    assert "Fisher mask, keep 0.7" in page
 
 
 def test_yaml_file_and_the_command_line_over_it(tmp_path):

@@ -3,11 +3,12 @@ import re
 import pytest
 from rich.console import Console
 
+from gradmask.experiments.arms import STRATEGIES
 from gradmask.experiments.compare import read_results, run_comparison
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.report import print_summary, write_report
-from gradmask.experiments.statistics import ARM_TITLES, METRICS, compare_arms
+from gradmask.experiments.statistics import METRICS, compare_arms
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_page_is_self_contained(folder, results):
 
 def test_page_holds_every_number(folder, results):
     page = write_report(folder, results).read_text()
-    for arm, title in ARM_TITLES.items():
+    for arm, title in STRATEGIES.items():
         assert title in page
         for metric in METRICS:
             summary = results["summary"][arm][metric.name]
@@ -57,7 +58,7 @@ def test_wide_parts_of_the_page_can_be_read(folder, results):
     page = write_report(folder, results).read_text()
     # The interval on a line of its own, or the table is wider than the page.
     cells = re.findall(r'<td class="(?:best|weak)">(\S+?)<span class="interval">(.*?)</span>', page)
-    assert len(cells) == len(METRICS) * (len(ARM_TITLES) - 1)
+    assert len(cells) == len(METRICS) * (len(STRATEGIES) - 1)
     difference = compare_arms(results, "inverse", "none", METRICS[-1])
     low, high = (METRICS[-1].show(x, signed=True) for x in (difference.low, difference.high))
     assert cells[-1] == (METRICS[-1].show(difference.mean, signed=True), f"[{low}, {high}]")
@@ -121,8 +122,8 @@ def test_narrow_terminal_leaves_whole_columns_out(width, missing, results):
     text = console.export_text()
     rows = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
     titles = [metric.title for metric in METRICS if metric.title not in missing]
-    assert [row[0].strip() for row in rows] == list(ARM_TITLES.values())  # one line an arm
-    for arm, row in zip(ARM_TITLES, rows, strict=True):
+    assert [row[0].strip() for row in rows] == list(STRATEGIES.values())  # one line an arm
+    for arm, row in zip(STRATEGIES, rows, strict=True):
         means = [cell.split("±")[0].strip() for cell in row[1:]]
         kept = [metric for metric in METRICS if metric.title in titles]
         assert means == [m.show(results["summary"][arm][m.name]["mean"]) for m in kept]

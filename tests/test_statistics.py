@@ -123,3 +123,16 @@ def test_nothing_is_shown_by_one_seed_or_one_arm():
     assert "not shown to change test accuracy" in one[-1]
     assert "Nothing to conclude" in verdicts(results(none=BASE))[0]
     assert compare_arms(results(none=BASE), "fisher", "none", METRICS[0]) is None
+
+
+def test_every_fisher_mask_has_its_own_conclusion():
+    arms = {
+        "fisher:keep=0.7": shifted(0.1, -0.1),
+        "fisher:keep=0.2": shifted(-0.1, 0.1),
+        "random:keep=0.2": BASE,
+    }
+    *sentences, conclusion = verdicts(results(none=BASE, **arms))
+    assert len(sentences) == 2 * (1 + 2)
+    first, second = conclusion.split("\n")
+    assert first.startswith("Conclusion on the Fisher mask, keep 0.7 in this run: it improves")
+    assert second.startswith("Conclusion on the Fisher mask, keep 0.2 in this run: it makes")

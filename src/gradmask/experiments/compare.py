@@ -69,14 +69,20 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
     }
     with progress:
         for arm, seed in _missing(config, results, progress):
-            directory = config.output / "runs" / f"{arm}-seed{seed}"
-            run = train_run(config, load_images(config, seed), arm, seed, directory, progress.epoch)
+            directory = run_directory(config.output, arm, seed)
+            data = load_images(config.for_arm(arm), seed)
+            run = train_run(config, data, arm, seed, directory, progress.epoch)
             results["runs"].append(run)
             results["summary"] = summary_table(results)
             save_results(config.output, results)
             progress.finish(run)
     save_results(config.output, results)
     return results
+
+
+def run_directory(folder: Path, arm: str, seed: int) -> Path:
+    """Where the files of one run lie in the folder of a comparison."""
+    return folder / "runs" / f"{arm.replace(':', '-')}-seed{seed}"
 
 
 def open_folder(config: Comparison) -> tuple[Comparison, Results]:
@@ -102,11 +108,12 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
         raise OptionError(
             f"{folder} holds files, but no comparison (no config.yaml): choose another --output."
         )
-    earlier, ours = _read_options(folder / "config.yaml"), to_plain(config)
+    written, ours = _read_options(folder / "config.yaml"), to_plain(config)
     if (folder / "results.json").exists():
         results = read_results(folder)
-    if not results["runs"] and earlier.keys() == ours.keys():  # not a user's own config.yaml
+    if not results["runs"] and written.keys() == ours.keys():  # not a user's own config.yaml
         return config, results
+    earlier = to_plain(Comparison()) | written  # options it does not name are younger than it
     for name, value in ours.items():
         if name not in (*_EXTENDABLE, *_NOT_RESULTS) and earlier.get(name) != value:
             raise OptionError(
@@ -233,7 +240,7 @@ def _missing(config: Comparison, results: Results, progress: Progress) -> Iterat
     done = {(run["arm"], run["seed"]) for run in results["runs"]}
     every = [(arm, seed) for seed in config.seeds for arm in config.arms]
     missing = [pair for pair in every if pair not in done]
-    progress.plan(len(missing), len(done), config.epochs)
+    progress.plan(missing, len(done), config.epochs)
     for arm, seed in missing:
         progress.start(arm, seed)
         yield arm, seed

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from gradmask.errors import OptionError, check_choice, check_keep
-
-ARMS = ("none", "fisher", "random", "random_matched", "inverse")
+from gradmask.experiments.arms import STRATEGIES, parse_arm
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,14 @@ class Comparison:
         classes: Take a seeded choice of the classes (default: all).
         image_size: Resize images to this many pixels (needed when they differ in size).
         label_noise: Share of training labels replaced by a different class, drawn once per seed.
+        labels: `given`, or `random`: every training label drawn from all classes, once per seed.
         validation: Share of the training images held out to choose an epoch.
         augment: Random crop with padding and horizontal flip on training batches.
         model: Model name: `mlp`, `small_cnn`, `cifar_resnet18`, ..., or any torchvision name.
         width: Base width of `mlp`, `small_cnn` and the `cifar_resnet` models (default: theirs).
         stem_stride: Stride of the first convolution of the `cifar_resnet` models.
-        arms: The kinds of mask to compare; `none` is training without a mask.
+        arms: The kinds of mask to compare; `none` is training without a mask. An arm may have
+            options of its own: `fisher:keep=0.7`, `random:scope=update`, `none:labels=random`.
         keep: Share of the parameters that still learn, in (0, 1].
         scope: Mask the `gradient` (equation 10) or freeze the whole `update`.
         fisher_kind: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
@@ -52,12 +53,13 @@ class Comparison:
     classes: int | None = None
     image_size: int | None = None
     label_noise: float = 0.0
+    labels: Literal["given", "random"] = "given"
     validation: float = 0.1
     augment: bool = True
     model: str = "small_cnn"
     width: int | None = None
     stem_stride: int = 1
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = tuple(STRATEGIES)
     keep: float = 0.25
     scope: Literal["gradient", "update"] = "gradient"
     fisher_kind: Literal["empirical", "sampled", "exact"] = "empirical"
@@ -83,8 +85,8 @@ class Comparison:
             OptionError: If an option's value cannot work.
         """
         check_keep(self.keep)
-        for arm in self.arms:
-            check_choice("arm", arm, ARMS)
+        check_choice("scope", self.scope, ("gradient", "update"))
+        check_choice("labels", self.labels, ("given", "random"))
         for name in ("epochs", "batch_size", "stem_stride"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
@@ -95,6 +97,8 @@ class Comparison:
                 raise OptionError(f"{name}={value!r} must be at least 1, or left out.")
         if not 0.0 <= self.label_noise <= 1.0:
             raise OptionError(f"label_noise={self.label_noise!r} must be a share in [0, 1].")
+        if self.label_noise and self.labels == "random":
+            raise OptionError("label_noise has no meaning with labels='random': leave one out.")
         if not 0.0 < self.validation < 1.0:
             raise OptionError(f"validation={self.validation!r} must be a share in (0, 1).")
         if not 0.0 < self.lr < math.inf:
@@ -109,3 +113,20 @@ class Comparison:
             raise OptionError(f"seeds={list(self.seeds)} must be one or more different integers.")
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise OptionError(f"arms={list(self.arms)} must be one or more different names.")
+        for arm in self.arms:
+            self.for_arm(arm)
+
+    def for_arm(self, name: str) -> Comparison:
+        """The options of one arm's runs.
+
+        Args:
+            name: The arm, one of `arms` or any other.
+
+        Returns:
+            These options with those that the arm changes.
+
+        Raises:
+            OptionError: If the arm is unknown, or one of its options cannot work.
+        """
+        arm = parse_arm(name)
+        return replace(self, **arm.options, arms=(arm.strategy,)) if arm.options else self

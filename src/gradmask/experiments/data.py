@@ -51,8 +51,9 @@ def load_images(config: Comparison, seed: int) -> ImageData:
     """Load the images of a comparison and make its choices in order.
 
     Classes are chosen first, then `train_size` images, then the validation share of those is held
-    out (all with a fixed seed); at last labels of the remaining training images are made noisy
-    with `seed`. A data set without a test split gives up a fixed stratified 20 % of its images.
+    out (all with a fixed seed); at last labels of the remaining training images are made noisy,
+    or random, with `seed`. A data set without a test split gives up a fixed stratified 20 % of its
+    images.
 
     Args:
         config: Options of the comparison.
@@ -81,7 +82,7 @@ def load_images(config: Comparison, seed: int) -> ImageData:
     clean = source.labels[train]
     return ImageData(
         train_images=source.images[train],
-        train_labels=_with_noise(clean, len(source.class_names), config.label_noise, seed),
+        train_labels=_given_labels(config, clean, len(source.class_names), seed),
         train_clean_labels=clean,
         val_images=source.images[val],
         val_labels=source.labels[val],
@@ -192,6 +193,13 @@ def _choose_classes(source: Source, classes: int | None) -> Source:
         test_labels=new_label[source.test_labels[test]],
         class_names=tuple(source.class_names[label] for label in chosen.tolist()),
     )
+
+
+def _given_labels(config: Comparison, clean: Tensor, classes: int, seed: int) -> Tensor:
+    if config.labels == "given":
+        return _with_noise(clean, classes, config.label_noise, seed)
+    generator = seeded_generator(seed, "random labels")
+    return torch.randint(classes, clean.shape, generator=generator)
 
 
 def _with_noise(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:

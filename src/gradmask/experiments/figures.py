@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gradmask.experiments.arms import arm_colours, arm_title, baseline, parse_arm
 from gradmask.experiments.statistics import (
-    ARM_TITLES,
     JUDGED,
     METRICS,
     Results,
@@ -21,14 +21,6 @@ from gradmask.experiments.statistics import (
     values,
 )
 
-# Okabe and Ito's palette: told apart with any colour vision.
-COLOURS = {
-    "none": "#3b3b3b",
-    "fisher": "#0072b2",
-    "random": "#e69f00",
-    "random_matched": "#009e73",
-    "inverse": "#cc79a7",
-}
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -94,10 +86,11 @@ def _curves(results: Results) -> Figure:
         panels[-1] = ("memorised", "Wrong training labels memorised (%)", 100.0)
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axes = figure.subplots(2, 2).flat
+    colours = arm_colours(arms(results))
     for panel, (key, title, scale) in zip(axes, panels, strict=True):
         for arm in arms(results):
             epochs, series = _series(results, arm, key)
-            _band(panel, arm, epochs, series * scale)
+            band(panel, epochs, series * scale, colours[arm], arm_title(arm))
         panel.set_title(title)
         panel.set_xlabel("epoch")
         if key == "test_loss":
@@ -107,14 +100,13 @@ def _curves(results: Results) -> Figure:
     return figure
 
 
-def _band(axes: Axes, arm: str, epochs: np.ndarray, series: np.ndarray) -> None:
+def band(axes: Axes, x: np.ndarray, series: np.ndarray, colour: str, label: str) -> None:
+    """The mean of several runs (runs, points) as a line, one standard deviation as a band."""
     mean = series.mean(0)
-    axes.plot(epochs, mean, color=COLOURS[arm], label=ARM_TITLES[arm], linewidth=1.6)
+    axes.plot(x, mean, color=colour, label=label, linewidth=1.6)
     if len(series) > 1:
         std = series.std(0, ddof=1)
-        axes.fill_between(
-            epochs, mean - std, mean + std, color=COLOURS[arm], alpha=0.15, linewidth=0
-        )
+        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
 
 
 def _clip_early_peaks(axes: Axes, results: Results) -> None:
@@ -127,39 +119,41 @@ def _clip_early_peaks(axes: Axes, results: Results) -> None:
 
 def _differences(results: Results) -> Figure | None:
     """Each arm against no mask: one dot a seed, the mean and its 95 % interval."""
-    others = [arm for arm in arms(results) if arm != "none"]
-    if "none" not in arms(results) or not others:
+    present = arms(results)
+    others = [arm for arm in present if arm != baseline(arm) and baseline(arm) in present]
+    if not others:
         return None
+    colours = arm_colours(present)
     figure = Figure(figsize=(10, 0.9 + 0.42 * len(others)), layout="constrained")
     judged = [metric for metric in METRICS if metric.name in JUDGED]
     for axes, metric in zip(figure.subplots(1, len(judged), sharey=True), judged, strict=True):
         scale = 100.0 if metric.percent else 1.0
-        baseline = values(results, "none", metric)
         for row, arm in enumerate(others):
-            ours = values(results, arm, metric)
-            dots = [scale * (ours[seed] - baseline[seed]) for seed in ours if seed in baseline]
-            axes.plot(dots, [row] * len(dots), "o", color=COLOURS[arm], alpha=0.45, markersize=4)
-            difference = compare_arms(results, arm, "none", metric)
+            ours, plain = (values(results, name, metric) for name in (arm, baseline(arm)))
+            dots = [scale * (ours[seed] - plain[seed]) for seed in ours if seed in plain]
+            axes.plot(dots, [row] * len(dots), "o", color=colours[arm], alpha=0.45, markersize=4)
+            difference = compare_arms(results, arm, baseline(arm), metric)
             if difference is None:
                 continue
             if difference.low is not None and difference.high is not None:
                 ends = [scale * difference.low, scale * difference.high]
-                axes.plot(ends, [row, row], color=COLOURS[arm], linewidth=2)
-            axes.plot(scale * difference.mean, row, "D", color=COLOURS[arm], markersize=6)
+                axes.plot(ends, [row, row], color=colours[arm], linewidth=2)
+            axes.plot(scale * difference.mean, row, "D", color=colours[arm], markersize=6)
         axes.axvline(0, color="#777777", linewidth=1)
         better = "right" if metric.higher_is_better else "left"
         unit = "Test accuracy (points)" if metric.percent else "Test loss"
         axes.set_title(f"{unit}: {better} is better")
-        axes.set_yticks(range(len(others)), [ARM_TITLES[arm] for arm in others])
+        axes.set_yticks(range(len(others)), [arm_title(arm) for arm in others])
         axes.set_ylim(len(others) - 0.5, -0.5)
     return figure
 
 
 def _kept(results: Results) -> Figure | None:
-    """Share of every parameter tensor that the Fisher mask keeps, epoch by epoch."""
-    runs = [run["epochs"] for run in results["runs"] if run["arm"] == "fisher"]
-    if not runs:
+    """Share of every parameter tensor that the first Fisher mask keeps, epoch by epoch."""
+    masks = [arm for arm in arms(results) if parse_arm(arm).strategy == "fisher"]
+    if not masks:
         return None
+    runs = [run["epochs"] for run in results["runs"] if run["arm"] == masks[0]]
     shares = np.mean([[row["kept_per_parameter"] for row in rows] for rows in runs], axis=0).T
     names = [f"{name}  ({numel:,})" for name, numel in results["parameters"]]
     height = 1.2 + 0.19 * min(len(names), _MAX_LABELS)
@@ -173,6 +167,6 @@ def _kept(results: Results) -> Figure | None:
     axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7.5)
     axes.grid(visible=False)
     axes.set_xlabel("epoch")
-    axes.set_title("Share of each parameter tensor that learns under the Fisher mask")
+    axes.set_title(f"Share of each parameter tensor that learns under the {arm_title(masks[0])}")
     figure.colorbar(image, ax=axes, label="share kept", fraction=0.03, pad=0.01)
     return figure

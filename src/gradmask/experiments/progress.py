@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from gradmask.experiments.statistics import ARM_TITLES
+from gradmask.experiments.arms import arm_title
 
 
 class Progress:
@@ -29,8 +29,7 @@ class Progress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._runs = 0
-        self._finished = 0
+        self._runs = self._finished = self._width = 0
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -39,16 +38,17 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def plan(self, runs: int, done: int, epochs: int) -> None:
-        """Say how much there is to do."""
-        self._runs = runs
+    def plan(self, runs: list[tuple[str, int]], done: int, epochs: int) -> None:
+        """Say how much there is to do: arm and seed of each run."""
+        self._runs = len(runs)
+        self._width = max((len(arm_title(arm)) for arm, _ in runs), default=0)
         if done:
-            self.console.print(f"{done} finished runs found; {runs} to go.")
-        self._task = self._bar.add_task("", total=runs * epochs)
+            self.console.print(f"{done} finished runs found; {len(runs)} to go.")
+        self._task = self._bar.add_task("", total=len(runs) * epochs)
 
     def start(self, arm: str, seed: int) -> None:
         """A run begins."""
-        self._bar.update(self._task, description=f"{ARM_TITLES[arm]}, seed {seed}")
+        self._bar.update(self._task, description=f"{arm_title(arm)}, seed {seed}")
 
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch is over."""
@@ -60,7 +60,7 @@ class Progress:
         last = run["epochs"][-1]
         self.console.print(
             f"[{self._finished:>{len(str(self._runs))}}/{self._runs}] "
-            f"{ARM_TITLES[run['arm']]:<19} seed {run['seed']}:  "
+            f"{arm_title(run['arm']):<{self._width}} seed {run['seed']}:  "
             f"test accuracy {100 * last['test_accuracy']:.1f} %,  "
             f"test loss {last['test_loss']:.3f},  train loss {last['train_loss']:.3f}  "
             f"({run['seconds']:.1f} s)",

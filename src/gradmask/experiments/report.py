@@ -11,10 +11,10 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from gradmask.experiments.figures import COLOURS, draw_all
+from gradmask.experiments.arms import arm_colours, arm_title, baseline
+from gradmask.experiments.figures import draw_all
 from gradmask.experiments.files import write_atomically
 from gradmask.experiments.statistics import (
-    ARM_TITLES,
     Metric,
     Results,
     arms,
@@ -58,8 +58,7 @@ def write_report(folder: Path, results: Results) -> Path:
         metrics=available(results),
         rows=_table(results, available(results)),
         differences=_differences(results),
-        colours=COLOURS,
-        titles=ARM_TITLES,
+        colours=arm_colours(arms(results)),
         sentences=sentences,
         conclusion=conclusion,
         figures={name: Markup(svg) for name, svg in figures.items()},
@@ -114,7 +113,7 @@ def _table(results: Results, metrics: list[Metric]) -> list[dict[str, Any]]:
     return [
         {
             "arm": arm,
-            "title": ARM_TITLES[arm],
+            "title": arm_title(arm),
             "n": len(values(results, arm, metrics[0])),
             "cells": [
                 {"text": _mean_std(results, arm, m), "best": best[m.name] == arm} for m in metrics
@@ -147,8 +146,8 @@ def _differences(results: Results) -> list[dict[str, Any]]:
     for arm in arms(results):
         cells = []
         for metric in available(results):
-            difference = compare_arms(results, arm, "none", metric)
-            if arm == "none" or difference is None:
+            difference = compare_arms(results, arm, baseline(arm), metric)
+            if arm == baseline(arm) or difference is None:
                 continue
             interval = ""
             if difference.low is not None and difference.high is not None:
@@ -157,5 +156,5 @@ def _differences(results: Results) -> list[dict[str, Any]]:
             mean = metric.show(difference.mean, signed=True)
             cells.append({"mean": mean, "interval": interval, "shown": difference.shown})
         if cells:
-            rows.append({"arm": arm, "title": ARM_TITLES[arm], "cells": cells})
+            rows.append({"arm": arm, "title": arm_title(arm), "cells": cells})
     return rows

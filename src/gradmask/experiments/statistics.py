@@ -10,16 +10,10 @@ from typing import Any
 
 from scipy import stats
 
+from gradmask.experiments.arms import arm_title, baseline, controls, parse_arm
+
 Rows = list[dict[str, Any]]
 Results = dict[str, Any]
-
-ARM_TITLES = {
-    "none": "no mask",
-    "fisher": "Fisher mask",
-    "random": "random mask",
-    "random_matched": "matched random mask",
-    "inverse": "inverse mask",
-}
 
 
 @dataclass(frozen=True)
@@ -102,9 +96,8 @@ def available(results: Results) -> list[Metric]:
 
 
 def arms(results: Results) -> list[str]:
-    """Arms that have runs, in the order of the table."""
-    present = {run["arm"] for run in results["runs"]}
-    return [arm for arm in ARM_TITLES if arm in present]
+    """Arms that have runs, in the order they have there: that of the options."""
+    return list(dict.fromkeys(run["arm"] for run in results["runs"]))
 
 
 def values(results: Results, arm: str, metric: Metric) -> dict[int, float]:
@@ -151,27 +144,30 @@ def compare_arms(results: Results, arm: str, baseline: str, metric: Metric) -> D
 
 
 def verdicts(results: Results) -> list[str]:
-    """Say in plain sentences whether the Fisher mask helped, and against which control.
+    """Say in plain sentences whether each Fisher mask helped, and against which control.
 
     Args:
         results: Contents of `results.json`.
 
     Returns:
-        One sentence per judged metric and compared arm, and a conclusion at the end.
+        One sentence per Fisher mask, judged metric and compared arm, and a conclusion at the end.
     """
-    others = [arm for arm in arms(results) if arm != "fisher"]
-    if "fisher" not in arms(results) or not others:
-        return ["Nothing to conclude: the Fisher mask and another arm are both needed."]
+    sentences, conclusions = [], []
     judged = [metric for metric in METRICS if metric.name in JUDGED]
-    sentences = []
-    outcome: dict[tuple[str, str], int] = {}
-    for metric in judged:
-        for other in others:
-            difference = compare_arms(results, "fisher", other, metric)
-            if difference is not None:
-                outcome[metric.name, other] = _sign(metric, difference)
-                sentences.append(_sentence(metric, other, difference))
-    return [*sentences, _conclusion(judged, others, outcome)]
+    for ours in (arm for arm in arms(results) if parse_arm(arm).strategy == "fisher"):
+        others = controls(ours, arms(results))
+        outcome: dict[tuple[str, str], int] = {}
+        for metric in judged:
+            for other in others:
+                difference = compare_arms(results, ours, other, metric)
+                if difference is not None:
+                    outcome[metric.name, other] = _sign(metric, difference)
+                    sentences.append(_sentence(metric, ours, other, difference))
+        if others:
+            conclusions.append(_conclusion(judged, ours, others, outcome))
+    if not conclusions:
+        return ["Nothing to conclude: the Fisher mask and another arm are both needed."]
+    return [*sentences, "\n".join(conclusions)]
 
 
 def _sign(metric: Metric, difference: Difference) -> int:
@@ -181,14 +177,14 @@ def _sign(metric: Metric, difference: Difference) -> int:
     return 1 if (difference.mean > 0) == metric.higher_is_better else -1
 
 
-def _sentence(metric: Metric, other: str, difference: Difference) -> str:
+def _sentence(metric: Metric, ours: str, other: str, difference: Difference) -> str:
     what = {
         "chosen_accuracy": "Test accuracy at the epoch chosen on validation",
         "last_test_loss": "Test loss of the last epoch",
     }[metric.name]
     unit = " points" if metric.percent else ""
-    text = f"{what}: the Fisher mask is {metric.show(difference.mean, signed=True)}{unit}"
-    text += f" against {'' if other == 'none' else 'the '}{ARM_TITLES[other]}"
+    text = f"{what}: the {arm_title(ours)} is {metric.show(difference.mean, signed=True)}{unit}"
+    text += f" against {_named(other)}"
     if difference.low is None or difference.high is None:
         return f"{text}, from one seed: no interval, so nothing is shown."
     low, high = (metric.show(x, signed=True) for x in (difference.low, difference.high))
@@ -196,19 +192,24 @@ def _sentence(metric: Metric, other: str, difference: Difference) -> str:
     return f"{text} (95 % interval {low} to {high}, {difference.n} seeds): {word}."
 
 
+def _named(arm: str) -> str:
+    return arm_title(arm) if parse_arm(arm).strategy == "none" else f"the {arm_title(arm)}"
+
+
 def _conclusion(
-    judged: list[Metric], others: list[str], outcome: dict[tuple[str, str], int]
+    judged: list[Metric], ours: str, others: list[str], outcome: dict[tuple[str, str], int]
 ) -> str:
     parts = []
+    plain = baseline(ours)
     for metric in judged:
         name = {"chosen_accuracy": "test accuracy", "last_test_loss": "test loss"}[metric.name]
         signs = {other: outcome.get((metric.name, other), 0) for other in others}
-        controls = [other for other in others if other != "none"]
-        unbeaten = [f"the {ARM_TITLES[c]}" for c in controls if signs[c] < 1]
-        worse = [f"the {ARM_TITLES[c]}" for c in controls if signs[c] < 0]
-        if signs.get("none") == -1:
+        masks = [other for other in others if other != plain]
+        unbeaten = [_named(c) for c in masks if signs[c] < 1]
+        worse = [_named(c) for c in masks if signs[c] < 0]
+        if signs.get(plain) == -1:
             parts.append(f"it makes {name} worse than no mask does")
-        elif signs.get("none") != 1:
+        elif signs.get(plain) != 1:
             parts.append(f"it is not shown to change {name} against no mask")
         elif worse:
             parts.append(
@@ -220,11 +221,11 @@ def _conclusion(
                 f"it improves {name} over no mask, but is not shown to do better than "
                 f"{_listed(unbeaten)}"
             )
-        elif controls:
+        elif masks:
             parts.append(f"it improves {name} over no mask and over every control run here")
         else:
             parts.append(f"it improves {name} over no mask; no control was run")
-    return f"Conclusion on the Fisher mask in this run: {'; '.join(parts)}."
+    return f"Conclusion on the {arm_title(ours)} in this run: {'; '.join(parts)}."
 
 
 def _listed(names: list[str]) -> str:

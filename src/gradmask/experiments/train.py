@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gradmask import FisherMask
 from gradmask.errors import DataError, OptionError
+from gradmask.experiments.arms import parse_arm
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData, augment_batch, channel_statistics, normalize
 from gradmask.experiments.models import build_model
@@ -73,13 +74,14 @@ def new_model(config: Comparison, data: ImageData, seed: int) -> nn.Module:
 
 def new_mask(config: Comparison, model: nn.Module, arm: str, seed: int) -> FisherMask | None:
     """Build the mask of an arm; the arm `none` has none."""
-    if arm == "none":
+    config, strategy = config.for_arm(arm), parse_arm(arm).strategy
+    if strategy == "none":
         return None
     return FisherMask(
         model,
         config.keep,
         scope=config.scope,
-        strategy=arm,
+        strategy=strategy,
         kind=config.fisher_kind,
         max_samples=config.fisher_samples,
         seed=seed,
@@ -161,8 +163,8 @@ def train_run(
 
     Args:
         config: Options of the comparison.
-        data: Images of this seed.
-        arm: Kind of mask, or `none`.
+        data: Images of this arm and seed.
+        arm: The arm; its options are taken over those of the comparison.
         seed: Seed of the run.
         directory: Folder of this run: `metrics.jsonl` and TensorBoard events are written there.
         on_epoch: Called with each epoch's measurements.
@@ -176,6 +178,7 @@ def train_run(
         DataError: If the loss is no longer finite.
     """
     started = time.perf_counter()
+    config = config.for_arm(arm)
     device = resolve_device(config.device)
     mean, std = channel_statistics(data.train_images)
     prepare = partial(normalize, mean=mean.to(device), std=std.to(device))
@@ -266,7 +269,7 @@ def _evaluation(
     test = Batches(data.test_images, data.test_labels, prepare)
     row["test_loss"], row["test_accuracy"] = evaluate(model, test)
     wrong = data.train_labels != data.train_clean_labels
-    if config.label_noise and wrong.any():
+    if wrong.any():
         noise = Batches(data.train_images[wrong], data.train_labels[wrong], prepare)
         _, row["memorised"] = evaluate(model, noise)
     return row

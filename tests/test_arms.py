@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from gradmask.errors import OptionError
+from gradmask.experiments.arms import STRATEGIES, arm_colours, arm_title, controls, parse_arm
+from gradmask.experiments.compare import run_directory
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data import load_images
+from gradmask.experiments.train import new_mask, new_model
+
+
+def test_an_arm_changes_its_own_options():
+    config = Comparison(keep=0.5, arms=("none", "random:keep=0.25:scope=update"))
+    arm = config.for_arm(config.arms[1])
+    assert (arm.keep, arm.scope, arm.labels) == (0.25, "update", "given")
+    assert (config.keep, config.scope) == (0.5, "gradient")
+    data = load_images(config, 0)
+    mask = new_mask(config, new_model(config, data, 0), config.arms[1], 0)
+    assert (mask.keep, mask.scope, mask.strategy) == (0.25, "update", "random")
+    assert new_mask(config, new_model(config, data, 0), "none:labels=random", 0) is None
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("fischer", "Unknown arm 'fischer'. Did you mean 'fisher'"),
+        ("fisher:kepe=0.5", "Unknown option of arm 'fisher:kepe=0.5', 'kepe'. Did you mean 'keep'"),
+        ("fisher:keep=half", "keep='half' is not a number"),
+        ("fisher:keep=0", r"keep=0.0 must be in \(0, 1\]"),
+        ("fisher:scope=all", "Unknown scope 'all'"),
+        ("none:labels=wrong", "Unknown labels 'wrong'"),
+        ("none:keep=0.5", "has no mask, so keep has no meaning"),
+    ],
+)
+def test_arms_that_cannot_work(arm, message):
+    with pytest.raises(OptionError, match=message):
+        Comparison(arms=(arm,))
+
+
+def test_titles_and_colours():
+    assert arm_title("fisher:keep=0.7:scope=update") == "Fisher mask, keep 0.7, scope update"
+    assert arm_title("none:labels=random") == "no mask, random labels"
+    names = [*STRATEGIES, "fisher:keep=0.7", "none:labels=random"]
+    colours = arm_colours(names)
+    assert list(colours) == names
+    assert len(set(colours.values())) == len(names)
+    assert colours["fisher"] == arm_colours(["fisher"])["fisher"]
+
+
+def test_masks_are_judged_against_others_with_the_same_options():
+    names = [
+        "none",
+        "none:labels=random",
+        "fisher:keep=0.7",
+        "random:keep=0.7",
+        "random:keep=0.3",
+        "inverse",
+        "fisher:labels=random",
+        "inverse:labels=random",
+    ]
+    assert controls("fisher:keep=0.7", names) == ["none", "random:keep=0.7"]
+    assert controls("fisher:labels=random", names) == [
+        "none:labels=random",
+        "inverse:labels=random",
+    ]
+    assert parse_arm("fisher:keep=0.7").baseline == "none"
+
+
+def test_every_arm_has_a_folder_of_its_own(tmp_path):
+    assert run_directory(tmp_path, "fisher:keep=0.7", 3).name == "fisher-keep=0.7-seed3"
+
+
+def test_random_labels_are_drawn_from_all_classes_once_per_seed():
+    config = Comparison(labels="random")
+    data = load_images(config, 0)
+    assert torch.equal(data.train_labels, load_images(config, 0).train_labels)
+    assert not torch.equal(data.train_labels, load_images(config, 1).train_labels)
+    agreeing = (data.train_labels == data.train_clean_labels).float().mean().item()
+    assert agreeing == pytest.approx(0.1, abs=0.04)
+    assert data.train_labels.bincount().min() > 60
+    given = load_images(Comparison(), 0)
+    assert torch.equal(given.train_labels, data.train_clean_labels)
+    with pytest.raises(OptionError, match="label_noise has no meaning with labels='random'"):
+        Comparison(labels="random", label_noise=0.1)
