@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from gradmask.errors import GradmaskError, ModelError, OptionError, StateError
-from gradmask.experiments import compare, train
+from gradmask.experiments import compare, components, train
 from gradmask.experiments.compare import read_results, run_comparison, to_plain
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import load_images
@@ -150,7 +150,7 @@ def test_mistakes_are_found_before_anything_is_written(config, changes, message)
 def test_model_that_cannot_be_measured_is_found_before_training(config, monkeypatch):
     norm = torch.nn.BatchNorm1d(64, track_running_stats=False)
     layers = (torch.nn.Flatten(), norm, torch.nn.Linear(64, 10))
-    monkeypatch.setattr(train, "build_model", lambda *_: torch.nn.Sequential(*layers))
+    monkeypatch.setattr(components, "build_model", lambda *_: torch.nn.Sequential(*layers))
     with pytest.raises(ModelError, match=r"Layer '1'.*batch statistics"):
         run_comparison(config, quiet())
     assert not config.output.exists()

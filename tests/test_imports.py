@@ -16,6 +16,7 @@ CORE = [
     "kernels",
     "fisher",
     "influence",
+    "monitor",
     "selection",
     "mask",
     "__init__",

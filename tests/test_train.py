@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from gradmask.errors import DataError, OptionError
-from gradmask.experiments import train
+from gradmask.experiments import components
+from gradmask.experiments.components import resolve_device
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import channel_statistics, load_images, normalize
-from gradmask.experiments.train import Batches, evaluate, resolve_device, train_run
+from gradmask.experiments.train import Batches, evaluate, train_run
 from gradmask.seeding import derive_seed, seeded_generator
 
 CLOCKS = ("seconds", "refresh_seconds")
@@ -84,13 +85,13 @@ def test_wrong_labels_are_learnt_by_heart(options, tmp_path):
 def test_training_is_a_plain_loop(options, tmp_path, monkeypatch):
     """One epoch written out: training mode, uneven batches, the mean over images."""
     layers = lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(0.5))  # noqa: E731
-    monkeypatch.setattr(train, "build_model", layers)
+    monkeypatch.setattr(components, "build_model", layers)
     changes = {"epochs": 2, "optimizer": "sgd", "schedule": "constant", "batch_size": 100}
     config = Comparison(**(options | changes))
     data = load_images(config, 0)
     rows = train_run(config, data, "none", 0, tmp_path)["epochs"]
-    model = train.new_model(config, data, 0)
-    optimizer, _ = train.new_optimizer(config, model, 4)
+    model = components.new_model(config, data, 0)
+    optimizer, _ = components.new_optimizer(config, model, 4)
     mean, std = channel_statistics(data.train_images)
     order = seeded_generator(0, "order")
     torch.manual_seed(derive_seed(0, "dropout"))
@@ -154,3 +155,19 @@ def test_device():
     for name in ("cqu", "cuda:99"):
         with pytest.raises(OptionError, match="device="):
             resolve_device(name)
+
+
+def test_a_monitor_follows_a_run_and_changes_nothing(options, tmp_path):
+    small = {"monitor_sources": 6, "monitor_probe": 8, "monitor": ("quadratic", "kl")}
+    plain = run(tmp_path / "1", options)
+    found = run(tmp_path / "2", options, **small)
+    assert measured(found) == measured(plain)
+    assert "influence" not in plain
+    assert [record["epoch"] for record in found["influence"]] == [0, 1, 2, 3]
+    often = run(tmp_path / "3", options, **small, monitor_every=3)["influence"]
+    assert [record["step"] for record in often] == [0, 3, 6, 9, 12, 15]
+    assert often[-1]["epoch"] == 3
+    assert often[-1]["influence/kl/mean"] == found["influence"][-1]["influence/kl/mean"]
+    lines = [json.loads(line) for line in (tmp_path / "3" / "metrics.jsonl").open()]
+    assert [line for line in lines if "influence/kl/mean" in line] == often
+    assert len(lines) == len(often) + 3

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answe
     from gradmask.experiments.statistics import Results
 
 COMMANDS = ("run", "recipes", "report", "bench")
-_LISTS = ("arms", "seeds")
+_LISTS = ("arms", "seeds", "monitor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

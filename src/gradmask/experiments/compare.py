@@ -17,12 +17,13 @@ import yaml
 import gradmask
 from gradmask import fisher_diagonal
 from gradmask.errors import GradmaskError, OptionError, StateError
+from gradmask.experiments.components import new_model, resolve_device
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData, channel_statistics, load_images, normalize
 from gradmask.experiments.files import write_atomically, write_json
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.statistics import Results, summary_table
-from gradmask.experiments.train import new_model, resolve_device, train_run
+from gradmask.experiments.train import train_run
 
 RESULTS_VERSION = 1
 # What may change between two visits to a folder: more arms and seeds are added to it.

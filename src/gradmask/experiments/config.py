@@ -42,6 +42,13 @@ class Comparison:
         nesterov: Nesterov momentum for `sgd`.
         weight_decay: Weight decay.
         schedule: `onecycle`, `cosine` or `constant`, stepped after each batch.
+        monitor: Forms of influence to follow in training: `quadratic` (equation 4), `diagonal`
+            (equation 9), `kl` (equation 3); default: none.
+        monitor_fisher: Its Fisher information: `sampled` (cheap), `exact` or `empirical`.
+        monitor_sources: Training images whose single steps are measured.
+        monitor_probe: Other training images, on whose predictions they are measured.
+        monitor_step: Size ε of these steps.
+        monitor_every: Optimizer steps between measurements (default: those of an epoch).
         save_every: Keep the network's weights after every so many epochs, and after the last.
         device: `auto`, `cpu`, `cuda`, ...
         threads: CPU threads (default: PyTorch's choice).
@@ -73,6 +80,12 @@ class Comparison:
     nesterov: bool = True
     weight_decay: float = 5e-4
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    monitor: tuple[str, ...] = ()
+    monitor_fisher: Literal["empirical", "sampled", "exact"] = "sampled"
+    monitor_sources: int = 64
+    monitor_probe: int = 256
+    monitor_step: float = 0.01
+    monitor_every: int | None = None
     save_every: int | None = None
     device: str = "auto"
     threads: int | None = None
@@ -87,22 +100,25 @@ class Comparison:
         check_keep(self.keep)
         check_choice("scope", self.scope, ("gradient", "update"))
         check_choice("labels", self.labels, ("given", "random"))
-        for name in ("epochs", "batch_size", "stem_stride"):
+        for name in ("epochs", "batch_size", "stem_stride", "monitor_sources", "monitor_probe"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
         optional = ("train_size", "classes", "image_size", "width", "fisher_samples", "save_every")
-        for name in (*optional, "threads"):
+        for name in (*optional, "monitor_every", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name}={value!r} must be at least 1, or left out.")
+        for method in self.monitor:
+            check_choice("monitor", method, ("quadratic", "diagonal", "kl"))
         if not 0.0 <= self.label_noise <= 1.0:
             raise OptionError(f"label_noise={self.label_noise!r} must be a share in [0, 1].")
         if self.label_noise and self.labels == "random":
             raise OptionError("label_noise has no meaning with labels='random': leave one out.")
         if not 0.0 < self.validation < 1.0:
             raise OptionError(f"validation={self.validation!r} must be a share in (0, 1).")
-        if not 0.0 < self.lr < math.inf:
-            raise OptionError(f"lr={self.lr!r} must be positive and finite.")
+        for name in ("lr", "monitor_step"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise OptionError(f"{name}={getattr(self, name)!r} must be positive and finite.")
         if not 0.0 <= self.momentum < 1.0:
             raise OptionError(f"momentum={self.momentum!r} must be in [0, 1).")
         if not 0.0 <= self.weight_decay < math.inf:

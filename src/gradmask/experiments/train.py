@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,16 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.tensorboard import SummaryWriter
 
-from gradmask import FisherMask
-from gradmask.errors import DataError, OptionError
-from gradmask.experiments.arms import parse_arm
+from gradmask.errors import DataError
+from gradmask.experiments.components import (
+    new_mask,
+    new_model,
+    new_monitor,
+    new_optimizer,
+    resolve_device,
+)
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData, augment_batch, channel_statistics, normalize
-from gradmask.experiments.models import build_model
+from gradmask.experiments.log import RunLog
 from gradmask.experiments.weights import save_weights, weights_path
 from gradmask.seeding import derive_seed, seeded_generator
 
@@ -55,97 +56,6 @@ class Batches:
             yield self.prepare(images), labels
 
 
-def new_model(config: Comparison, data: ImageData, seed: int) -> nn.Module:
-    """Build the network with the initial weights of a seed.
-
-    Args:
-        config: Options of the comparison.
-        data: The run's images, for channels, size and number of classes.
-        seed: Seed of the weights.
-
-    Returns:
-        The network on the CPU; the random state of PyTorch is unchanged.
-    """
-    _, channels, size, _ = data.train_images.shape
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights"))
-        return build_model(config, channels, size, len(data.class_names))
-
-
-def new_mask(config: Comparison, model: nn.Module, arm: str, seed: int) -> FisherMask | None:
-    """Build the mask of an arm; the arm `none` has none."""
-    config, strategy = config.for_arm(arm), parse_arm(arm).strategy
-    if strategy == "none":
-        return None
-    return FisherMask(
-        model,
-        config.keep,
-        scope=config.scope,
-        strategy=strategy,
-        kind=config.fisher_kind,
-        max_samples=config.fisher_samples,
-        seed=seed,
-    )
-
-
-def new_optimizer(
-    config: Comparison, model: nn.Module, steps: int
-) -> tuple[Optimizer, LRScheduler]:
-    """Build the optimizer and the learning-rate schedule of a comparison.
-
-    Args:
-        config: Options of the comparison.
-        model: The network to train.
-        steps: Optimizer steps in the whole run.
-
-    Returns:
-        Optimizer and schedule; the schedule is stepped after each batch.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer: Optimizer
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            parameters,
-            config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov and config.momentum > 0,
-            weight_decay=config.weight_decay,
-        )
-    else:
-        optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-    schedulers = torch.optim.lr_scheduler
-    if config.schedule == "onecycle":
-        return optimizer, schedulers.OneCycleLR(
-            optimizer, config.lr, total_steps=steps, cycle_momentum=False
-        )
-    if config.schedule == "cosine":
-        return optimizer, schedulers.CosineAnnealingLR(optimizer, steps)
-    return optimizer, schedulers.LambdaLR(optimizer, lambda _: 1.0)
-
-
-def resolve_device(name: str) -> torch.device:
-    """Find the device a comparison runs on.
-
-    Args:
-        name: `auto` (CUDA if there is any, else the CPU) or a name that PyTorch knows.
-
-    Returns:
-        The device.
-
-    Raises:
-        OptionError: If the name is unknown or the machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"device={name!r} cannot be used here: {reason}") from error
-    return device
-
-
 def train_run(
     config: Comparison,
     data: ImageData,
@@ -172,7 +82,8 @@ def train_run(
             and the training images as the Fisher information is measured on them.
 
     Returns:
-        `{"arm", "seed", "seconds", "epochs": [measurements of each epoch]}`.
+        `{"arm", "seed", "seconds", "epochs": [measurements of each epoch]}`, and `"influence"`,
+        the records of the monitor, if there is one.
 
     Raises:
         DataError: If the loss is no longer finite.
@@ -190,6 +101,8 @@ def train_run(
     if mask is not None:
         mask.attach(optimizer)
     train_set = Batches(data.train_images, data.train_labels, prepare, config.batch_size)
+    monitor = new_monitor(config, model, train_set, seed, steps)
+    records: list[Row] = []
     order, augmentation = seeded_generator(seed, "order"), seeded_generator(seed, "augmentation")
 
     def train_epoch() -> float:
@@ -204,15 +117,24 @@ def train_run(
             loss.backward()
             optimizer.step()
             schedule.step()
+            if monitor is not None:
+                keep_record(monitor.step())
             total += loss.detach() * len(batch)
         return total.item() / len(indices)
 
+    def keep_record(record: Row | None) -> None:
+        if record is not None:
+            records.append({"epoch": record["step"] / steps, **record})
+            log.write_record(records[-1])
+
     rows: list[Row] = []
     with (
-        _Log(directory) as log,
+        RunLog(directory) as log,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(derive_seed(seed, "dropout"))
+        if monitor is not None:  # at the start as well
+            keep_record(monitor.measure())
         for epoch in range(1, config.epochs + 1):
             row: Row = {"epoch": epoch, "lr": schedule.get_last_lr()[0]}
             row["train_loss"], row["seconds"] = _timed(train_epoch)
@@ -232,10 +154,11 @@ def train_run(
                 save_weights(weights_path(directory, epoch), model)
             observe(row, model, train_set)
             rows.append(row)
-            log.write(row)
+            log.write_epoch(row)
             on_epoch(row)
     seconds = time.perf_counter() - started
-    return {"arm": arm, "seed": seed, "seconds": seconds, "epochs": rows}
+    run: Row = {"arm": arm, "seed": seed, "seconds": seconds, "epochs": rows}
+    return run | {"influence": records} if monitor is not None else run
 
 
 @torch.no_grad()
@@ -279,28 +202,3 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     value = function()
     return value, time.perf_counter() - started
-
-
-class _Log:
-    """`metrics.jsonl` and TensorBoard events of one run, written as it goes."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        for stale in directory.glob("events.out.tfevents.*"):  # of a run that was interrupted
-            stale.unlink()
-        self._file = (directory / "metrics.jsonl").open("w")
-        self._board = SummaryWriter(str(directory))
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
-
-    def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if isinstance(value, float):
-                self._board.add_scalar(name, value, row["epoch"])

@@ -89,17 +89,31 @@ def diagonal_forms(setting: Setting) -> Tensor:
     Returns:
         Shape (n,).
     """
-    sources, probe, size = setting.sources, setting.probe, setting.gradient_blocks[0]
+    probe, size = setting.probe, setting.gradient_blocks[0]
     targets = probe.targets if probe.targets is not None else setting.blank_targets()
     batches = ((part(probe.inputs, c), part(targets, c)) for c in probe.blocks(size))
     kind = "exact" if probe.targets is None else "empirical"
-    fisher = fisher_diagonal(setting.model, batches, kind=kind, loss=setting.loss)
-    found = []
-    for rows in sources.blocks(size):
+    return source_squares(
+        setting, fisher_diagonal(setting.model, batches, kind=kind, loss=setting.loss)
+    )
+
+
+def source_squares(setting: Setting, weights: dict[str, Tensor]) -> Tensor:
+    """Σ_j w_j g_ij² of every source i.
+
+    Args:
+        setting: What is measured; the probe set is not looked at.
+        weights: `{name: tensor of the parameter's shape}`.
+
+    Returns:
+        Shape (n,).
+    """
+    sources, found = setting.sources, []
+    for rows in sources.blocks(setting.gradient_blocks[0]):
         n, inputs = rows.stop - rows.start, part(sources.inputs, rows)
         with captured(setting.model, inputs, n, setting.parameters, sources.ways) as batch:
             groups = batch.gradients(setting.nll_term(sources, rows))
             with torch.no_grad():
                 total = torch.zeros(n, dtype=torch.float64, device=setting.device)
-                found.append(weighted_squares(total, groups, fisher))
+                found.append(weighted_squares(total, groups, weights))
     return torch.cat(found)

@@ -1,0 +1,140 @@
+"""What a run is made of, from its options and seed: device, network, mask, monitor, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from gradmask import FisherMask, InfluenceMonitor
+from gradmask.errors import OptionError
+from gradmask.experiments.arms import parse_arm
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data import ImageData
+from gradmask.experiments.models import build_model
+from gradmask.seeding import derive_seed
+
+
+def new_model(config: Comparison, data: ImageData, seed: int) -> nn.Module:
+    """Build the network with the initial weights of a seed.
+
+    Args:
+        config: Options of the comparison.
+        data: The run's images, for channels, size and number of classes.
+        seed: Seed of the weights.
+
+    Returns:
+        The network on the CPU; the random state of PyTorch is unchanged.
+    """
+    _, channels, size, _ = data.train_images.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "weights"))
+        return build_model(config, channels, size, len(data.class_names))
+
+
+def new_mask(config: Comparison, model: nn.Module, arm: str, seed: int) -> FisherMask | None:
+    """Build the mask of an arm; the arm `none` has none."""
+    config, strategy = config.for_arm(arm), parse_arm(arm).strategy
+    if strategy == "none":
+        return None
+    return FisherMask(
+        model,
+        config.keep,
+        scope=config.scope,
+        strategy=strategy,
+        kind=config.fisher_kind,
+        max_samples=config.fisher_samples,
+        seed=seed,
+    )
+
+
+def new_monitor(
+    config: Comparison,
+    model: nn.Module,
+    data: Iterable[tuple[Tensor, Tensor]],
+    seed: int,
+    steps: int,
+) -> InfluenceMonitor | None:
+    """Build the influence monitor of a run, if one is asked for.
+
+    Args:
+        config: Options of the comparison.
+        model: The network to train.
+        data: The training images as they are measured.
+        seed: Seed of the choice of images.
+        steps: Optimizer steps in an epoch.
+    """
+    if not config.monitor:
+        return None
+    return InfluenceMonitor(
+        model,
+        data,
+        every=config.monitor_every or steps,
+        sources=config.monitor_sources,
+        probe=config.monitor_probe,
+        methods=config.monitor,
+        seed=derive_seed(seed, "monitor"),
+        step=config.monitor_step,
+        fisher=config.monitor_fisher,
+    )
+
+
+def new_optimizer(
+    config: Comparison, model: nn.Module, steps: int
+) -> tuple[Optimizer, LRScheduler]:
+    """Build the optimizer and the learning-rate schedule of a comparison.
+
+    Args:
+        config: Options of the comparison.
+        model: The network to train.
+        steps: Optimizer steps in the whole run.
+
+    Returns:
+        Optimizer and schedule; the schedule is stepped after each batch.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            parameters,
+            config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov and config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
+    else:
+        optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    schedulers = torch.optim.lr_scheduler
+    if config.schedule == "onecycle":
+        return optimizer, schedulers.OneCycleLR(
+            optimizer, config.lr, total_steps=steps, cycle_momentum=False
+        )
+    if config.schedule == "cosine":
+        return optimizer, schedulers.CosineAnnealingLR(optimizer, steps)
+    return optimizer, schedulers.LambdaLR(optimizer, lambda _: 1.0)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Find the device a comparison runs on.
+
+    Args:
+        name: `auto` (CUDA if there is any, else the CPU) or a name that PyTorch knows.
+
+    Returns:
+        The device.
+
+    Raises:
+        OptionError: If the name is unknown or the machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"device={name!r} cannot be used here: {reason}") from error
+    return device

@@ -1,0 +1,192 @@
+"""Influence over a training run, measured on a fixed random part of the training data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradmask.errors import DataError, OptionError, StateError, check_choice
+from gradmask.fisher.likelihood import Loss, part
+from gradmask.fisher.sampling import random_samples
+from gradmask.influence import gradient_norms, influence
+from gradmask.seeding import seeded_generator
+
+METHODS = ("quadratic", "diagonal", "kl")
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+Record = dict[str, float]
+
+
+class Writer(Protocol):
+    """What takes the numbers: TensorBoard's `SummaryWriter`, or anything with its method."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Log one number."""
+
+
+class InfluenceOptions(TypedDict, total=False):
+    """Options of `influence` that a monitor passes on."""
+
+    step: float
+    fisher: str
+    loss: Loss
+    memory: int
+
+
+class InfluenceMonitor:
+    """Follows how far one sample's step moves the predictions on others (equation 4) in training.
+
+    Some training samples are sources, others the probe set, drawn once. A measurement gives the
+    mean and quantiles over the sources of their influence on the probe set, the mean
+    ½ ε² E_x[g_iᵀ F(x) g_i] over it, as `gradmask.influence` does, in nats. Those of ½ ε² ‖g_i‖²
+    stand beside them: influence falls when gradients do, whatever their direction.
+
+    Cost of a measurement: as much as training on `sources + probe` samples, about, with
+    `fisher="sampled"` or `"empirical"`; the other forms are in the table of `docs/influence.md`.
+    It does not grow with the data set. The time is in each record.
+
+    Args:
+        model: The model in training; it is left as it was.
+        data: A DataLoader or another iterable of `(inputs, targets)` batches, or one such pair.
+            Read once. Augmentation, if it does any, is frozen as it is read.
+        every: Calls of `step` from one measurement to the next.
+        sources: Samples whose gradient steps are measured.
+        probe: Other samples, on which they are measured.
+        methods: Forms to measure: `quadratic`, `diagonal`, `kl`.
+        seed: Seed of the choice of samples and of sampled labels.
+        writer: Where the numbers are logged, for example TensorBoard's `SummaryWriter`.
+        options: `step`, `loss` and `memory` of `gradmask.influence`, and `fisher`, which is
+            `"sampled"` here unless given: unbiased for the mean over the probe set, and cheap.
+
+    Attributes:
+        history: The records so far: `step` (calls of `step` when it was measured),
+            `influence/<method>/mean` and `influence/<method>/q05` to `q95`, the same of
+            `influence/squared_norm`, and `seconds`.
+
+    Raises:
+        OptionError: If an option cannot work.
+        DataError: If there are fewer than `sources + probe` samples, or of different shapes.
+        ModelError: If the model cannot be measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        *,
+        every: int = 1,
+        sources: int = 64,
+        probe: int = 256,
+        methods: tuple[str, ...] = ("quadratic",),
+        seed: int = 0,
+        writer: Writer | None = None,
+        **options: Unpack[InfluenceOptions],
+    ) -> None:
+        for name, value in {"every": every, "sources": sources, "probe": probe}.items():
+            if value < 1:
+                raise OptionError(f"{name}={value!r} must be at least 1.")
+        if not methods or isinstance(methods, str):
+            raise OptionError(f"methods={methods!r} must be a tuple of {', '.join(METHODS)}.")
+        for method in methods:
+            check_choice("method", method, METHODS)
+        self.model, self.every, self.methods, self.seed = model, every, methods, seed
+        self.writer = writer
+        self._options: dict[str, Any] = {"fisher": "sampled", "step": 1e-3, **options}
+        self._sources, self._probe = _two_parts(data, sources, probe, seed)
+        self.calls = 0
+        self.history: list[Record] = []
+        self._values(1)  # so that what cannot be measured is told before training
+
+    def step(self) -> Record | None:
+        """Count one step (or epoch) of the training loop, and measure if it is time.
+
+        Returns:
+            The record of a measurement, or None.
+        """
+        self.calls += 1
+        return self.measure() if self.calls % self.every == 0 else None
+
+    def measure(self) -> Record:
+        """Measure now, for example before the first step.
+
+        Returns:
+            The record, which is logged and added to `history` as well.
+        """
+        started = time.perf_counter()
+        record: Record = {"step": self.calls}
+        for method, values in self._values(None).items():
+            record[f"influence/{method}/mean"] = values.mean().item()
+            found = values.quantile(torch.tensor(QUANTILES, dtype=values.dtype)).tolist()
+            for share, value in zip(QUANTILES, found, strict=True):
+                record[f"influence/{method}/q{100 * share:02.0f}"] = value
+        record["seconds"] = time.perf_counter() - started
+        self.history.append(record)
+        if self.writer is not None:
+            for name, value in record.items():
+                if name.startswith("influence/"):
+                    self.writer.add_scalar(name, value, self.calls)
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Calls and history, as plain numbers; the samples follow from data and seed."""
+        return {"calls": self.calls, "history": [dict(record) for record in self.history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another monitor was.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            StateError: If it is something else.
+        """
+        if set(state) != {"calls", "history"}:
+            raise StateError(f"This is no state of an InfluenceMonitor: it has {sorted(state)}.")
+        self.calls = int(state["calls"])
+        self.history = [dict(record) for record in state["history"]]
+
+    def _values(self, count: int | None) -> dict[str, Tensor]:
+        """Influence of the sources by method, and ½ ε² ‖g_i‖²; `count` limits both parts."""
+        some = slice(count)
+        sources = part(self._sources, some)
+        probe_inputs, probe_targets = part(self._probe, some)
+        found = {}
+        for method in self.methods:
+            options = self._options | {"method": method, "seed": self.seed}
+            if method == "kl":
+                options["fisher"] = "exact"  # it has none, and `influence` knows it by this
+            labelled = options["fisher"] == "empirical"
+            probe = (probe_inputs, probe_targets) if labelled else probe_inputs
+            found[method] = influence(self.model, sources, probe, **options)
+        options = {k: v for k, v in self._options.items() if k in ("loss", "memory")}
+        norms = gradient_norms(self.model, sources, **options)
+        found["squared_norm"] = 0.5 * self._options["step"] ** 2 * norms.square()
+        return {name: values.double().cpu() for name, values in found.items()}
+
+
+def _two_parts(data: Iterable[Any], sources: int, probe: int, seed: int) -> tuple[Any, Any]:
+    """Two random parts of the data without a common sample, each `(inputs, targets)`."""
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
+        data = [data]
+    wanted = sources + probe
+    batches = [(batch[0], batch[1]) for batch in random_samples(data, wanted, seed)]
+    found = sum(len(targets) for _, targets in batches)
+    if found < wanted:
+        raise DataError(
+            f"sources={sources} and probe={probe} need {wanted} samples, but the data have "
+            f"{found}: lower one of them."
+        )
+    shapes = {tuple(t.shape[1:] for t in tree_leaves(b) if isinstance(t, Tensor)) for b in batches}
+    if len(shapes) > 1:
+        raise DataError(
+            "The samples have different shapes from batch to batch: give one pair (inputs, "
+            "targets) padded to the same shape."
+        )
+    order = torch.randperm(wanted, generator=seeded_generator(seed, "monitor"))
+    joined = tree_map(lambda *ts: torch.cat(ts)[order.to(ts[0].device)], *batches)
+    return part(joined, slice(sources)), part(joined, slice(sources, wanted))
