@@ -43,6 +43,18 @@ def test_lists(seeds, tmp_path):
     assert result(folder)["config"]["seeds"] == [5, 6]
 
 
+def test_sizes_of_a_recipe(tmp_path, capsys):
+    folder = tmp_path / "out"
+    words = ["figure1", "--size", "digits", "--epochs", "1", "--seeds=0", "--lr", "0.1"]
+    assert main(["run", *words, "--device=cpu", "--output", str(folder)]) == 0
+    config = result(folder)["config"]
+    assert (config["data"], config["width"], config["lr"]) == ("digits", 8, 0.1)
+    assert main(["run", "figure1", "--size=medium"]) == 2
+    assert "Unknown size 'medium'. Known: small, paper, digits." in capsys.readouterr().err
+    assert main(["run", "demo", "--size"]) == 2
+    assert "--size needs a value." in capsys.readouterr().err
+
+
 def test_arms_with_options(tmp_path):
     folder = tmp_path / "out"
     arms = ["none:labels=random", "fisher:keep=0.7"]

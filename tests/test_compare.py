@@ -196,5 +196,10 @@ def test_damaged_options_are_named(config):
 def test_recipes_are_valid():
     assert len({recipe.name for recipe in RECIPES}) == len(RECIPES)
     for recipe in RECIPES:
-        assert recipe.config().output.name == recipe.name
+        size = f"-{next(iter(recipe.sizes))}" if recipe.sizes else ""
+        assert recipe.config().output.name == recipe.name + size
         assert math.isclose(recipe.config(keep=0.5).keep, 0.5)
+        for size in recipe.sizes:
+            assert recipe.config(size).output.name == f"{recipe.name}-{size}"
+        with pytest.raises(OptionError, match=r"one size only|Unknown size 'tiny'"):
+            recipe.config("tiny")

@@ -117,6 +117,8 @@ def _recipes() -> int:
     for recipe in RECIPES:
         console.print(f"[bold]{recipe.name}[/bold]  {recipe.description}", highlight=False)
         options = "  ".join(f"{name}={value}" for name, value in recipe.options.items())
+        if recipe.sizes:
+            options += f"  --size {'|'.join(recipe.sizes)}"
         if options:
             console.print(f"    {options}", style="dim", highlight=False)
     console.print("Run one with: gradmask run NAME [--option value ...]", highlight=False)
@@ -137,15 +139,18 @@ def _options(words: list[str]) -> Comparison:
 
     named = bool(words) and not words[0].startswith("-")
     recipe = find_recipe(words[0] if named else "compare")
+    size, words = _size(words[named:])
     parser = Parser(
         prog=f"gradmask run {recipe.name}", description=recipe.description, exit_on_error=False
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    if recipe.sizes:
+        parser.add_argument("--size", help=f"preset: {', '.join(recipe.sizes)}")
     parser.add_class_arguments(Comparison)
     names = [field.name for field in fields(Comparison)]
-    defaults = recipe.config()
+    defaults = recipe.config(size)
     parser.set_defaults({name: getattr(defaults, name) for name in names})
-    normal = _normal_form(words[named:], [*names, "config", "print_config", "help"])
+    normal = _normal_form(words, [*names, "config", "print_config", "help"])
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", default=[])
     try:
@@ -155,6 +160,17 @@ def _options(words: list[str]) -> Comparison:
     except argparse.ArgumentError as error:
         raise OptionError(_plain(str(error))) from error
     return Comparison(**{name: getattr(parsed, name) for name in names})
+
+
+def _size(words: list[str]) -> tuple[str | None, list[str]]:
+    """Take `--size` out: the defaults of all other options depend on it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--size")
+    try:
+        found, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise OptionError("--size needs a value.") from error
+    return found.size, rest
 
 
 def _add_bench(commands: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradmask.errors import check_choice
+from gradmask.errors import OptionError, check_choice
 from gradmask.experiments.config import Comparison
 
 
@@ -18,16 +18,67 @@ class Recipe:
         name: What follows `gradmask run`.
         description: One line.
         options: Options that differ from the defaults of `Comparison`.
+        sizes: More options for each size it can be run at; the first is the default.
     """
 
     name: str
     description: str
     options: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def config(self, **changes: Any) -> Comparison:
-        """The recipe's options with some of them changed."""
-        output = {"output": Path("runs") / self.name}
-        return Comparison(**(output | self.options | changes))
+    def config(self, size: str | None = None, **changes: Any) -> Comparison:
+        """The recipe's options with some of them changed.
+
+        Args:
+            size: One of `sizes`.
+            changes: Options of `Comparison`.
+
+        Returns:
+            The options.
+
+        Raises:
+            OptionError: If the size is unknown, or an option cannot work.
+        """
+        options: dict[str, Any] = {"output": Path("runs") / self.name, **self.options}
+        if size is not None and not self.sizes:
+            raise OptionError(f"Recipe {self.name!r} has one size only: leave --size out.")
+        if self.sizes:
+            size = size or next(iter(self.sizes))
+            check_choice("size", size, self.sizes)
+            options |= {"output": Path("runs") / f"{self.name}-{size}", **self.sizes[size]}
+        return Comparison(**(options | changes))
+
+
+# Overfitting soon and plainly: no augmentation, a constant learning rate.
+_OVERFITTING = {"augment": False, "schedule": "constant", "lr": 0.02, "batch_size": 64}
+_SIZES: dict[str, dict[str, Any]] = {
+    "small": {
+        "data": "uoft-cs/cifar100",
+        "classes": 20,
+        "train_size": 3000,
+        "model": "cifar_resnet10",
+        "width": 16,
+        "stem_stride": 2,
+        "fisher_samples": 1000,
+    },
+    "paper": {
+        "data": "uoft-cs/cifar100",
+        "model": "cifar_resnet18",
+        "batch_size": 128,
+        "epochs": 60,
+        "monitor_sources": 128,
+        "monitor_probe": 512,
+    },
+    "digits": {
+        "data": "digits",
+        "model": "small_cnn",
+        "width": 8,
+        "train_size": 400,
+        "epochs": 10,
+        "monitor_sources": 16,
+        "monitor_probe": 32,
+    },
+}
 
 
 RECIPES = (
@@ -58,6 +109,41 @@ RECIPES = (
             "fisher_samples": 1000,
             "epochs": 30,
         },
+    ),
+    Recipe(
+        "figure1",
+        "influence over training on true and on random labels (equation 8, figure 1)",
+        _OVERFITTING
+        | {
+            "arms": ("none", "none:labels=random"),
+            "epochs": 40,
+            "monitor": ("quadratic", "diagonal", "kl"),
+            "monitor_fisher": "exact",
+            "monitor_sources": 32,
+            "monitor_probe": 64,
+            "monitor_step": 0.001,
+        },
+        _SIZES | {"small": _SIZES["small"] | {"monitor_every": 86}},  # two epochs
+    ),
+    Recipe(
+        "figure2",
+        "influence and test loss with and without a mask, trained until it overfits (figure 2)",
+        _OVERFITTING
+        | {
+            "arms": (
+                "none",
+                "fisher:keep=0.8",
+                "fisher:keep=0.7",
+                "fisher:keep=0.3",
+                "fisher:keep=0.2",
+                "random:keep=0.7",
+                "random:keep=0.3",
+            ),
+            "epochs": 30,
+            "monitor": ("quadratic",),
+            "monitor_step": 0.001,
+        },
+        _SIZES,
     ),
 )
 
