@@ -95,7 +95,8 @@ def test_parts_of_a_comparison(arms, seeds, figures, results, tmp_path):
     runs = results["runs"]
     results["runs"] = [run for run in runs if run["arm"] in arms and run["seed"] in seeds]
     page = write_report(tmp_path, results).read_text()
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == figures
+    files = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert files == sorted(f"{name}.{kind}" for name in figures for kind in ("png", "svg"))
     assert page.count("<svg") == len(figures)
 
 
@@ -135,3 +136,31 @@ def test_one_epoch(folder, results, tmp_path):
     for run in results["runs"]:
         run["epochs"] = run["epochs"][:1]
     write_report(tmp_path, results)
+
+
+def test_influence_has_its_figure_its_numbers_and_the_claims(tmp_path):
+    config = Comparison(
+        train_size=150,
+        model="mlp",
+        width=16,
+        epochs=3,
+        arms=("none", "none:labels=random", "fisher:keep=0.7"),
+        seeds=(0, 1),
+        monitor=("quadratic", "kl"),
+        monitor_sources=4,
+        monitor_probe=8,
+        output=tmp_path / "out",
+    )
+    found = run_comparison(config, Progress(Console(quiet=True)))
+    page = write_report(config.output, found).read_text()
+    assert page.count("<svg") == 4
+    for text in ("Equation 4 (quadratic form), nats", "Equation 3 (exact divergence), nats"):
+        assert text in page
+    assert "Influence is lower on random labels (equation 8, figure 1)" in page
+    assert "Test loss, Fisher mask, keep 0.7: after its minimum" in page
+    assert (config.output / "figures" / "influence.png").read_bytes().startswith(b"\x89PNG")
+    rows = (config.output / "influence.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6 * 4
+    console = Console(record=True, width=150)
+    print_summary(found, console)
+    assert "The paper's claims on influence in these runs" in console.export_text()

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradmask.experiments.arms import arm_colours, arm_title, baseline, parse_arm
+from gradmask.experiments.claims import FORMS, forms, series
 from gradmask.experiments.statistics import (
     JUDGED,
     METRICS,
@@ -39,32 +40,38 @@ STYLE: Any = {
 _MAX_LABELS = 70
 
 
-def draw_all(results: Results) -> dict[str, str]:
+def draw_all(results: Results) -> dict[str, Figure]:
     """Draw every figure that the results have data for.
 
     Args:
         results: Contents of `results.json`.
 
     Returns:
-        `{name: SVG source}`, in the order of the report.
+        `{name: figure}`, in the order of the report.
     """
     with mpl.rc_context(STYLE):
         figures = {"curves": _curves(results), "differences": _differences(results)}
-        figures["kept"] = _kept(results)
-        return {
-            name: to_svg(name, figure) for name, figure in figures.items() if figure is not None
-        }
+        figures |= {"influence": _influence(results), "kept": _kept(results)}
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def to_svg(name: str, figure: Figure) -> str:
     """SVG source of a figure, the same for the same figure; the name keeps its ids apart."""
     text = io.StringIO()
     # The salt keeps ids of figures on one page apart, and the same figure the same file.
-    with mpl.rc_context({"svg.hashsalt": name}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     used = set(re.findall(r"#([\w-]+)", svg))  # other ids would be double on one page
     return re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
+
+
+def to_png(figure: Figure) -> bytes:
+    """PNG of a figure at a size for a page or a slide."""
+    data = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(data, format="png", dpi=150, bbox_inches="tight")
+    return data.getvalue()
 
 
 def _series(results: Results, arm: str, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -170,3 +177,47 @@ def _kept(results: Results) -> Figure | None:
     axes.set_title(f"Share of each parameter tensor that learns under the {arm_title(masks[0])}")
     figure.colorbar(image, ax=axes, label="share kept", fraction=0.03, pad=0.01)
     return figure
+
+
+def _influence(results: Results) -> Figure | None:
+    """Every form measured, the quadratic one per squared gradient norm, and the test loss."""
+    measured = forms(results)
+    if not measured:
+        return None
+    panels = [(f"{FORMS[form]}, nats", form, "") for form in measured]
+    panels.append(("½ ε² ‖g‖², squared gradient norm", "squared_norm", ""))
+    panels.append((f"{FORMS[measured[0]]} ÷ ½ ε² ‖g‖²", measured[0], "squared_norm"))
+    rows = len(panels) // 2 + 1
+    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
+    colours = arm_colours(arms(results))
+    *axes, last = figure.subplots(rows, 2).flat[: len(panels) + 1]
+    for panel, (title, name, divisor) in zip(axes, panels, strict=True):
+        for arm in arms(results):
+            runs = series(results, arm, name).values()
+            values = np.array([values for _, values in runs])
+            if divisor:
+                norms = series(results, arm, divisor).values()
+                values /= np.array([values for _, values in norms])
+            # The mean and standard deviation of the logarithm, so that a band stays positive.
+            logs = np.log10(np.maximum(values, 1e-300))
+            band(panel, next(iter(runs))[0], logs, colours[arm], arm_title(arm))
+        _powers_of_ten(panel)
+        panel.set_title(title)
+        panel.set_xlabel("epoch")
+    for arm in arms(results):
+        epochs, losses = _series(results, arm, "test_loss")
+        band(last, epochs, losses, colours[arm], arm_title(arm))
+    last.set_title("Test loss")
+    last.set_xlabel("epoch")
+    for spare in figure.axes[len(panels) + 1 :]:
+        spare.remove()
+    handles, labels = last.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    return figure
+
+
+def _powers_of_ten(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    step = max(1, round((high - low) / 5))
+    powers = range(int(np.floor(low)), int(np.ceil(high)) + 1, step)
+    axes.set_yticks(list(powers), [f"1e{power}" for power in powers])

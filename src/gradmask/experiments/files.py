@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old contents or the new, never a part.
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Write a file so that a reader finds the old contents or the new, never a part.
 
     Args:
         path: Where to write; its folder must exist.
-        text: The contents.
+        contents: Text, written as UTF-8, or bytes.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

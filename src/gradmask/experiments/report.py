@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gradmask.experiments.arms import arm_colours, arm_title, baseline
-from gradmask.experiments.figures import draw_all
+from gradmask.experiments.claims import conclusion as claims_conclusion
+from gradmask.experiments.claims import findings
+from gradmask.experiments.figures import draw_all, to_png, to_svg
 from gradmask.experiments.files import write_atomically
 from gradmask.experiments.statistics import (
     Metric,
@@ -24,13 +26,14 @@ from gradmask.experiments.statistics import (
     values,
     verdicts,
 )
+from gradmask.experiments.tables import to_csv
 
 # Columns that a narrow terminal can do without, in this order.
 _LEAST_IMPORTANT = ("best_accuracy", "last_train_loss", "memorised", "last_accuracy")
 
 
 def write_report(folder: Path, results: Results) -> Path:
-    """Write `report.html` and the figures as SVG files.
+    """Write `report.html`, the figures as SVG and PNG files, and the numbers as CSV files.
 
     Args:
         folder: The comparison's output folder.
@@ -39,10 +42,14 @@ def write_report(folder: Path, results: Results) -> Path:
     Returns:
         Path of the page.
     """
-    figures = draw_all(results)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name, svg in figures.items():
-        write_atomically(folder / "figures" / f"{name}.svg", svg)
+    figures: dict[str, str] = {}
+    for name, figure in draw_all(results).items():
+        figures[name] = to_svg(name, figure)
+        write_atomically(folder / "figures" / f"{name}.svg", figures[name])
+        write_atomically(folder / "figures" / f"{name}.png", to_png(figure))
+    for name, table in to_csv(results).items():
+        write_atomically(folder / f"{name}.csv", table)
     templates = Environment(
         loader=PackageLoader("gradmask.experiments"),
         autoescape=True,
@@ -51,6 +58,7 @@ def write_report(folder: Path, results: Results) -> Path:
         lstrip_blocks=True,
     )
     *sentences, conclusion = verdicts(results)
+    found = findings(results)
     page = templates.get_template("report.html.j2").render(
         results=results,
         config=results["config"],
@@ -61,6 +69,9 @@ def write_report(folder: Path, results: Results) -> Path:
         colours=arm_colours(arms(results)),
         sentences=sentences,
         conclusion=conclusion,
+        findings=found,
+        claims=claims_conclusion(found),
+        monitoring=_monitoring_share(results),
         figures={name: Markup(svg) for name, svg in figures.items()},
         minutes=sum(run["seconds"] for run in results["runs"]) / 60,
     )
@@ -91,6 +102,16 @@ def print_summary(results: Results, console: Console) -> None:
     for sentence in [s for s in sentences if "against no mask" in s]:
         console.print(sentence, highlight=False)
     console.print(conclusion, style="bold", highlight=False)
+    if found := findings(results):
+        console.print("The paper's claims on influence in these runs:", highlight=False)
+        console.print(claims_conclusion(found), style="bold", highlight=False)
+
+
+def _monitoring_share(results: Results) -> float:
+    """Time of the influence monitor in that of all runs, in percent."""
+    monitored = [run for run in results["runs"] if "influence" in run]
+    seconds = sum(float(record["seconds"]) for run in monitored for record in run["influence"])
+    return 100 * seconds / max(1e-9, sum(float(run["seconds"]) for run in monitored))
 
 
 def _terminal_table(results: Results, metrics: list[Metric]) -> Table:

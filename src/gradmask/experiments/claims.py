@@ -1,0 +1,238 @@
+"""The paper's claims on influence and overfitting, tested on the runs of a comparison.
+
+Equation 8 and figure 1: influence falls in training, and is lower where labels are random.
+Figure 2: with a mask it falls more slowly, and so rises the test loss after its minimum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from statistics import mean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradmask.experiments.arms import arm_title, controls, parse_arm
+from gradmask.experiments.statistics import Difference, Results, arms, paired_difference
+
+FORMS = {
+    "quadratic": "Equation 4 (quadratic form)",
+    "diagonal": "Equation 9 (diagonal form)",
+    "kl": "Equation 3 (exact divergence)",
+}
+
+FALLS = "influence falls in training (figure 1)"
+LOWER = "influence is lower on random labels (equation 8, figure 1)"
+LOWER_PER_NORM = "the same of influence per squared gradient norm (not in the paper)"
+SLOWER_FALL = "influence falls more slowly with a Fisher mask than without (figure 2a)"
+SLOWER_RISE = "test loss rises more slowly with a Fisher mask than without (figure 2b)"
+CONTROL = " than with a random mask of the same size (control)"
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim in one case.
+
+    Attributes:
+        claim: The claim.
+        sentence: What was measured, with its 95 % interval.
+        outcome: 1 if it holds, -1 if the opposite is shown, 0 if neither is.
+    """
+
+    claim: str
+    sentence: str
+    outcome: int
+
+
+def forms(results: Results) -> list[str]:
+    """Forms of influence that every run was measured with."""
+    runs = [run.get("influence", []) for run in results["runs"]]
+    return [
+        form
+        for form in FORMS
+        if runs and all(run and f"influence/{form}/mean" in run[0] for run in runs)
+    ]
+
+
+def series(results: Results, arm: str, name: str) -> dict[int, tuple[Array, Array]]:
+    """Epochs, and the mean of one quantity of the monitor's records at them, by seed."""
+    return {
+        run["seed"]: (
+            np.array([record["epoch"] for record in run["influence"]]),
+            np.array([record[f"influence/{name}/mean"] for record in run["influence"]]),
+        )
+        for run in results["runs"]
+        if run["arm"] == arm
+    }
+
+
+def findings(results: Results) -> list[Finding]:
+    """Test each claim of the paper as far as there are runs for it.
+
+    Args:
+        results: Contents of `results.json`.
+
+    Returns:
+        Findings by paired differences over seeds; empty if influence was not monitored.
+    """
+    measured, present = forms(results), arms(results)
+    if not measured:
+        return []
+    found = [_falls(results, arm, form) for form in measured for arm in present]
+    for arm in present:
+        other = _with_given_labels(arm)
+        if other in present:
+            for form in measured:
+                found.append(_lower(results, arm, other, form))
+                found.append(_lower(results, arm, other, form, per_norm=True))
+    for arm in present:
+        if parse_arm(arm).strategy == "fisher":
+            for other in controls(arm, present):
+                found += [_slower_fall(results, arm, other, form) for form in measured]
+                found.append(_slower_rise(results, arm, other))
+    return found
+
+
+def conclusion(found: list[Finding]) -> str:
+    """Say of each claim in how many cases it holds in these runs."""
+    parts = []
+    for claim in dict.fromkeys(finding.claim for finding in found):
+        outcomes = Counter(f.outcome for f in found if f.claim == claim)
+        number = outcomes.total()
+        words = {1: "holds", -1: "the opposite is shown", 0: "not shown"}
+        cases = ", ".join(f"{word} in {outcomes[o]}" for o, word in words.items() if outcomes[o])
+        parts.append(f"{claim[0].upper()}{claim[1:]}: {cases} of {number}.")
+    return "\n".join(parts)
+
+
+def overfitting_slope(losses: Array) -> float:
+    """Slope of the test loss after its minimum, by least squares.
+
+    Args:
+        losses: Test loss after each epoch.
+
+    Returns:
+        Nats per epoch; 0 if the minimum is at the end, with fewer than two epochs after it.
+    """
+    after = losses[int(losses.argmin()) :]
+    return _slope(np.arange(len(after), dtype=float), after) if len(after) > 2 else 0.0
+
+
+def decay(epochs: Array, influence: Array, start: float) -> float:
+    """Slope of log influence in epochs from `start` on, by least squares; negative if it falls."""
+    chosen = epochs >= start
+    return _slope(epochs[chosen], _log(influence[chosen]))
+
+
+def _slope(x: Array, y: Array) -> float:
+    return float(np.polyfit(x, y, 1)[0]) if len(x) > 1 else 0.0
+
+
+def _log(values: Array) -> Array:
+    return np.log(np.maximum(values, 1e-300))  # influence may underflow to zero
+
+
+def _with_given_labels(arm: str) -> str | None:
+    """The arm that differs from this one in that its labels are not random."""
+    parts = arm.split(":")
+    return ":".join(p for p in parts if p != "labels=random") if "labels=random" in parts else None
+
+
+def _falls(results: Results, arm: str, form: str) -> Finding:
+    """From the epoch with the highest mean over seeds to the end."""
+    found = series(results, arm, form)
+    peak = _peak(found)
+    epochs = next(iter(found.values()))[0]
+    text = f"{FORMS[form]}, {arm_title(arm)}: it is highest at epoch {epochs[peak]:g}"
+    if peak == len(epochs) - 1:
+        return Finding(FALLS, f"{text}, the last: it does not fall.", 0)
+    last, highest = ({s: float(_log(v)[i]) for s, (_, v) in found.items()} for i in (-1, peak))
+    return _judge(FALLS, f"{text}; at the end it is", paired_difference(last, highest), -1, True)
+
+
+def _lower(results: Results, arm: str, other: str, form: str, per_norm: bool = False) -> Finding:
+    """The geometric mean over training, on random labels against given ones."""
+
+    def level(name: str) -> dict[int, float]:
+        values = series(results, name, form)
+        norms = series(results, name, "squared_norm")
+        return {
+            seed: float(np.mean(_log(v)[1:] - (_log(norms[seed][1])[1:] if per_norm else 0.0)))
+            for seed, (_, v) in values.items()
+        }
+
+    text = f"{FORMS[form]}{' ÷ squared gradient norm' if per_norm else ''}, {arm_title(arm)}: on "
+    text += f"average over training it is, against {arm_title(other)},"
+    claim = LOWER_PER_NORM if per_norm else LOWER
+    return _judge(claim, text, paired_difference(level(arm), level(other)), -1, True)
+
+
+def _slower_fall(results: Results, arm: str, other: str, form: str) -> Finding:
+    """From the epoch on at which the other arm is highest."""
+    ours, theirs = (series(results, name, form) for name in (arm, other))
+    epochs = next(iter(theirs.values()))[0]
+    start = float(epochs[min(_peak(theirs), len(epochs) // 2)])
+    rates = [
+        {seed: decay(x, values, start) for seed, (x, values) in found.items()}
+        for found in (ours, theirs)
+    ]
+    here, there = (mean(rate.values()) for rate in rates)
+    text = (
+        f"{FORMS[form]}, {arm_title(arm)}: from epoch {start:g} on its logarithm changes by "
+        f"{here:+.3f} an epoch, with {_named(other)} by {there:+.3f}, difference"
+    )
+    return _judge(_against(SLOWER_FALL, other), text, paired_difference(*rates), 1, False)
+
+
+def _slower_rise(results: Results, arm: str, other: str) -> Finding:
+    slopes = [
+        {
+            run["seed"]: overfitting_slope(np.array([row["test_loss"] for row in run["epochs"]]))
+            for run in results["runs"]
+            if run["arm"] == name
+        }
+        for name in (arm, other)
+    ]
+    here, there = (mean(slope.values()) for slope in slopes)
+    text = (
+        f"Test loss, {arm_title(arm)}: after its minimum it rises by {here:.4f} an epoch, with "
+        f"{_named(other)} by {there:.4f}, difference"
+    )
+    return _judge(_against(SLOWER_RISE, other), text, paired_difference(*slopes), -1, False)
+
+
+def _named(arm: str) -> str:
+    title = arm_title(arm)
+    return title if parse_arm(arm).strategy == "none" else f"the {title}"
+
+
+def _against(claim: str, other: str) -> str:
+    strategy = parse_arm(other).strategy
+    if strategy == "none":
+        return claim
+    return claim.replace(" than without", CONTROL.replace("random", strategy.replace("_", " ")))
+
+
+def _peak(found: dict[int, tuple[Array, Array]]) -> int:
+    """Where the geometric mean over seeds is highest."""
+    return int(np.mean([_log(values) for _, values in found.values()], axis=0).argmax())
+
+
+def _judge(
+    claim: str, text: str, difference: Difference | None, expected: int, ratio: bool
+) -> Finding:
+    """A sentence with a difference, or as a ratio that of two logarithms, and what it shows."""
+    if difference is None:
+        return Finding(claim, f"{text} unknown: no seed in common.", 0)
+    show = (lambda d: f"{math.exp(d):.3g}") if ratio else (lambda d: f"{d:+.4f}")
+    value = f"{text} {show(difference.mean)}{' times as high' if ratio else ''}"
+    if difference.low is None or difference.high is None:
+        return Finding(claim, f"{value}, from one seed: no interval, so nothing is shown.", 0)
+    outcome = (1 if difference.mean * expected > 0 else -1) if difference.shown else 0
+    word = {1: "the claim holds", -1: "the opposite of the claim", 0: "not shown"}[outcome]
+    interval = f"95 % interval {show(difference.low)} to {show(difference.high)}"
+    return Finding(claim, f"{value} ({interval}, {difference.n} seeds): {word}.", outcome)
