@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torchvision
@@ -26,9 +26,23 @@ from gradmask.experiments.statistics import Results, summary_table
 from gradmask.experiments.train import train_run
 
 RESULTS_VERSION = 1
+RESULTS_FILE = "results.json"
 # What may change between two visits to a folder: more arms and seeds are added to it.
 _EXTENDABLE = ("arms", "seeds")
 _NOT_RESULTS = ("output", "device", "threads")
+
+
+class RunOptions(Protocol):
+    """A frozen dataclass of options, each with a default, that names its output folder."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def output(self) -> Path:
+        """Folder for results."""
+
+
+Options = TypeVar("Options", bound=RunOptions)
 
 
 def run_comparison(config: Comparison, progress: Progress) -> Results:
@@ -86,18 +100,23 @@ def run_directory(folder: Path, arm: str, seed: int) -> Path:
     return folder / "runs" / f"{arm.replace(':', '-')}-seed{seed}"
 
 
-def open_folder(config: Comparison) -> tuple[Comparison, Results]:
+def open_folder(
+    config: Options, file: str = RESULTS_FILE, extendable: tuple[str, ...] = _EXTENDABLE
+) -> tuple[Options, Results]:
     """Check the output folder, and read what it holds already.
 
     Args:
-        config: Options of the comparison.
+        config: Options of the comparison, or of another recipe that writes runs into a folder.
+        file: Name of its results, which hold a list `runs`.
+        extendable: Options that name what is run, to which a later visit may add.
 
     Returns:
-        The options with the folder's earlier arms and seeds added, and its results so far. A
-        folder without a finished run has nothing to lose: it is taken over as if it were empty.
+        The options with what the folder was extended by earlier (arms and seeds), and its results
+        so far. A folder without a finished run has nothing to lose: it is taken over as if it were
+        empty.
 
     Raises:
-        OptionError: If the folder holds a different comparison, or other files.
+        OptionError: If the folder holds a different run, or other files.
     """
     results: Results = {"version": RESULTS_VERSION, "runs": []}
     folder = config.output
@@ -107,22 +126,22 @@ def open_folder(config: Comparison) -> tuple[Comparison, Results]:
         return config, results
     if not (folder / "config.yaml").exists():
         raise OptionError(
-            f"{folder} holds files, but no comparison (no config.yaml): choose another --output."
+            f"{folder} holds files, but no run (no config.yaml): choose another --output."
         )
     written, ours = _read_options(folder / "config.yaml"), to_plain(config)
-    if (folder / "results.json").exists():
-        results = read_results(folder)
+    if (folder / file).exists():
+        results = read_results(folder, file)
     if not results["runs"] and written.keys() == ours.keys():  # not a user's own config.yaml
         return config, results
-    earlier = to_plain(Comparison()) | written  # options it does not name are younger than it
+    earlier = to_plain(type(config)()) | written  # options it does not name are younger than it
     for name, value in ours.items():
-        if name not in (*_EXTENDABLE, *_NOT_RESULTS) and earlier.get(name) != value:
+        if name not in (*extendable, *_NOT_RESULTS) and earlier.get(name) != value:
             raise OptionError(
                 f"{folder} holds a different run, with {name}={earlier.get(name)!r}, not "
                 f"{value!r}: choose another --output, or delete it."
             )
     merged: dict[str, Any] = {
-        name: tuple(dict.fromkeys([*earlier.get(name, []), *ours[name]])) for name in _EXTENDABLE
+        name: tuple(dict.fromkeys([*earlier.get(name, []), *ours[name]])) for name in extendable
     }
     return replace(config, **merged), results
 
@@ -137,11 +156,12 @@ def _read_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: Path, file: str = RESULTS_FILE) -> Results:
     """Read `results.json` of a comparison.
 
     Args:
         folder: The comparison's output folder.
+        file: Another name, of another recipe's results.
 
     Returns:
         Its contents.
@@ -149,9 +169,9 @@ def read_results(folder: Path) -> Results:
     Raises:
         StateError: If there is none, or it is damaged or of another version.
     """
-    path = folder / "results.json"
+    path = folder / file
     if not path.is_file():
-        raise StateError(f"No results.json in {folder}: give the --output folder of a run.")
+        raise StateError(f"No {file} in {folder}: give the --output folder of a run.")
     try:
         results: Results = json.loads(path.read_text(encoding="utf-8"))
         version = results["version"]
@@ -168,10 +188,10 @@ def save_results(folder: Path, results: Results) -> None:
     """Write `results.json`, with its runs in the order of arms and seeds."""
     order = {arm: i for i, arm in enumerate(results["config"]["arms"])}
     results["runs"].sort(key=lambda run: (order[run["arm"]], run["seed"]))
-    write_json(folder / "results.json", results)
+    write_json(folder / RESULTS_FILE, results)
 
 
-def to_plain(config: Comparison) -> dict[str, Any]:
+def to_plain(config: RunOptions) -> dict[str, Any]:
     """Options as values that YAML and JSON know."""
     plain = {tuple: list, Path: str}
     return {
@@ -180,8 +200,8 @@ def to_plain(config: Comparison) -> dict[str, Any]:
     }
 
 
-def to_yaml(config: Comparison) -> str:
-    """Options as the YAML that `gradmask run compare --config` reads."""
+def to_yaml(config: RunOptions) -> str:
+    """Options as the YAML that `gradmask run RECIPE --config` reads."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
 
 

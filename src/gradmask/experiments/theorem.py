@@ -166,7 +166,9 @@ class TheoremCheck:
     def step_sizes(self) -> list[float]:
         """The measured ε, from small to large; the last is `lr`."""
         between = self.steps - 1
-        return [self.lr * 10 ** (-self.decades * (between - i) / between) for i in range(self.steps)]
+        return [
+            self.lr * 10 ** (-self.decades * (between - i) / between) for i in range(self.steps)
+        ]
 
 
 def run_theorem(config: TheoremCheck, console: Console) -> Results:

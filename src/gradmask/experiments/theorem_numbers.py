@@ -144,9 +144,7 @@ def _diagonal(
         full = exact
         if kind != "exact":
             full = influence(model, sources, samples, step=1.0, fisher=kind)
-        diagonal = influence(
-            model, sources, samples, step=1.0, fisher=kind, method="diagonal"
-        )
+        diagonal = influence(model, sources, samples, step=1.0, fisher=kind, method="diagonal")
         ratio = diagonal / full
         found[kind] = {
             "spearman": _spearman(diagonal, full),
