@@ -1,0 +1,357 @@
+"""The recipe `theorem1`: slopes, the rule they are fitted by, files, resumption."""
+
+import csv
+import itertools
+import json
+import math
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from gradmask.errors import DataError, OptionError
+from gradmask.experiments import theorem
+from gradmask.experiments.theorem import SIZES, TheoremCheck, run_theorem
+from gradmask.experiments.theorem_numbers import fitted_points, measure, slope, smooth_twin
+from gradmask.experiments.theorem_report import (
+    findings,
+    grouped,
+    print_theorem,
+    tables,
+    to_markdown,
+    write_theorem,
+)
+
+pytestmark = pytest.mark.usefixtures("repeatable")
+
+QUIET = Console(quiet=True)
+RATES = {"lr": 0.1, "lr_over_batch": 0.01}
+
+
+def samples(count, classes=4, features=6):
+    return torch.randn(count, features).double(), torch.randint(classes, (count,))
+
+
+def network(activation):
+    layers = (nn.Linear(6, 8), activation(), nn.Linear(8, 8), activation(), nn.Linear(8, 4))
+    return nn.Sequential(*layers).double().eval()
+
+
+def powers(first, last, count=9):
+    return torch.logspace(first, last, count, dtype=torch.float64).tolist()
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize(
+    ("activation", "steps"),
+    [
+        (nn.Tanh, powers(-6, -2)),
+        (nn.SiLU, powers(-6, -2)),
+        (nn.ReLU, powers(-6, -4.5)),  # shorter than the way to the first kink
+    ],
+)
+def test_slopes(activation, steps):
+    found = measure(network(activation), samples(5), samples(7), steps, RATES)
+    assert found["fitted"] == steps
+    assert found["slopes"]["kl"] == pytest.approx(2, abs=0.01)
+    assert found["slopes"]["error"] == pytest.approx(3, abs=0.1)
+    assert found["slopes"]["error_median"] == pytest.approx(3, abs=0.1)
+
+
+def test_a_kink_between_the_steps_is_seen():
+    """One weight just above zero: a longer step switches its unit off."""
+
+    class Kink(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([3e-5], dtype=torch.float64))
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            h = self.relu(self.weight * x)
+            return torch.stack([h, 0.1 * h**2], 1)
+
+    x = torch.tensor([1.0, 1.1, 1.2], dtype=torch.float64)
+    y = torch.ones(3, dtype=torch.long)  # the step lowers the weight
+    steps = powers(-6, -3.5, 11)
+    kinked, smooth = Kink(), smooth_twin(Kink())
+    off = [
+        abs(slope(steps, measure(m, (x, y), (x, y), steps, RATES)["error"], range(11)) - 3)
+        for m in (kinked, smooth)
+    ]
+    assert off[0] > 0.5
+    assert off[1] < 0.01
+
+
+def test_means_and_relative_errors():
+    model, sources, probe = network(nn.Tanh), samples(5), samples(7)
+    found = measure(model, sources, probe, [0.1, 0.2, 0.3], RATES)
+    kl, form = (
+        theorem_influence(model, sources, probe, step=0.1, method=method)
+        for method in ("kl", "quadratic")
+    )
+    assert found["kl"][0] == pytest.approx(kl.mean().item())
+    assert found["quadratic"][0] == pytest.approx(form.mean().item())
+    assert found["error"][0] == pytest.approx((kl - form).abs().mean().item())
+    assert found["error_median"][0] == pytest.approx((kl - form).abs().median().item())
+    relative = (form.mean(1) / kl.mean(1) - 1).abs()
+    at = found["relative_error"]["lr"]
+    assert at["step"] == 0.1
+    assert at["mean"] == pytest.approx(relative.mean().item())
+    assert at["median"] == pytest.approx(relative.median().item())
+
+
+def theorem_influence(model, sources, probe, **options):
+    """Equations 3 and 4 from the predictions before and after, and from the logits' derivative."""
+    inputs, step = probe[0], options["step"]
+    parameters = dict(model.named_parameters())
+    run = lambda p, x: torch.func.functional_call(model, p, (x,)).log_softmax(1)  # noqa: E731
+    rows = []
+    for x, y in zip(*(t.split(1) for t in sources), strict=True):
+        loss = nn.functional.cross_entropy(model(x), y)
+        gradients = dict(
+            zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True)
+        )
+        if options["method"] == "kl":
+            moved = {n: p.detach() - step * gradients[n] for n, p in parameters.items()}
+            p, q = run(parameters, inputs).detach(), run(moved, inputs)
+            rows.append((p.exp() * (p - q)).sum(1))
+        else:
+            here = {n: p.detach() for n, p in parameters.items()}
+            p, change = torch.func.jvp(lambda m: run(m, inputs), (here,), (gradients,))
+            rows.append(0.5 * step**2 * (p.exp() * change**2).sum(1))
+    return torch.stack(rows).detach()
+
+
+def test_diagonal_is_the_full_form_of_one_parameter():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
+
+        def forward(self, x):
+            return self.weight * x
+
+    found = measure(One(), samples(5, 4, 4), samples(1, 4, 4), [0.1, 0.2, 0.3], RATES)["diagonal"]
+    for kind in ("exact", "empirical"):
+        for name in ("ratio_median", "ratio_min", "ratio_max", "spearman", "spearman_of_norm"):
+            assert found[kind][name] == pytest.approx(1), (kind, name)
+
+
+def test_slope_of_a_power():
+    steps = [1.0, 2.0, 4.0, 8.0]
+    values = [5 * step**2.5 for step in steps]
+    assert slope(steps, values, range(4)) == pytest.approx(2.5)
+    assert slope(steps, [1.0, *values[1:]], [1, 2, 3]) == pytest.approx(2.5)
+    assert slope(steps, values, [1, 2]) is None
+    assert slope(steps, [0.0, *values[1:]], range(4)) is None
+
+
+def test_which_steps_are_fitted():
+    rows = {
+        "quadratic": [1.0, 1.0, 1.0, 1.0],
+        "error": [0.5, 0.1, 1e-10, 1e-16],  # too large, just small enough, fine, rounding
+        "rounding": [1e-15, 1e-15, 1e-15, 1e-15],
+    }
+    assert fitted_points(rows) == [1, 2]
+
+
+def test_smooth_twin():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+    twin = smooth_twin(model)
+    assert sum(isinstance(m, nn.SiLU) for m in twin.modules()) == 2
+    assert sum(isinstance(m, nn.ReLU) for m in twin.modules()) == 0
+    assert sum(isinstance(m, nn.ReLU) for m in model.modules()) == 2
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours is not theirs
+    assert smooth_twin(nn.Linear(2, 2)) is None
+
+
+# The recipe.
+
+
+def verdict(results):
+    return findings(results)[-1]
+
+
+def options(folder, **changes):
+    small = {
+        "train_size": 200,
+        "models": ("mlp", "small_cnn"),
+        "sources": 5,
+        "probe": 4,
+        "steps": 7,
+    }
+    fixed = {"seeds": (0, 1), "epochs": 1, "device": "cpu", "output": folder}
+    return TheoremCheck(**(SIZES["digits"] | small | fixed | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = options(tmp_path_factory.mktemp("theorem") / "out")
+    return config, run_theorem(config, QUIET)
+
+
+def test_slopes_of_the_recipe(finished):
+    _, results = finished
+    groups = dict(grouped(results))
+    assert set(groups) == {
+        (model, state, activation)
+        for model in ("mlp", "small_cnn")
+        for state in ("initial", "trained")
+        for activation in ("own", "smooth")
+    }
+    for (_, _, activation), runs in groups.items():
+        for run in runs:
+            assert len(run["fitted"]) >= 4
+            assert run["slopes"]["kl"] == pytest.approx(2, abs=0.1)
+            if activation == "smooth":  # a network with kinks need not keep to it
+                assert run["slopes"]["error"] == pytest.approx(3, abs=0.1)
+    assert results["runs"][0]["measurements"][0] != results["runs"][1]["measurements"][0]
+
+
+def test_steps_end_at_the_learning_rate(finished):
+    config, _ = finished
+    steps = config.step_sizes()
+    assert len(steps) == config.steps
+    assert steps[-1] == config.lr
+    assert steps[0] == pytest.approx(config.lr * 10**-config.decades)
+    ratios = [b / a for a, b in itertools.pairwise(steps)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+
+
+def test_files(finished):
+    config, results = finished
+    folder = config.output
+    assert json.loads((folder / "theorem1.json").read_text()) == json.loads(json.dumps(results))
+    assert {"commit", "torch", "device"} <= set(results["environment"])
+    with (folder / "theorem1.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 2 * 2 * config.steps  # models, seeds, states, networks
+    first = results["runs"][0]["measurements"][0]
+    assert float(rows[0]["kl"]) == pytest.approx(first["kl"][0], rel=1e-5)
+    assert sum(int(row["fitted"]) for row in rows[: config.steps]) == len(first["fitted"])
+    assert (folder / "theorem1.png").read_bytes().startswith(b"\x89PNG")
+    text = (folder / "theorem1.svg").read_text()
+    ET.fromstring(text)
+    for word in ("mlp, initial", "small_cnn, trained", "slope 2", "slope 3", "step size"):
+        assert word in text
+    assert (folder / "theorem1.md").read_text() == to_markdown(results)
+
+
+def test_tables_and_findings(finished):
+    _, results = finished
+    console = Console(record=True, width=200)
+    print_theorem(results, console)
+    text = " ".join(console.export_text().split())
+    for sentence in findings(results):
+        assert sentence in text
+    for _, header, rows in tables(results):
+        assert all(len(row) == len(header) for row in rows)
+    markdown = to_markdown(results)
+    assert "| mlp, trained | SiLU for ReLU | 2.00 ± 0.00 |" in markdown
+    assert verdict(results).startswith("Slopes within 0.1 in every seed")
+
+
+def test_verdict_follows_the_slopes(finished):
+    _, results = finished
+    results = json.loads(json.dumps(results))
+    for run in results["runs"]:
+        for found in run["measurements"]:
+            found["slopes"] = {"kl": 2.05, "error": 2.95, "error_median": 3.0}
+    assert "KL as ε² in 4 of 4 networks" in verdict(results)
+    assert "the error as ε³ in 4 of 4 as built and in 4 of 4" in verdict(results)
+    results["runs"][0]["measurements"][0]["slopes"]["error"] = 2.8  # one seed is enough
+    assert "the error as ε³ in 3 of 4 as built and in 4 of 4" in verdict(results)
+    results["runs"][0]["measurements"][0]["slopes"]["error"] = None
+    assert "the error as ε³ in 3 of 4 as built and in 4 of 4" in verdict(results)
+    assert "cannot be told" in findings(results)[0]
+
+
+def test_files_of_a_model_without_relu(finished, tmp_path):
+    _, results = finished
+    results = json.loads(json.dumps(results))
+    for run in results["runs"]:
+        run["measurements"] = [m for m in run["measurements"] if m["activation"] == "own"]
+    write_theorem(tmp_path, results)
+    assert "SiLU for ReLU as" not in "".join(findings(results)[:-1])
+
+
+def test_an_interrupted_run_goes_on(finished, tmp_path, monkeypatch):
+    _, whole = finished
+    config, run, done = options(tmp_path / "out", models=("mlp",)), theorem._run, []
+
+    def interrupted(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return run(*arguments)
+
+    monkeypatch.setattr(theorem, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_theorem(config, QUIET)
+    kept = json.loads((config.output / "theorem1.json").read_text())["runs"]
+    assert len(kept) == 1
+    monkeypatch.setattr(theorem, "_run", run)
+    console = Console(record=True, width=100)
+    results = run_theorem(config, console)
+    assert "1 finished runs found; 1 to go" in console.export_text()
+    assert results["runs"][0] == kept[0]
+    expected = [run for run in whole["runs"] if run["model"] == "mlp"]
+    for ours, theirs in zip(results["runs"], expected, strict=True):
+        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+def test_seeds_can_be_added_and_other_options_are_refused(finished, monkeypatch):
+    config, results = finished
+    done = []
+    monkeypatch.setattr(theorem, "_run", lambda c, model, seed, _: done.append((model, seed)))
+    with pytest.raises(OptionError, match=r"lr=0\.1, not 0\.2"):
+        run_theorem(options(config.output, lr=0.2), QUIET)
+    assert run_theorem(config, QUIET)["runs"] == results["runs"]
+    assert not done
+    with pytest.raises(TypeError):  # what stands in for the run gives no result
+        run_theorem(options(config.output, seeds=(5,)), QUIET)
+    assert done == [("mlp", 5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": ("mlp", "smal_cnn")}, "Did you mean 'small_cnn'"),
+        ({"models": ()}, "models="),
+        ({"models": ("mlp", "mlp")}, "models="),
+        ({"sources": 2}, "sources=2"),
+        ({"probe": 0}, "probe=0"),
+        ({"steps": 2}, "steps=2"),
+        ({"decades": 0.0}, "decades=0.0"),
+        ({"decades": math.nan}, "decades=nan"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"seeds": ()}, "seeds="),
+    ],
+)
+def test_bad_options(change, message):
+    with pytest.raises(OptionError, match=message):
+        TheoremCheck(**change)
+
+
+def test_bad_options_are_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(theorem, "train_run", None)
+    with pytest.raises(DataError, match="sources=500 is more than the 180 images"):
+        run_theorem(options(tmp_path / "a", sources=500), QUIET)
+    with pytest.raises(DataError, match="probe=500 is more than the 359 images"):
+        run_theorem(options(tmp_path / "b", probe=500), QUIET)
+    with pytest.raises(OptionError, match="resnet18"):
+        run_theorem(options(tmp_path / "c", models=("mlp", "resnet18"), width=None), QUIET)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_are_options(size):
+    TheoremCheck(**SIZES[size])
