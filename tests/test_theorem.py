@@ -13,7 +13,8 @@ from torch import nn
 
 from gradmask.errors import DataError, OptionError
 from gradmask.experiments import theorem
-from gradmask.experiments.theorem import SIZES, TheoremCheck, run_theorem
+from gradmask.experiments.theorem import run_theorem
+from gradmask.experiments.theorem_config import SIZES, TheoremCheck
 from gradmask.experiments.theorem_numbers import fitted_points, measure, slope, smooth_twin
 from gradmask.experiments.theorem_report import (
     findings,
@@ -323,7 +324,6 @@ def test_seeds_can_be_added_and_other_options_are_refused(finished, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"models": ("mlp", "smal_cnn")}, "Did you mean 'small_cnn'"),
         ({"models": ()}, "models="),
         ({"models": ("mlp", "mlp")}, "models="),
         ({"sources": 2}, "sources=2"),
@@ -349,6 +349,8 @@ def test_bad_options_are_told_before_training(tmp_path, monkeypatch):
         run_theorem(options(tmp_path / "b", probe=500), QUIET)
     with pytest.raises(OptionError, match="resnet18"):
         run_theorem(options(tmp_path / "c", models=("mlp", "resnet18"), width=None), QUIET)
+    with pytest.raises(OptionError, match="Did you mean 'small_cnn'"):
+        run_theorem(options(tmp_path / "d", models=("mlp", "smal_cnn")), QUIET)
     assert not any(tmp_path.iterdir())
 
 

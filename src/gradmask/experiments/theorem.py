@@ -3,172 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
-import torchvision
 from rich.console import Console
 from torch import Tensor, nn
 
-from gradmask.errors import DataError, OptionError, check_choice
+from gradmask.errors import DataError
 from gradmask.experiments.compare import environment, open_folder, to_plain, to_yaml
-from gradmask.experiments.config import Comparison
+from gradmask.experiments.components import new_model, resolve_device
 from gradmask.experiments.data import ImageData, load_images
 from gradmask.experiments.files import write_atomically, write_json
-from gradmask.experiments.models import MODELS
 from gradmask.experiments.statistics import Results
-from gradmask.experiments.theorem_numbers import FEWEST_POINTS, measure, smooth_twin
+from gradmask.experiments.theorem_config import TheoremCheck
+from gradmask.experiments.theorem_numbers import measure, smooth_twin
 from gradmask.experiments.theorem_report import write_theorem
-from gradmask.experiments.train import Batches, Row, new_model, resolve_device, train_run
+from gradmask.experiments.train import Batches, Row, train_run
 from gradmask.seeding import seeded_generator
 
 FILE = "theorem1.json"
 _EXTENDABLE = ("models", "seeds")  # what may be added to a folder later
-_RESNETS = "cifar_resnet"
-
-SIZES: dict[str, dict[str, Any]] = {
-    "digits": {
-        "data": "digits",
-        "width": 8,
-        "epochs": 2,
-        "batch_size": 64,
-        "augment": False,
-        "sources": 12,
-        "probe": 8,
-        "steps": 11,
-    },
-    "small": {
-        "data": "uoft-cs/cifar100",
-        "classes": 20,
-        "train_size": 5000,
-        "width": 16,
-        "stem_stride": 2,
-        "epochs": 5,
-    },
-    "paper": {
-        "data": "uoft-cs/cifar100",
-        "models": ("mlp", "small_cnn", "cifar_resnet18"),
-        "epochs": 30,
-        "sources": 256,
-        "probe": 256,
-        "steps": 16,
-    },
-}
-
-
-@dataclass(frozen=True)
-class TheoremCheck:
-    """Options of `gradmask run theorem1`: equations 3, 4 and 9 on trained and untrained networks.
-
-    Attributes:
-        data: `digits` (embedded), a Hugging Face hub name, a parquet folder or an image folder.
-        train_size: Take a seeded stratified part of the training images (default: all).
-        classes: Take a seeded choice of the classes (default: all).
-        image_size: Resize images to this many pixels (needed when they differ in size).
-        augment: Random crop with padding and horizontal flip on training batches.
-        models: Model names: `mlp`, `small_cnn`, `cifar_resnet18`, ..., or any torchvision name.
-        width: Base width of `mlp`, `small_cnn` and the `cifar_resnet` models (default: theirs).
-        stem_stride: Stride of the first convolution of the `cifar_resnet` models.
-        epochs: Passes over the training images before the second measurement.
-        batch_size: Images in a training batch.
-        optimizer: `sgd` or `adamw`.
-        lr: Learning rate, the peak of the schedule, and the largest step that is measured.
-        momentum: Momentum of `sgd`.
-        nesterov: Nesterov momentum for `sgd`.
-        weight_decay: Weight decay.
-        schedule: `onecycle`, `cosine` or `constant`, stepped after each batch.
-        sources: Training images that take a step each.
-        probe: Test images whose predictions are looked at.
-        decades: The smallest step is this many powers of ten below `lr`.
-        steps: Number of step sizes, evenly spaced on a logarithmic scale.
-        seeds: One run per model and seed; a seed fixes weights, order, sources and probe.
-        device: `auto`, `cpu`, `cuda`, ...
-        threads: CPU threads (default: PyTorch's choice).
-        output: Folder for results.
-    """
-
-    data: str = "digits"
-    train_size: int | None = None
-    classes: int | None = None
-    image_size: int | None = None
-    augment: bool = True
-    models: tuple[str, ...] = ("mlp", "small_cnn", "cifar_resnet10")
-    width: int | None = None
-    stem_stride: int = 1
-    epochs: int = 5
-    batch_size: int = 128
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
-    sources: int = 64
-    probe: int = 32
-    decades: float = 5.0
-    steps: int = 11
-    seeds: tuple[int, ...] = (0, 1, 2)
-    device: str = "auto"
-    threads: int | None = None
-    output: Path = Path("runs/theorem1")
-
-    def __post_init__(self) -> None:
-        """Check every option before any work starts.
-
-        Raises:
-            OptionError: If an option's value cannot work.
-        """
-        if not self.models or len(set(self.models)) < len(self.models):
-            raise OptionError(f"models={list(self.models)} must be one or more different names.")
-        known = [*MODELS, *torchvision.models.list_models(module=torchvision.models)]
-        for name in self.models:
-            check_choice("model", name, known)
-            self.training(name)
-        if self.sources < 3:
-            raise OptionError(f"sources={self.sources!r} must be at least 3, to be ranked.")
-        if self.probe < 1:
-            raise OptionError(f"probe={self.probe!r} must be at least 1.")
-        if self.steps < FEWEST_POINTS:
-            raise OptionError(f"steps={self.steps!r} must be at least {FEWEST_POINTS}.")
-        if not 0.0 < self.decades <= 12.0:
-            raise OptionError(
-                f"decades={self.decades!r} must be in (0, 12]: below that all is rounding."
-            )
-
-    def training(self, model: str) -> Comparison:
-        """How a model is trained: a comparison of one arm, without a mask."""
-        return Comparison(
-            data=self.data,
-            train_size=self.train_size,
-            classes=self.classes,
-            image_size=self.image_size,
-            augment=self.augment,
-            model=model,
-            width=self.width,
-            stem_stride=self.stem_stride if model.startswith(_RESNETS) else 1,
-            arms=("none",),
-            epochs=self.epochs,
-            seeds=self.seeds,
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
-            schedule=self.schedule,
-            device=self.device,
-            threads=self.threads,
-            output=self.output,
-        )
-
-    def step_sizes(self) -> list[float]:
-        """The measured ε, from small to large; the last is `lr`."""
-        between = self.steps - 1
-        return [
-            self.lr * 10 ** (-self.decades * (between - i) / between) for i in range(self.steps)
-        ]
 
 
 def run_theorem(config: TheoremCheck, console: Console) -> Results:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
-from gradmask import influence
+from gradmask import gradient_norms, influence
+from gradmask.experiments.theorem_config import FEWEST_POINTS
 
 Labelled = tuple[Tensor, Tensor]  # inputs and labels
 
@@ -20,7 +20,6 @@ Labelled = tuple[Tensor, Tensor]  # inputs and labels
 # after the next counts little, and the error is far above what rounding can do.
 SMALL_ERROR = 0.1
 ABOVE_ROUNDING = 100.0
-FEWEST_POINTS = 3
 KINDS = ("exact", "empirical")
 
 
@@ -137,7 +136,8 @@ def _diagonal(
     model: nn.Module, sources: Labelled, probe: Labelled, exact: Tensor
 ) -> dict[str, dict[str, float]]:
     """Equation 9 against the full form with the same Fisher information, over sources."""
-    norms = _squared_norms(model, sources)
+    # What a form that knows nothing of the Fisher information would rank by.
+    norms = gradient_norms(model, sources)
     found = {}
     for kind in KINDS:
         samples: Any = probe if kind == "empirical" else probe[0]
@@ -158,13 +158,3 @@ def _diagonal(
 
 def _spearman(a: Tensor, b: Tensor) -> float:
     return float(stats.spearmanr(a.cpu().numpy(), b.cpu().numpy()).statistic)
-
-
-def _squared_norms(model: nn.Module, sources: Labelled) -> Tensor:
-    """‖g_i‖²: what a form that knows nothing of the Fisher information would rank by."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    norms = []
-    for x, y in zip(*(t.split(1) for t in sources), strict=True):
-        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
-        norms.append(torch.stack([g.square().sum() for g in gradients]).sum())
-    return torch.stack(norms)

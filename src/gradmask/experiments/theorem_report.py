@@ -126,7 +126,7 @@ def tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]
             rows.append([_names(key)[0], kind, *cells, f"{low:.2g}, {high:.2g}"])
     yield (
         "The diagonal form against the full one over sources: rank correlation, that of the "
-        "squared gradient norm, and the median of diagonal / full: mean ± std over seeds",
+        "gradient norm, and the median of diagonal / full: mean ± std over seeds",
         header,
         rows,
     )
@@ -167,7 +167,7 @@ def _sizes(runs: list[Row], rates: tuple[float, float]) -> list[str]:
         f"at the learning rate {rates[0]:.2g}, and by {share} % at one sample's share of a batch's "
         f"step, {rates[1]:.2g} (means over sources).",
         f"There the diagonal form is {ratio} of the full one (medians over sources, exact Fisher); "
-        f"their rank correlation over sources is {ranks}, that of the squared gradient norm with "
+        f"their rank correlation over sources is {ranks}, that of the gradient norm with "
         f"the full form {norms}.",
     ]
 
