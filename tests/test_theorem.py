@@ -267,7 +267,7 @@ def test_verdict_follows_the_slopes(finished):
             found["slopes"] = {"kl": 2.05, "error": 2.95, "error_median": 3.0}
     assert "KL as ε² in 4 of 4 networks" in verdict(results)
     assert "the error as ε³ in 4 of 4 as built and in 4 of 4" in verdict(results)
-    results["runs"][0]["measurements"][0]["slopes"]["error"] = 2.8  # one seed is enough
+    results["runs"][0]["measurements"][0]["slopes"]["error"] = 2.89  # one seed is enough
     assert "the error as ε³ in 3 of 4 as built and in 4 of 4" in verdict(results)
     results["runs"][0]["measurements"][0]["slopes"]["error"] = None
     assert "the error as ε³ in 3 of 4 as built and in 4 of 4" in verdict(results)
