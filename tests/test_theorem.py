@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from gradmask.cli import main
 from gradmask.errors import DataError, OptionError
 from gradmask.experiments import theorem
 from gradmask.experiments.theorem import run_theorem
@@ -195,7 +196,9 @@ def options(folder, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     config = options(tmp_path_factory.mktemp("theorem") / "out")
-    return config, run_theorem(config, QUIET)
+    results = run_theorem(config, QUIET)
+    write_theorem(config.output, results)
+    return config, results
 
 
 def test_slopes_of_the_recipe(finished):
@@ -357,3 +360,57 @@ def test_bad_options_are_told_before_training(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_are_options(size):
     TheoremCheck(**SIZES[size])
+
+
+def test_command_line(tmp_path, capsys):
+    folder = tmp_path / "out"
+    words = [
+        "run",
+        "theorem1",
+        "--size=digits",
+        "--train-size=200",
+        "--epochs",
+        "1",
+        "--probe",
+        "3",
+    ]
+    words += [
+        "--sources=4",
+        "--probe=3",
+        "--models",
+        "mlp",
+        "--seeds",
+        "3",
+        "4",
+        "--device",
+        "cpu",
+        "--output",
+        str(folder),
+    ]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "Slopes within 0.1 in every seed" in " ".join(printed.split())
+    results = json.loads((folder / "theorem1.json").read_text())
+    assert [(run["model"], run["seed"]) for run in results["runs"]] == [("mlp", 3), ("mlp", 4)]
+    assert results["config"]["width"] == SIZES["digits"]["width"]
+    text = (folder / "theorem1.md").read_text()
+    (folder / "theorem1.md").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "theorem1.md").read_text() == text
+    written = ["run", "theorem1", "--config", str(folder / "config.yaml")]
+    assert main(written) == 0
+    assert "2 finished runs found; 0 to go" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "theorem1", "--keep", "0.5"], "Unknown option 'keep'"),
+        (["run", "theorem1", "--size", "tiny"], "Unknown size 'tiny'"),
+        (["run", "theorem1", "--sources", "1"], "sources=1"),
+        (["bench", "refresh", "theorem1"], "a comparison's"),
+    ],
+)
+def test_mistakes_on_the_command_line(words, message, capsys):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """The command line: `gradmask run`, `gradmask recipes`, `gradmask report`, `gradmask bench`.
 
-Options are typed once, in the dataclass `Comparison`. jsonargparse was chosen to read them because
-one parser then checks the command line and a YAML file alike, by the same types.
+Options are typed once, in the dataclasses `Comparison` and `TheoremCheck`. jsonargparse was chosen
+to read them because one parser then checks the command line and a YAML file alike, by the same
+types.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answe
 
     from gradmask.experiments.config import Comparison
     from gradmask.experiments.statistics import Results
+    from gradmask.experiments.theorem_config import TheoremCheck
 
 COMMANDS = ("run", "recipes", "report", "bench")
-_LISTS = ("arms", "seeds", "monitor")
+_LISTS = ("arms", "models", "seeds", "monitor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,16 +81,23 @@ def _main(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     from gradmask.experiments.compare import run_comparison
+    from gradmask.experiments.config import Comparison
     from gradmask.experiments.progress import Progress
+    from gradmask.experiments.theorem import run_theorem
 
     config = _options(words)
+    if not isinstance(config, Comparison):
+        return _show_theorem(config.output, run_theorem(config, _console()))
     results = run_comparison(config, Progress(_console()))
     return _show(config.output, results)
 
 
 def _report(directory: Path) -> int:
     from gradmask.experiments.compare import read_results
+    from gradmask.experiments.theorem import FILE
 
+    if (directory / FILE).is_file():
+        return _show_theorem(directory, read_results(directory, FILE))
     return _show(directory, read_results(directory))
 
 
@@ -99,6 +108,16 @@ def _show(directory: Path, results: Results) -> int:
     print_summary(results, console)
     page = write_report(directory, results)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _show_theorem(directory: Path, results: Results) -> int:
+    from gradmask.experiments.theorem_report import print_theorem, write_theorem
+
+    console = _console()
+    print_theorem(results, console)
+    write_theorem(directory, results)
+    console.print(f"Tables and figure: {directory}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -125,11 +144,10 @@ def _recipes() -> int:
     return 0
 
 
-def _options(words: list[str]) -> Comparison:
+def _options(words: list[str]) -> Comparison | TheoremCheck:
     """The options of `gradmask run`: defaults, the recipe's, a YAML file's, the command line's."""
     from jsonargparse import ArgumentParser
 
-    from gradmask.experiments.config import Comparison
     from gradmask.experiments.recipes import find_recipe
 
     class Parser(ArgumentParser):
@@ -146,8 +164,8 @@ def _options(words: list[str]) -> Comparison:
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     if recipe.sizes:
         parser.add_argument("--size", help=f"preset: {', '.join(recipe.sizes)}")
-    parser.add_class_arguments(Comparison)
-    names = [field.name for field in fields(Comparison)]
+    parser.add_class_arguments(recipe.kind)
+    names = [field.name for field in fields(recipe.kind)]
     defaults = recipe.config(size)
     parser.set_defaults({name: getattr(defaults, name) for name in names})
     normal = _normal_form(words, [*names, "config", "print_config", "help"])
@@ -159,7 +177,7 @@ def _options(words: list[str]) -> Comparison:
         parsed = parser.parse_args(normal)
     except argparse.ArgumentError as error:
         raise OptionError(_plain(str(error))) from error
-    return Comparison(**{name: getattr(parsed, name) for name in names})
+    return recipe.kind(**{name: getattr(parsed, name) for name in names})
 
 
 def _size(words: list[str]) -> tuple[str | None, list[str]]:
@@ -219,8 +237,12 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 def _bench_refresh(words: list[str]) -> int:
     from gradmask.benchmarks.refresh import bench_refresh
+    from gradmask.experiments.config import Comparison
 
-    bench_refresh(_options(words))
+    config = _options(words)
+    if not isinstance(config, Comparison):
+        raise OptionError("bench refresh trains one network: give no recipe, or a comparison's.")
+    bench_refresh(config)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Named comparisons: defaults that each option of the command line can change."""
+"""Named experiments: defaults that each option of the command line can change."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from typing import Any
 
 from gradmask.errors import OptionError, check_choice
 from gradmask.experiments.config import Comparison
+from gradmask.experiments.theorem_config import SIZES as THEOREM_SIZES
+from gradmask.experiments.theorem_config import TheoremCheck
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named comparison.
+    """A named experiment.
 
     Attributes:
         name: What follows `gradmask run`.
         description: One line.
-        options: Options that differ from the defaults of `Comparison`.
+        options: Options that differ from the defaults of `kind`.
         sizes: More options for each size it can be run at; the first is the default.
+        kind: The dataclass of its options.
     """
 
     name: str
     description: str
     options: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kind: type[Comparison] | type[TheoremCheck] = Comparison
 
-    def config(self, size: str | None = None, **changes: Any) -> Comparison:
+    def config(self, size: str | None = None, **changes: Any) -> Comparison | TheoremCheck:
         """The recipe's options with some of them changed.
 
         Args:
             size: One of `sizes`.
-            changes: Options of `Comparison`.
+            changes: Options of `kind`.
 
         Returns:
             The options.
@@ -46,7 +50,7 @@ class Recipe:
             size = size or next(iter(self.sizes))
             check_choice("size", size, self.sizes)
             options |= {"output": Path("runs") / f"{self.name}-{size}", **self.sizes[size]}
-        return Comparison(**(options | changes))
+        return self.kind(**(options | changes))
 
 
 # Overfitting soon and plainly: no augmentation, a constant learning rate.
@@ -144,6 +148,12 @@ RECIPES = (
             "monitor_step": 0.001,
         },
         _SIZES,
+    ),
+    Recipe(
+        "theorem1",
+        "exact divergence against its quadratic and diagonal form, step by step (theorem 1)",
+        sizes=THEOREM_SIZES,
+        kind=TheoremCheck,
     ),
 )
 

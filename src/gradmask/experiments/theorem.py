@@ -16,7 +16,6 @@ from gradmask.experiments.files import write_atomically, write_json
 from gradmask.experiments.statistics import Results
 from gradmask.experiments.theorem_config import TheoremCheck
 from gradmask.experiments.theorem_numbers import measure, smooth_twin
-from gradmask.experiments.theorem_report import write_theorem
 from gradmask.experiments.train import Batches, Row, train_run
 from gradmask.seeding import seeded_generator
 
@@ -27,9 +26,9 @@ _EXTENDABLE = ("models", "seeds")  # what may be added to a folder later
 def run_theorem(config: TheoremCheck, console: Console) -> Results:
     """Measure every model with every seed, before and after training, and write the results.
 
-    Training is in float32 and measuring in float64. The output folder then holds `config.yaml`,
-    `theorem1.json`, a table, a figure and the findings in words. Runs that `theorem1.json` already
-    holds are not done again, so an interrupted run goes on.
+    Training is in float32 and measuring in float64. The output folder then holds `config.yaml` and
+    `theorem1.json`; `write_theorem` adds tables, findings and a figure. Runs that `theorem1.json`
+    already holds are not done again, so an interrupted run goes on.
 
     Args:
         config: The options.
@@ -67,7 +66,6 @@ def run_theorem(config: TheoremCheck, console: Console) -> Results:
             markup=False,
         )
     write_json(config.output / FILE, results)
-    write_theorem(config.output, results)
     return results
 
 

@@ -12,16 +12,6 @@ from gradmask.experiments.config import Comparison
 FEWEST_POINTS = 3  # that a slope is fitted to
 
 SIZES: dict[str, dict[str, Any]] = {
-    "digits": {
-        "data": "digits",
-        "width": 8,
-        "epochs": 2,
-        "batch_size": 64,
-        "augment": False,
-        "sources": 12,
-        "probe": 8,
-        "steps": 11,
-    },
     "small": {
         "data": "uoft-cs/cifar100",
         "classes": 20,
@@ -37,6 +27,16 @@ SIZES: dict[str, dict[str, Any]] = {
         "sources": 256,
         "probe": 256,
         "steps": 16,
+    },
+    "digits": {
+        "data": "digits",
+        "width": 8,
+        "epochs": 2,
+        "batch_size": 64,
+        "augment": False,
+        "sources": 12,
+        "probe": 8,
+        "steps": 11,
     },
 }
 
