@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from gradmask import gradient_norms, influence
+import gradmask
 from gradmask.experiments.theorem_config import FEWEST_POINTS
 
 Labelled = tuple[Tensor, Tensor]  # inputs and labels
@@ -47,14 +47,16 @@ def measure(
         errors at `rates`, and the diagonal form against the full one.
     """
     inputs = probe[0]
-    unit = influence(model, sources, inputs, step=1.0, pairwise=True)  # the rest of it is ε²
+    unit = gradmask.influence(
+        model, sources, inputs, step=1.0, pairwise=True
+    )  # the rest of it is ε²
     with torch.no_grad():
         largest = model(inputs).abs().max().item()
     rows: dict[str, list[float]] = {
         name: [] for name in ("kl", "quadratic", "error", "error_median", "rounding")
     }
     for step in steps:
-        kl = influence(model, sources, inputs, step=step, method="kl", pairwise=True)
+        kl = gradmask.influence(model, sources, inputs, step=step, method="kl", pairwise=True)
         error = (kl - step**2 * unit).abs()
         rows["kl"].append(kl.mean().item())
         rows["quadratic"].append(step**2 * unit.mean().item())
@@ -125,7 +127,7 @@ def _relative_error(
     model: nn.Module, sources: Labelled, inputs: Tensor, unit: Tensor, step: float
 ) -> dict[str, float]:
     """|quadratic − KL| / KL of each source's mean over the probe set."""
-    kl = influence(model, sources, inputs, step=step, method="kl")
+    kl = gradmask.influence(model, sources, inputs, step=step, method="kl")
     quadratic = step**2 * unit.mean(1)
     # A source whose gradient is zero moves nothing, and both are 0 there.
     error = (quadratic - kl).abs() / kl.clamp_min(torch.finfo(kl.dtype).tiny)
@@ -137,14 +139,16 @@ def _diagonal(
 ) -> dict[str, dict[str, float]]:
     """Equation 9 against the full form with the same Fisher information, over sources."""
     # What a form that knows nothing of the Fisher information would rank by.
-    norms = gradient_norms(model, sources)
+    norms = gradmask.gradient_norms(model, sources)
     found = {}
     for kind in KINDS:
         samples: Any = probe if kind == "empirical" else probe[0]
         full = exact
         if kind != "exact":
-            full = influence(model, sources, samples, step=1.0, fisher=kind)
-        diagonal = influence(model, sources, samples, step=1.0, fisher=kind, method="diagonal")
+            full = gradmask.influence(model, sources, samples, step=1.0, fisher=kind)
+        diagonal = gradmask.influence(
+            model, sources, samples, step=1.0, fisher=kind, method="diagonal"
+        )
         ratio = diagonal / full
         found[kind] = {
             "spearman": _spearman(diagonal, full),
