@@ -271,7 +271,7 @@ def _holds(runs: list[Row], name: str) -> str:
 
 def _order(runs: list[Row], name: str) -> str:
     slopes = [run["slopes"][name] for run in runs]
-    return f"ε^{_spread(slopes)} ({EXPECTED[name]} {_holds(runs, name)})"
+    return f"ε^{_spread(slopes)} ({EXPECTED[name]}: {_holds(runs, name)})"
 
 
 def _spread(found: list[float | None], form: str = ".2f") -> str:
@@ -285,8 +285,13 @@ def _spread(found: list[float | None], form: str = ".2f") -> str:
 
 
 def _range(numbers: list[float]) -> str:
-    return f"{min(numbers):.2g} to {max(numbers):.2g}"
+    return " to ".join(dict.fromkeys(_short(number) for number in (min(numbers), max(numbers))))
 
 
 def _percent(errors: list[float]) -> str:
-    return f"{100 * summarise(errors).mean:.2g} %"
+    return f"{_short(100 * summarise(errors).mean)} %"
+
+
+def _short(number: float) -> str:
+    """Two digits, without an exponent where there need be none: 150, 1.7, 0.0024."""
+    return f"{float(f'{number:.2g}'):g}"
