@@ -258,7 +258,7 @@ def test_tables_and_findings(finished):
     for _, header, rows in tables(results):
         assert all(len(row) == len(header) for row in rows)
     markdown = to_markdown(results)
-    assert "| mlp, trained | SiLU for ReLU | 2.00 ± 0.00 |" in markdown
+    assert "| mlp, trained | SiLU | 2.00 ± 0.00 |" in markdown
     assert verdict(results).startswith("Slopes within 0.1 in every seed")
 
 
@@ -271,6 +271,7 @@ def test_verdict_follows_the_slopes(finished):
     assert "KL as ε² in 4 of 4 networks" in verdict(results)
     assert "the error as ε³ in 4 of 4 as built and in 4 of 4" in verdict(results)
     results["runs"][0]["measurements"][0]["slopes"]["error"] = 2.89  # one seed is enough
+    assert "(3: holds in 1 of 2 seeds)" in findings(results)[0]
     assert "the error as ε³ in 3 of 4 as built and in 4 of 4" in verdict(results)
     results["runs"][0]["measurements"][0]["slopes"]["error"] = None
     assert "the error as ε³ in 3 of 4 as built and in 4 of 4" in verdict(results)
