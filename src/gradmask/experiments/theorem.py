@@ -49,10 +49,12 @@ def run_theorem(config: TheoremCheck, console: Console) -> Results:
     _check(config)
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output / "config.yaml", to_yaml(config))
-    results |= {"config": to_plain(config), "environment": environment(device)}
+    results["config"] = to_plain(config)
     done = {(run["model"], run["seed"]) for run in results["runs"]}
     every = [(model, seed) for seed in config.seeds for model in config.models]
     missing = [pair for pair in every if pair not in done]
+    if missing:  # a visit that measures nothing does not change what was measured with
+        results["environment"] = environment(device)
     if done:
         console.print(f"{len(done)} finished runs found; {len(missing)} to go.")
     for number, (model, seed) in enumerate(missing, start=1):
