@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmask.errors import ModelError
 from gradmask.fisher.graph import Node
-from gradmask.fisher.rules import LayerRule, chunk_size
+from gradmask.fisher.rules import LayerRule, Product, chunk_size
 
 
 class Call:
@@ -87,10 +87,17 @@ class LayerCall(Call):
             self.rule.add_squares(self.module, *self._pair(slice(None)), own)
         return True
 
-    def outer_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Input (N, D) and output gradient (N, K) of a linear layer without positions."""
-        plain = self.rule.layer is nn.Linear and self.x.dim() == 2
-        return self._pair(slice(None)) if plain else None
+    def as_product(self) -> Product | None:
+        """The gradients of weight and bias as products of matrices, where the layer has them so."""
+        rule = self.rule.as_product
+        return None if rule is None else rule(self.module, *self._pair(slice(None)))
+
+    def let_go(self) -> int:
+        """Let go of the graph, after the backward pass; return the bytes that are kept."""
+        self.edges, self.inputs = [], set()
+        g = self.gradients[0]
+        assert g is not None
+        return self.x.nbytes + g.nbytes
 
     def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {self.names[local]: t for local, t in tensors.items() if local in self.names}

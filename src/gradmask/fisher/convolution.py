@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from gradmask.fisher.rules import chunk_size, register_rule, trains
+from gradmask.fisher.rules import Product, chunk_size, register_rule, trains
 from gradmask.kernels import add_squared_products, can_add_squared_products
 
 # Above this many entries a weight gradient per group is slower than one per call (on CPUs).
@@ -181,6 +181,12 @@ def _add_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tens
         totals["bias"] += g.flatten(2).sum(2).square_().sum(0)
 
 
+def _as_product(module: nn.Module, x: Tensor, g: Tensor) -> Product | None:
+    if not isinstance(module, nn.Conv2d) or module.groups > 1:
+        return None
+    return Product(g.flatten(2), x, lambda inputs: _unfold(module, inputs)[:, 0])
+
+
 @register_rule(
     nn.Conv1d,
     nn.Conv2d,
@@ -189,6 +195,7 @@ def _add_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tens
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     add_squares=_add_squares,
+    as_product=_as_product,
 )
 def convolution(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Per-sample gradients; input (N, C, ...), output gradient (N, K, ...)."""

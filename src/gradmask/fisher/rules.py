@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,23 @@ from gradmask.kernels import add_squared_products, can_add_squared_products
 
 Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 AddSquares = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], None]
+
+
+class Product(NamedTuple):
+    """Per-sample gradients as products of matrices: deltas @ unfold(inputs)ᵀ, and Σ deltas.
+
+    Attributes:
+        deltas: Gradients of the outputs, shape (N, K, P): P positions of K features.
+        inputs: Shape (N, C, ...); part of the channels gives that part of the weight's columns.
+        unfold: Makes inputs what the weight is multiplied by, shape (N, D, P).
+    """
+
+    deltas: Tensor
+    inputs: Tensor
+    unfold: Callable[[Tensor], Tensor]
+
+
+AsProduct = Callable[[nn.Module, Tensor, Tensor], Product | None]
 
 # Per-sample gradients are formed for as many samples at a time as fit in this many elements: on a
 # CPU few enough to stay in its cache until they are squared, on a GPU enough to keep it busy.
@@ -34,12 +52,13 @@ LOOP_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True)
 class LayerRule:
-    """A layer type's rule, the names it covers, and perhaps a cheaper way to the squares."""
+    """A layer type's rule, the names it covers, and perhaps cheaper ways to what follows from it."""
 
     layer: type[nn.Module]
     per_sample: Rule
     add_squares: AddSquares | None
     parameters: tuple[str, ...]
+    as_product: AsProduct | None = None
 
 
 _RULES: dict[type[nn.Module], LayerRule] = {}
@@ -49,6 +68,7 @@ def register_rule(
     *layers: type[nn.Module],
     add_squares: AddSquares | None = None,
     parameters: tuple[str, ...] = ("weight", "bias"),
+    as_product: AsProduct | None = None,
 ) -> Callable[[Rule], Rule]:
     """Register a per-sample gradient rule for layer types, as a decorator.
 
@@ -65,6 +85,8 @@ def register_rule(
             samples of the squared per-sample gradients, in place, to each of the tensors in
             `totals`, a dict by the layer's own parameter names; what is not wanted is not there.
         parameters: Names of the layer's own parameters that the rule covers.
+        as_product: Optional function `(module, input, grad_output)` that gives the gradients of
+            `weight` and `bias` as a product of matrices, or None.
 
     Returns:
         The decorator; it returns the rule unchanged.
@@ -72,7 +94,7 @@ def register_rule(
 
     def decorate(rule: Rule) -> Rule:
         for layer in layers:
-            _RULES[layer] = LayerRule(layer, rule, add_squares, parameters)
+            _RULES[layer] = LayerRule(layer, rule, add_squares, parameters, as_product)
         return rule
 
     return decorate
@@ -163,7 +185,11 @@ def _add_linear_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[st
         totals["bias"] += g.sum(1).square_().sum(0)
 
 
-@register_rule(nn.Linear, add_squares=_add_linear_squares)
+def _as_linear_product(module: nn.Module, x: Tensor, g: Tensor) -> Product:
+    return Product(_tokens(g).mT, _tokens(x).mT, lambda inputs: inputs)
+
+
+@register_rule(nn.Linear, add_squares=_add_linear_squares, as_product=_as_linear_product)
 def linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Σ_t g_t x_tᵀ over the positions t; input (N, ..., in), output gradient (N, ..., out)."""
     x, g = _tokens(x), _tokens(g)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import exact_terms, part
 from gradmask.influence.products import gram_matrix, weighted_squares
-from gradmask.influence.samples import Term, captured
+from gradmask.influence.samples import Block, Term, captured
 from gradmask.influence.setting import Blocks, Setting
 from gradmask.influence.steps import can_differentiate, variances
 
@@ -42,31 +42,33 @@ def _gram_forms(setting: Setting) -> Blocks:
 
     One label y for each probe sample, or all of them with their probabilities as weights w_y.
     """
-    model, parameters = setting.model, setting.parameters
-    sources, probe = setting.sources, setting.probe
-    many, few = setting.gradient_blocks
-    for rows in sources.blocks(many):
-        n = rows.stop - rows.start
-        with captured(model, part(sources.inputs, rows), n, parameters, sources.ways) as batch:
-            first = batch.gradients(setting.nll_term(sources, rows))
-            for columns in probe.blocks(few):
-                m = columns.stop - columns.start
-                inputs = part(probe.inputs, columns)
-                values = torch.zeros(n, m, dtype=torch.float64, device=setting.device)
-                with captured(model, inputs, m, parameters, probe.ways) as other:
-                    for term in _probe_terms(setting, columns):
-                        second = other.gradients(term)
-                        gram = torch.zeros_like(values)
-                        with torch.no_grad():
-                            gram_matrix(gram, first, second, parameters, setting.elements())
-                        values += gram.square_()
-                yield rows, columns, values
+    for rows, first in setting.gradients(setting.sources, setting.memory // 2):
+        for columns, terms in _probe_blocks(setting):
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            values = torch.zeros(shape, dtype=torch.float64, device=setting.device)
+            for second in terms:
+                gram = torch.zeros_like(values)
+                with torch.no_grad():
+                    gram_matrix(gram, first, second, setting.parameters, setting.elements())
+                values += gram.square_()
+            yield rows, columns, values
 
 
-def _probe_terms(setting: Setting, columns: slice) -> Iterator[Term]:
-    if setting.probe.targets is not None:
-        yield setting.nll_term(setting.probe, columns)
+def _probe_blocks(setting: Setting) -> Iterator[tuple[slice, Iterable[Block]]]:
+    """Blocks of probe samples with the gradients at each label that counts, one after the other."""
+    probe = setting.probe
+    if probe.targets is not None:
+        for columns, block in setting.gradients(probe, setting.memory // 4):
+            yield columns, [block]
         return
+    for columns in probe.blocks(setting.together):
+        inputs, m = part(probe.inputs, columns), columns.stop - columns.start
+        with captured(setting.model, inputs, m, setting.parameters, probe.ways) as batch:
+            terms = map(_weighted_label(setting), range(setting.labels))
+            yield columns, ([(slice(0, m), batch.gradients(term))] for term in terms)
+
+
+def _weighted_label(setting: Setting) -> Callable[[int], Term]:
     head, loss = setting.head, setting.loss
     assert head is not None
 
@@ -77,7 +79,7 @@ def _probe_terms(setting: Setting, columns: slice) -> Iterator[Term]:
 
         return value
 
-    yield from map(term, range(setting.labels))
+    return term
 
 
 def diagonal_forms(setting: Setting) -> Tensor:
@@ -89,7 +91,7 @@ def diagonal_forms(setting: Setting) -> Tensor:
     Returns:
         Shape (n,).
     """
-    probe, size = setting.probe, setting.gradient_blocks[0]
+    probe, size = setting.probe, setting.together
     targets = probe.targets if probe.targets is not None else setting.blank_targets()
     batches = ((part(probe.inputs, c), part(targets, c)) for c in probe.blocks(size))
     kind = "exact" if probe.targets is None else "empirical"
@@ -109,7 +111,7 @@ def source_squares(setting: Setting, weights: dict[str, Tensor]) -> Tensor:
         Shape (n,).
     """
     sources, found = setting.sources, []
-    for rows in sources.blocks(setting.gradient_blocks[0]):
+    for rows in sources.blocks(setting.together):
         n, inputs = rows.stop - rows.start, part(sources.inputs, rows)
         with captured(setting.model, inputs, n, setting.parameters, sources.ways) as batch:
             groups = batch.gradients(setting.nll_term(sources, rows))

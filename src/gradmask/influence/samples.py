@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmask.fisher.calls import Call, full_precision, per_sample_together
+from gradmask.fisher.calls import Call, LayerCall, full_precision, per_sample_together
 from gradmask.fisher.capture import Capture, Ways
 from gradmask.fisher.likelihood import part
 from gradmask.fisher.reference import call
@@ -20,6 +20,8 @@ Parameters = dict[str, nn.Parameter]
 Term = Callable[[Any, slice], Tensor]
 # Calls that together explain some parameters, by the names of these.
 Groups = dict[frozenset[str], list[Call]]
+# Samples that ran one batch after the other: the groups of each, and which of them they are of.
+Block = list[tuple[slice, Groups]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,18 @@ class WholeCall(Call):
             name: full_precision(torch.stack(column))
             for name, column in zip(self.parameters, columns, strict=True)
         }
+
+
+class FormedCall(Call):
+    """Per-sample gradients that have been formed."""
+
+    def __init__(self, gradients: dict[str, Tensor]) -> None:
+        super().__init__({name: name for name in gradients}, [])
+        self.formed = gradients
+
+    def per_sample(self, samples: slice) -> dict[str, Tensor]:
+        """What has been formed."""
+        return {name: gradient[samples] for name, gradient in self.formed.items()}
 
 
 class Batch:
@@ -121,13 +135,48 @@ def captured(
         yield Batch(model, inputs, parameters, capture, outputs)
 
 
-def same_groups(a: Groups, b: Groups) -> tuple[Groups, Groups]:
-    """The groups of two batches, made one group each where they differ."""
-    if a.keys() == b.keys():
+def same_groups(a: Block, b: Block) -> tuple[Block, Block]:
+    """The groups of all batches, made one group each where they differ."""
+    kinds = {frozenset(groups) for _, groups in (*a, *b)}
+    if len(kinds) == 1:
         return a, b
-    names = frozenset().union(*a) | frozenset().union(*b)
-    merged = [{names: [call for group in groups.values() for call in group]} for groups in (a, b)]
-    return merged[0], merged[1]
+    names = frozenset[str]().union(*(group for groups in kinds for group in groups))
+
+    def merged(groups: Groups) -> Groups:
+        return {names: [call for group in groups.values() for call in group]}
+
+    first, second = ([(rows, merged(groups)) for rows, groups in block] for block in (a, b))
+    return first, second
+
+
+def condensed(
+    groups: Groups, parameters: Parameters, samples: int, graph: int
+) -> tuple[Groups, int]:
+    """Groups without the graph where that is possible, in the form that takes less memory.
+
+    Gradients that are smaller than what they follow from are formed, with the others an input and
+    the gradient of an output are kept.
+
+    Args:
+        groups: The groups of a batch that will have no other term.
+        parameters: The parameters.
+        samples: Samples in the batch.
+        graph: Bytes of the batch's graph.
+
+    Returns:
+        Groups, and the bytes that they take.
+    """
+    found: Groups = {}
+    total = 0
+    for names, group in groups.items():
+        layers = [call.let_go() for call in group if isinstance(call, LayerCall)]
+        kept = sum(layers) if len(layers) == len(group) else graph
+        formed = samples * sum(parameters[name].nbytes for name in names)
+        if formed <= kept:
+            group = [FormedCall(per_sample_together(group, slice(None)))]
+        found[names] = group
+        total += min(formed, kept)
+    return found, total
 
 
 def stacked(groups: Groups, parameters: Parameters) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,23 @@ from gradmask.fisher.diagonal import safe_ways, unpack
 from gradmask.fisher.likelihood import Loss, draw_targets, nll, part
 from gradmask.fisher.reference import call
 from gradmask.influence.distribution import Head, find_head
-from gradmask.influence.samples import Parameters, Samples, Term, activation_bytes
+from gradmask.influence.samples import (
+    Block,
+    Parameters,
+    Samples,
+    Term,
+    activation_bytes,
+    captured,
+    condensed,
+)
 
 # Values of some sources (first slice) on some probe samples (second slice).
 Blocks = Generator[tuple[slice, slice, Tensor], None, None]
 
 # On a CPU more gradients and activations at a time are slower: they leave the cache.
 PAIR_BYTES_CPU = 1 << 25
+PASS_BYTES_CPU = 1 << 28
+PRODUCT_BYTES_CPU = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,38 @@ class Setting:
         return next(iter(self.parameters.values())).device
 
     @property
-    def gradient_blocks(self) -> tuple[int, int]:
-        """Sources, and probe samples, whose layer inputs and output gradients are held.
+    def together(self) -> int:
+        """Samples that run forward and backward at a time."""
+        share = self.memory // 8
+        if self.device.type == "cpu":
+            share = min(share, PASS_BYTES_CPU)
+        return max(1, share // (2 * self.activation))
 
-        The probe set is run again for each block of sources, so these have the larger part.
+    def gradients(self, samples: Samples, share: int) -> Iterator[tuple[slice, Block]]:
+        """Per-sample gradients of samples with targets, as many at a time as fit.
+
+        Args:
+            samples: The samples.
+            share: Bytes they may take.
+
+        Yields:
+            Which samples, and what their gradients follow from.
         """
-        samples = self.memory // (2 * self.activation)
-        return max(1, samples // 2), max(1, samples // 8)
+        start, used = 0, 0
+        block: Block = []
+        for rows in samples.blocks(self.together):
+            inputs, n = part(samples.inputs, rows), rows.stop - rows.start
+            with captured(self.model, inputs, n, self.parameters, samples.ways) as batch:
+                groups = batch.gradients(self.nll_term(samples, rows))
+            graph = 2 * n * self.activation
+            with torch.no_grad():
+                groups, size = condensed(groups, self.parameters, n, graph)
+            if block and used + size > share:
+                yield slice(start, rows.start), block
+                start, used, block = rows.start, 0, []
+            block.append((slice(rows.start - start, rows.stop - start), groups))
+            used += size
+        yield slice(start, samples.count), block
 
     def pair_blocks(self, together: bool) -> tuple[int, int]:
         """Sources whose gradients are held, and probe samples that run with each of them.
@@ -94,7 +129,10 @@ class Setting:
     def elements(self) -> int:
         """Elements of per-sample gradients that may be held at a time, of each of two batches."""
         size = max(p.element_size() for p in self.parameters.values())
-        return max(1, self.memory // 8 // size)
+        share = self.memory // 16
+        if self.device.type == "cpu":
+            share = min(share, PRODUCT_BYTES_CPU)
+        return max(1, share // size)
 
     def nll_term(self, samples: Samples, which: slice) -> Term:
         """The loss of a block of samples with targets, for its per-sample gradients."""
@@ -159,7 +197,7 @@ def prepare(
 def check_losses(setting: Setting) -> None:
     """Run the sources forward, so that a loss that is not finite is told before long work."""
     with torch.no_grad():
-        for rows in setting.sources.blocks(setting.gradient_blocks[0]):
+        for rows in setting.sources.blocks(setting.together):
             outputs = call(setting.model, part(setting.sources.inputs, rows))
             setting.nll_term(setting.sources, rows)(outputs, slice(None))
 
@@ -171,7 +209,7 @@ def drawn_targets(setting: Setting, seed: int) -> Tensor:
     assert isinstance(setting.loss, str)
     drawn = []
     with torch.no_grad():
-        for columns in setting.probe.blocks(setting.gradient_blocks[1]):
+        for columns in setting.probe.blocks(setting.together):
             outputs = call(setting.model, part(setting.probe.inputs, columns))
             blank = head.blank_targets(check_outputs(outputs))
             drawn.append(draw_targets(outputs, blank, setting.loss, generator))
