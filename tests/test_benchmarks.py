@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradmask.benchmarks import workloads
+from gradmask.benchmarks import forms, influence, workloads
 from gradmask.benchmarks.fisher import bench_fisher
+from gradmask.benchmarks.influence import bench_influence, difference
 from gradmask.benchmarks.layers import bench_layers
 from gradmask.benchmarks.mask import bench_step, bench_threshold
 from gradmask.benchmarks.peers import loop, vmap
@@ -54,6 +55,29 @@ def test_fisher():
     table = bench_fisher("small_cnn", batch_size=16, batches=1, rounds=1, peers=False)
     assert cells(table, 0) == ["plain forward + backward", "gradmask"]
     assert all(float(cell) > 0 for column in (1, 2, 3) for cell in cells(table, column))
+
+
+def test_influence(monkeypatch):
+    monkeypatch.setattr(influence, "peak_megabytes", lambda *arguments: 1.0)
+    sizes = {"sources": 5, "probe": 4, "step_sources": 3, "step_probe": 4, "batch_size": 6}
+    table = bench_influence("small_cnn", rounds=1, **sizes)
+    assert cells(table, 0) == [*forms.FORMS, "", "quadratic, sampled"]
+    assert cells(table, 1)[:4] == ["5 x 4", "5", "3 x 4", "3 x 4"]
+    assert all(float(cell) > 0 for cell in cells(table, 3))
+    assert all(cells(table, column)[:4] == ["1"] * 4 for column in (5, 6))
+
+
+@pytest.mark.parametrize("task", forms.MEMORY)
+def test_influence_whose_memory_is_measured(task):
+    values = forms.MEMORY[task](*workloads.make("small_cnn", 6))()
+    assert values.shape == (3,)
+    assert (values > 0).all()
+
+
+def test_difference_of_values():
+    found, expected = torch.tensor([1.1, 2.4, 3.0]), torch.tensor([1.0, 2.0, 4.0])
+    assert difference(found, expected) == "error 20 %, rank correlation 1.00"
+    assert difference(-expected, expected) == "error 200 %, rank correlation -1.00"
 
 
 def test_layers():
@@ -135,7 +159,7 @@ def test_networks_that_do_not_work(name, message):
         workloads.make(name, 2)
 
 
-@pytest.mark.parametrize("what", ["fisher", "layers", "step"])
+@pytest.mark.parametrize("what", ["fisher", "layers", "influence", "step"])
 def test_command_refuses_unknown_networks(what, capsys):
     assert main(["bench", what, "--model", "restnet18"]) == 2
     assert "Did you mean 'resnet18'" in capsys.readouterr().err

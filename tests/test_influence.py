@@ -356,8 +356,8 @@ def test_memory_makes_uneven_blocks(monkeypatch):
     found = set()
     collect = steps._pairs
 
-    def record(given, value, together):
-        for rows, columns, values in collect(given, value, together):
+    def record(given, value, together, *change):
+        for rows, columns, values in collect(given, value, together, *change):
             found.add((rows.stop - rows.start, columns.stop - columns.start))
             yield rows, columns, values
 

@@ -17,6 +17,7 @@ from gradmask.kernels import (
     keep_where,
     library,
     select,
+    weigh_squared_products,
 )
 
 needs_compiler = pytest.mark.skipif(
@@ -34,10 +35,14 @@ def fresh(monkeypatch, tmp_path):
     library.load.cache_clear()
 
 
-def expected(total, g, x, positions, offsets):
+def gradients(g, x, positions, offsets):
     x = x.as_strided((len(x), x[0].numel()), (x.stride(0), 1)) if x[0].is_contiguous() else x
     patches = x[:, positions[:, None] + offsets]  # (n, positions, inputs)
-    return total + torch.einsum("nkp,npd->nkd", g, patches).square().sum(0)
+    return torch.einsum("nkp,npd->nkd", g, patches)
+
+
+def expected(total, g, x, positions, offsets):
+    return total + gradients(g, x, positions, offsets).square().sum(0)
 
 
 @needs_compiler
@@ -59,16 +64,19 @@ def test_squared_products(samples, outputs, inputs, places, dtype, threads):
     x = torch.randn(samples, 200, dtype=dtype)
     positions = torch.randint(100, (places,))
     offsets = torch.randint(100, (inputs,))
-    total = torch.rand(outputs, inputs, dtype=dtype)
-    exact = expected(total.double(), g.double(), x.double(), positions, offsets)
+    total, weights = torch.rand(2, outputs, inputs, dtype=dtype)
+    squares = gradients(g.double(), x.double(), positions, offsets).square()
+    exact = total.double() + squares.sum(0), (squares * weights).sum((1, 2))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         add_squared_products(total, g, x, positions, offsets)
+        values = weigh_squared_products(weights, g, x, positions, offsets)
     finally:
         torch.set_num_threads(before)
     tolerance = 1e-13 if dtype == torch.float64 else 1e-5
-    assert ((total.double() - exact).abs() / exact).max() < tolerance
+    for found, truth in zip((total, values), exact, strict=True):
+        assert ((found.double() - truth).abs() / truth).max() < tolerance
 
 
 @needs_compiler
@@ -94,10 +102,10 @@ def test_number_of_threads_changes_no_bit():
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         add_squared_products(total, g, x, positions, offsets)
+        found.append((total, weigh_squared_products(torch.ones(40, 50), g, x, positions, offsets)))
         torch.set_num_threads(before)
-        found.append(total)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert all(map(torch.equal, found[0], found[1]))
+    assert all(map(torch.equal, found[0], found[2]))
 
 
 @needs_compiler
@@ -131,6 +139,8 @@ def test_nothing_to_add():
     for n, places in ((0, 3), (2, 0)):
         g, x = torch.zeros(n, 4, places), torch.zeros(n, 10)
         add_squared_products(total, g, x, torch.arange(places), torch.arange(5))
+        values = weigh_squared_products(total, g, x, torch.arange(places), torch.arange(5))
+        assert torch.equal(values, torch.zeros(n, dtype=torch.float64))
     assert torch.equal(total, torch.ones(4, 5))
 
 

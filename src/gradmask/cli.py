@@ -197,11 +197,13 @@ def _add_bench(commands: Any) -> None:
     for what, text in (
         ("fisher", "the Fisher diagonal, against a plain pass and other libraries"),
         ("layers", "the ways to a convolution's squares"),
+        ("influence", "the influence of samples, against the gradients and passes it needs"),
         ("step", "a masked optimizer step"),
         ("threshold", "the exact threshold over all entries"),
     ):
         kind = kinds.add_parser(what, help=text)
-        kind.add_argument("--rounds", type=int, default=7, help="times everything is timed")
+        rounds = 3 if what == "influence" else 7
+        kind.add_argument("--rounds", type=int, default=rounds, help="times everything is timed")
         kind.add_argument("--device", default="cpu")
         if what == "threshold":
             kind.add_argument("--entries", type=int, default=10**8)
@@ -210,6 +212,15 @@ def _add_bench(commands: Any) -> None:
         kind.add_argument("--model", default="resnet18", help=names)
         kind.add_argument("--batch-size", type=int, help="samples in a batch")
         kind.add_argument("--shape", type=int, nargs="+", help="shape of one sample: 3 224 224")
+        if what == "influence":
+            for option, default, text in (
+                ("--sources", 1000, "sources of the Gram matrix and the diagonal form"),
+                ("--probe", 1000, "probe samples of the Gram matrix"),
+                ("--step-sources", 20, "sources of the divergence and the exact quadratic form"),
+                ("--step-probe", 200, "probe samples of these"),
+                ("--memory", 1024, "MiB that gradients and activations may take, about"),
+            ):
+                kind.add_argument(option, type=int, default=default, help=text)
         if what == "fisher":
             kind.add_argument("--batches", type=int, default=8, help="batches in a pass")
             kind.add_argument("--no-peers", dest="peers", action="store_false")
@@ -220,12 +231,14 @@ def _bench(parsed: argparse.Namespace) -> int:
     from rich.console import Console
 
     from gradmask.benchmarks.fisher import bench_fisher
+    from gradmask.benchmarks.influence import bench_influence
     from gradmask.benchmarks.layers import bench_layers
     from gradmask.benchmarks.mask import bench_step, bench_threshold
 
     benches: dict[str, Callable[..., Any]] = {
         "fisher": bench_fisher,
         "layers": bench_layers,
+        "influence": bench_influence,
         "step": bench_step,
         "threshold": bench_threshold,
     }

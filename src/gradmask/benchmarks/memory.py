@@ -12,10 +12,15 @@ from pathlib import Path
 
 import torch
 
-from gradmask.benchmarks import peers
+from gradmask.benchmarks import forms, peers
 from gradmask.benchmarks.workloads import make
 
-TASKS = {"plain forward + backward": peers.plain, "gradmask": peers.ours, **peers.PEERS}
+TASKS = {
+    "plain forward + backward": peers.plain,
+    "gradmask": peers.ours,
+    **peers.PEERS,
+    **forms.MEMORY,
+}
 
 
 def peak_megabytes(
@@ -25,7 +30,7 @@ def peak_megabytes(
 
     Args:
         workload: Name of the workload.
-        task: `gradmask`, `plain forward + backward` or a peer.
+        task: `gradmask`, `plain forward + backward`, a peer, or one of `forms.MEMORY`.
         batch_size: Samples in the batch.
         device: Device to measure on.
         shape: Shape of one sample (default: the workload's own).

@@ -10,20 +10,24 @@ import torch
 
 
 def interleave(
-    tasks: dict[str, Callable[[], object]], rounds: int = 7, device: str = "cpu"
+    tasks: dict[str, Callable[[], object]],
+    rounds: int = 7,
+    device: str = "cpu",
+    warm: bool = True,
 ) -> dict[str, list[float]]:
     """Time every task once in each round, in an order that turns by one from round to round.
 
     Args:
-        tasks: What to time, by name; each is run once before, untimed.
+        tasks: What to time, by name.
         rounds: Times each task is timed.
         device: Device to wait for.
+        warm: Run each task once before, untimed.
 
     Returns:
         Seconds of every round, by name.
     """
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    for task in tasks.values():
+    for task in tasks.values() if warm else ():
         task()
     names = list(tasks)
     seconds: dict[str, list[float]] = {name: [] for name in names}

@@ -87,6 +87,13 @@ class LayerCall(Call):
             self.rule.add_squares(self.module, *self._pair(slice(None)), own)
         return True
 
+    def weigh_squares(self, weights: dict[str, Tensor]) -> Tensor | None:
+        """Each sample's weighted sum of squares, by the rule's way; None if it has none."""
+        if self.rule.weigh_squares is None:
+            return None
+        own = {local: weights[name] for local, name in self.names.items()}
+        return self.rule.weigh_squares(self.module, *self._pair(slice(None)), own)
+
     def as_product(self) -> Product | None:
         """The gradients of weight and bias as products of matrices, where the layer has them so."""
         rule = self.rule.as_product

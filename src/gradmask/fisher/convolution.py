@@ -8,7 +8,7 @@ which GPUs do well. Which is fastest depends on the weight's shape (`gradmask be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from gradmask.fisher.rules import Product, chunk_size, register_rule, trains
-from gradmask.kernels import add_squared_products, can_add_squared_products
+from gradmask.kernels import (
+    add_squared_products,
+    can_add_squared_products,
+    weigh_squared_products,
+)
 
 # Above this many entries a weight gradient per group is slower than one per call (on CPUs).
 GROUPED_ELEMENTS = 1 << 18
@@ -75,8 +79,10 @@ def _grid(sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
     return places
 
 
-def add_by_products(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
-    """Add the squares by the kernel that forms no per-sample gradient.
+def _contractions(
+    module: _ConvNd, x: Tensor, g: Tensor, matrix: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """What the kernels for squared products work on, for each group, with its part of `matrix`.
 
     The weight gradient of a transposed convolution is that of a convolution from its output to
     its input.
@@ -90,13 +96,21 @@ def add_by_products(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> Non
     strides = [a * b for a, b in zip(module.stride, steps, strict=True)]
     dilations = [a * b for a, b in zip(module.dilation, steps, strict=True)]
     positions = _grid(still.shape[2:], strides)
-    offsets = _grid(total.shape[1:], [channel, *dilations])
-    groups = module.groups
+    offsets = _grid(matrix.shape[1:], [channel, *dilations])
     parts = zip(
-        total.flatten(1).chunk(groups), still.chunk(groups, 1), moving.chunk(groups, 1), strict=True
+        matrix.flatten(1).chunk(module.groups),
+        still.chunk(module.groups, 1),
+        moving.chunk(module.groups, 1),
+        strict=True,
     )
     for part, outputs, inputs in parts:
-        add_squared_products(part, outputs.flatten(2), inputs, positions, offsets)
+        yield part, outputs.flatten(2), inputs, positions, offsets
+
+
+def add_by_products(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
+    """Add the squares by the kernel that forms no per-sample gradient."""
+    for contraction in _contractions(module, x, g, total):
+        add_squared_products(*contraction)
 
 
 def by_groups(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
@@ -181,6 +195,22 @@ def _add_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tens
         totals["bias"] += g.flatten(2).sum(2).square_().sum(0)
 
 
+def _weigh_squares(
+    module: nn.Module, x: Tensor, g: Tensor, weights: dict[str, Tensor]
+) -> Tensor | None:
+    assert isinstance(module, _ConvNd)
+    values = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    if "weight" in weights:
+        weight = weights["weight"]
+        if x.is_cuda or fastest_way(module, x, g, weight) is not add_by_products:
+            return None
+        for contraction in _contractions(module, x, g, weight):
+            values += weigh_squared_products(*contraction)
+    if "bias" in weights:
+        values += g.flatten(2).sum(2).square_() @ weights["bias"]
+    return values
+
+
 def _as_product(module: nn.Module, x: Tensor, g: Tensor) -> Product | None:
     if not isinstance(module, nn.Conv2d) or module.groups > 1:
         return None
@@ -195,6 +225,7 @@ def _as_product(module: nn.Module, x: Tensor, g: Tensor) -> Product | None:
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     add_squares=_add_squares,
+    weigh_squares=_weigh_squares,
     as_product=_as_product,
 )
 def convolution(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:

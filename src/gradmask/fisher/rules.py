@@ -8,7 +8,7 @@ samples directly, where that is cheaper than forming the per-sample gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,10 +18,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from gradmask.kernels import add_squared_products, can_add_squared_products
+from gradmask.kernels import (
+    add_squared_products,
+    can_add_squared_products,
+    weigh_squared_products,
+)
 
 Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 AddSquares = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], None]
+WeighSquares = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor | None]
 
 
 class Product(NamedTuple):
@@ -52,12 +57,13 @@ LOOP_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True)
 class LayerRule:
-    """A layer type's rule, the names it covers, and perhaps cheaper ways to what follows from it."""
+    """A layer type's rule, the names it covers, and perhaps cheaper ways to the results."""
 
     layer: type[nn.Module]
     per_sample: Rule
     add_squares: AddSquares | None
     parameters: tuple[str, ...]
+    weigh_squares: WeighSquares | None = None
     as_product: AsProduct | None = None
 
 
@@ -68,6 +74,7 @@ def register_rule(
     *layers: type[nn.Module],
     add_squares: AddSquares | None = None,
     parameters: tuple[str, ...] = ("weight", "bias"),
+    weigh_squares: WeighSquares | None = None,
     as_product: AsProduct | None = None,
 ) -> Callable[[Rule], Rule]:
     """Register a per-sample gradient rule for layer types, as a decorator.
@@ -85,6 +92,9 @@ def register_rule(
             samples of the squared per-sample gradients, in place, to each of the tensors in
             `totals`, a dict by the layer's own parameter names; what is not wanted is not there.
         parameters: Names of the layer's own parameters that the rule covers.
+        weigh_squares: Optional function `(module, input, grad_output, weights)` that sums each
+            sample's squared gradients times the tensors in `weights`, a dict like `totals`, and
+            returns shape (samples,), or None where it cannot.
         as_product: Optional function `(module, input, grad_output)` that gives the gradients of
             `weight` and `bias` as a product of matrices, or None.
 
@@ -94,7 +104,9 @@ def register_rule(
 
     def decorate(rule: Rule) -> Rule:
         for layer in layers:
-            _RULES[layer] = LayerRule(layer, rule, add_squares, parameters, as_product)
+            _RULES[layer] = LayerRule(
+                layer, rule, add_squares, parameters, weigh_squares, as_product
+            )
         return rule
 
     return decorate
@@ -152,9 +164,7 @@ def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
     if x.shape[1] == 1:
         total.addmm_(g[:, 0].square().t(), x[:, 0].square())
     elif not _is_large(total, x) and can_add_squared_products(total, g, x):
-        places = zip(x.shape[1:], x.stride()[1:], strict=True)
-        positions, offsets = (torch.arange(size) * step for size, step in places)
-        add_squared_products(total, g.mT, x, positions, offsets)
+        add_squared_products(total, g.mT, x, *_places(x))
     elif x.is_cuda:
         chunk = chunk_size([total])
         for xp, gp in zip(x.split(chunk), g.split(chunk), strict=True):
@@ -163,6 +173,12 @@ def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
         for xn, gn in zip(x, g, strict=True):  # one gradient stays in cache between its two uses
             gradient = gn.t() @ xn
             total.addcmul_(gradient, gradient)
+
+
+def _places(x: Tensor) -> Iterator[Tensor]:
+    """Positions and features in a sample's memory."""
+    steps = zip(x.shape[1:], x.stride()[1:], strict=True)
+    return (torch.arange(size) * step for size, step in steps)
 
 
 def _is_large(total: Tensor, x: Tensor) -> bool:
@@ -185,11 +201,34 @@ def _add_linear_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[st
         totals["bias"] += g.sum(1).square_().sum(0)
 
 
+def _weigh_linear_squares(
+    module: nn.Module, x: Tensor, g: Tensor, weights: dict[str, Tensor]
+) -> Tensor | None:
+    x, g = _tokens(x), _tokens(g)
+    values = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    if "weight" in weights:
+        weight = weights["weight"]
+        if g.shape[1] == 1:  # rank one, as above
+            values += ((g[:, 0].square() @ weight) * x[:, 0].square()).sum(1)
+        elif not (x.is_cuda or _is_large(weight, x)) and can_add_squared_products(weight, g, x):
+            values += weigh_squared_products(weight, g.mT, x, *_places(x))
+        else:
+            return None
+    if "bias" in weights:
+        values += g.sum(1).square_() @ weights["bias"]
+    return values
+
+
 def _as_linear_product(module: nn.Module, x: Tensor, g: Tensor) -> Product:
     return Product(_tokens(g).mT, _tokens(x).mT, lambda inputs: inputs)
 
 
-@register_rule(nn.Linear, add_squares=_add_linear_squares, as_product=_as_linear_product)
+@register_rule(
+    nn.Linear,
+    add_squares=_add_linear_squares,
+    weigh_squares=_weigh_linear_squares,
+    as_product=_as_linear_product,
+)
 def linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Σ_t g_t x_tᵀ over the positions t; input (N, ..., in), output gradient (N, ..., out)."""
     x, g = _tokens(x), _tokens(g)

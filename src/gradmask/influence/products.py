@@ -91,9 +91,7 @@ def _layer(parts: Parts) -> _Layer | None:
     return _Layer(parts[0][1][0].names, products)
 
 
-def _add_products(
-    total: Tensor, a: Parts, b: Parts, parameters: Parameters, size: int
-) -> bool:
+def _add_products(total: Tensor, a: Parts, b: Parts, parameters: Parameters, size: int) -> bool:
     """By products of matrices; False if a layer does not have them."""
     first, second = _layer(a), _layer(b)
     if first is None or second is None or first.names != second.names:
@@ -130,9 +128,7 @@ def _add_by_columns(total: Tensor, a: _Layer, b: _Layer, size: int) -> None:
         total += a.columns(which) @ b.columns(which).T
 
 
-def _add_formed(
-    total: Tensor, a: Parts, b: Parts, parameters: Parameters, size: int
-) -> None:
+def _add_formed(total: Tensor, a: Parts, b: Parts, parameters: Parameters, size: int) -> None:
     names = {name for _, calls in (*a, *b) for call in calls for name in call.names.values()}
     chunk = max(1, size // max(1, sum(parameters[name].numel() for name in names)))
     n, m = total.shape
@@ -177,16 +173,12 @@ def weighted_squares(total: Tensor, groups: Groups, weights: dict[str, Tensor]) 
         `total`, filled in place.
     """
     for names, group in groups.items():
-        layer = _layer([(slice(0, len(total)), group)])
-        if layer is not None and layer.positions == 1:
-            g, x = layer.factors()
-            squares = g.square()
-            if "weight" in layer.names:
-                weight = weights[layer.names["weight"]].flatten(1)
-                total += ((squares @ weight) * x.square()).sum(1)
-            if "bias" in layer.names:
-                total += squares @ weights[layer.names["bias"]]
-            continue
+        call = group[0]
+        if len(group) == 1 and isinstance(call, LayerCall):
+            values = call.weigh_squares(weights)
+            if values is not None:
+                total += values
+                continue
         chunk = chunk_size(weights[name] for name in names)
         for start in range(0, len(total), chunk):
             rows = slice(start, min(start + chunk, len(total)))

@@ -29,8 +29,7 @@ from gradmask.influence.samples import (
 Blocks = Generator[tuple[slice, slice, Tensor], None, None]
 
 # On a CPU more gradients and activations at a time are slower: they leave the cache.
-PAIR_BYTES_CPU = 1 << 25
-PASS_BYTES_CPU = 1 << 28
+PASS_BYTES_CPU = 1 << 27
 PRODUCT_BYTES_CPU = 1 << 24
 
 
@@ -105,12 +104,12 @@ class Setting:
         Args:
             together: Whether all these sources run at the same time.
         """
-        gradient = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        gradient = sum(p.nbytes for p in self.parameters.values())
         share = self.memory // 4
-        if self.device.type == "cpu":
-            share = min(share, PAIR_BYTES_CPU)
         sources = min(self.sources.count, max(1, share // (gradient + 2 * self.activation)))
         passes = sources if together else 1
+        if self.device.type == "cpu":
+            share = min(share, PASS_BYTES_CPU)
         return sources, min(self.probe.count, max(1, share // (passes * self.activation)))
 
     @property

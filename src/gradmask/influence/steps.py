@@ -26,7 +26,7 @@ logger = logging.getLogger("gradmask")
 ONE_BY_ONE = ("cpu",)
 
 Gradient = dict[str, Tensor]
-Value = Callable[[Gradient, slice], Tensor]  # one source's gradient, some probe samples
+Value = Callable[[Gradient, slice], Tensor]  # of one source's gradient and some probe samples
 
 
 @contextmanager
@@ -49,14 +49,15 @@ def divergences(setting: Setting, step: float) -> Blocks:
     passes = _probe_outputs(setting, together)
     before = {columns.start: head.logits(outputs) for columns, outputs in passes}
 
-    def value(gradient: Gradient, columns: slice) -> Tensor:
-        moved = {
-            n: torch.sub(setting.parameters[n].detach(), g, alpha=step) for n, g in gradient.items()
-        }
+    def move(gradients: Gradient) -> None:
+        for name, gradient in gradients.items():
+            gradients[name] = torch.sub(setting.parameters[name], gradient, alpha=step)
+
+    def value(moved: Gradient, columns: slice) -> Tensor:
         outputs = head.logits(_run(setting, moved, part(setting.probe.inputs, columns)))
         return divergence(before[columns.start][: len(outputs)], outputs)
 
-    return _pairs(setting, value, together)
+    return _pairs(setting, value, together, move)
 
 
 def variances(setting: Setting) -> Blocks:
@@ -96,8 +97,20 @@ def _probe_outputs(setting: Setting, together: bool) -> Iterator[tuple[slice, An
             yield columns, check_outputs(outputs)
 
 
-def _pairs(setting: Setting, value: Value, together: bool) -> Blocks:
-    """Values of all pairs; if wanted, many sources together where the model allows it."""
+def _pairs(
+    setting: Setting,
+    value: Value,
+    together: bool,
+    change: Callable[[Gradient], None] = lambda gradients: None,
+) -> Blocks:
+    """Values of all pairs; if wanted, many sources together where the model allows it.
+
+    Args:
+        setting: What is measured.
+        value: Of one source's gradient and some probe samples.
+        together: Whether many sources are wanted together.
+        change: Puts something else in the place of the gradients first.
+    """
     sources, samples = setting.pair_blocks(together)
     batched = together and sources > 1 and _can_batch(setting, value)
     data = setting.sources
@@ -107,6 +120,7 @@ def _pairs(setting: Setting, value: Value, together: bool) -> Blocks:
             groups = taken.gradients(setting.nll_term(data, rows))
             with torch.no_grad():
                 gradients = stacked(groups, setting.parameters)
+                change(gradients)
             del groups
         with torch.no_grad(), plain_attention():
             for columns in setting.probe.blocks(samples):

@@ -1,7 +1,17 @@
 """Kernels for what PyTorch has no operation for; each has a slower equivalent in PyTorch."""
 
 from gradmask.kernels.digits import count_digits
-from gradmask.kernels.products import add_squared_products, can_add_squared_products
+from gradmask.kernels.products import (
+    add_squared_products,
+    can_add_squared_products,
+    weigh_squared_products,
+)
 from gradmask.kernels.select import keep_where
 
-__all__ = ["add_squared_products", "can_add_squared_products", "count_digits", "keep_where"]
+__all__ = [
+    "add_squared_products",
+    "can_add_squared_products",
+    "count_digits",
+    "keep_where",
+    "weigh_squared_products",
+]

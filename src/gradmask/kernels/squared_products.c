@@ -1,9 +1,12 @@
-/* total[k][d] += Σ_n (Σ_p g[n][k][p] · x[n][position[p] + offset[d]])²
+/* Of G[n][k][d] = Σ_p g[n][k][p] · x[n][position[p] + offset[d]], one of
 
-   The sum over the samples n of squared per-sample weight gradients of a convolution (implicit
-   unfolding) or of a linear layer over positions p. No per-sample gradient reaches memory: a tile
-   of one is formed in registers, squared, and added to the tile of the total. Every entry is added
-   up in the order of the samples by one thread, so the result does not depend on their number.
+   total[k][d] += Σ_n G[n][k][d]²
+   values[n] += Σ_kd weights[k][d] · G[n][k][d]²
+
+   G are the per-sample weight gradients of a convolution (implicit unfolding) or of a linear layer
+   over positions p. None reaches memory: a tile of one is formed in registers, squared, and added
+   to the tile of the total, or weighted and summed. Every entry is added up in the same order by
+   one thread, so the result does not depend on their number.
 
    Compiled with -DReal=float or -DReal=double. */
 
@@ -31,12 +34,10 @@ typedef Real Vector __attribute__((vector_size(BYTES), aligned(sizeof(Real))));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* One sample's tile, squared and added to `total`. */
-static inline void add_tile(int64_t positions, const Real *panel, const Real *x,
-                            const int64_t *position, const int64_t *offset,
-                            Vector total[DEPTH][2])
+/* One sample's tile. */
+static inline void form_tile(int64_t positions, const Real *panel, const Real *x,
+                             const int64_t *position, const int64_t *offset, Vector sum[DEPTH][2])
 {
-    Vector sum[DEPTH][2];
     const Real *shifted[DEPTH];
     for (int d = 0; d < DEPTH; d++) {
         sum[d][0] = sum[d][1] = (Vector){0};
@@ -51,10 +52,27 @@ static inline void add_tile(int64_t positions, const Real *panel, const Real *x,
             sum[d][1] += high * value;
         }
     }
+}
+
+static inline void add_squares(Vector sum[DEPTH][2], Vector total[DEPTH][2])
+{
     for (int d = 0; d < DEPTH; d++) {
         total[d][0] += sum[d][0] * sum[d][0];
         total[d][1] += sum[d][1] * sum[d][1];
     }
+}
+
+static inline Real weigh_squares(Vector sum[DEPTH][2], Vector weights[DEPTH][2])
+{
+    Vector lanes = {0};
+    Real value = 0;
+    for (int d = 0; d < DEPTH; d++) {
+        lanes += weights[d][0] * (sum[d][0] * sum[d][0]);
+        lanes += weights[d][1] * (sum[d][1] * sum[d][1]);
+    }
+    for (int i = 0; i < LANES; i++)
+        value += lanes[i];
+    return value;
 }
 
 /* WIDTH outputs of one sample's g, positions first; zeros where there are fewer. */
@@ -75,11 +93,51 @@ static void pack(int64_t positions, int64_t width, const Real *g, int64_t g_outp
     }
 }
 
-/* Returns 0, or 1 if there is no memory for the panels. */
-int add_squared_products(int64_t samples, int64_t outputs, int64_t inputs, int64_t positions,
-                const Real *g, int64_t g_sample, int64_t g_output, int64_t g_position,
-                const Real *x, int64_t x_sample, const int64_t *position, const int64_t *offset,
-                Real *total, int threads)
+/* Everything that is given, with the copies of g and the offsets that tiles are formed from. */
+typedef struct {
+    int64_t outputs, inputs, positions, across;
+    Real *panels;
+    const Real *x;
+    int64_t x_sample;
+    const int64_t *position, *padded;
+    Real *matrix;
+    double *values;
+} Work;
+
+/* A tile at (a, b) of the samples from `start` to `end`: added up, or weighted and summed. */
+static void use_tile(const Work *work, int64_t a, int64_t b, int64_t first, int64_t start,
+                     int64_t end)
+{
+    Vector tile[DEPTH][2], sum[DEPTH][2];
+    int64_t width = least(WIDTH, work->outputs - a * WIDTH);
+    int64_t depth = least(DEPTH, work->inputs - b * DEPTH);
+    Real *corner = work->matrix + a * WIDTH * work->inputs + b * DEPTH;
+    memset(tile, 0, sizeof tile);
+    if (work->values)
+        for (int64_t k = 0; k < width; k++)
+            for (int64_t d = 0; d < depth; d++)
+                tile[d][k / LANES][k % LANES] = corner[k * work->inputs + d];
+    for (int64_t n = start; n < end; n++) {
+        form_tile(work->positions, work->panels + (n * work->across + a) * work->positions * WIDTH,
+                  work->x + (first + n) * work->x_sample, work->position,
+                  work->padded + b * DEPTH, sum);
+        if (work->values)
+            work->values[first + n] += weigh_squares(sum, tile);
+        else
+            add_squares(sum, tile);
+    }
+    if (!work->values)
+        for (int64_t k = 0; k < width; k++)
+            for (int64_t d = 0; d < depth; d++)
+                corner[k * work->inputs + d] += tile[d][k / LANES][k % LANES];
+}
+
+/* `matrix` is the total, or with `values` the weights.
+   Returns 0, or 1 if there is no memory for the panels. */
+int squared_products(int64_t samples, int64_t outputs, int64_t inputs, int64_t positions,
+                     const Real *g, int64_t g_sample, int64_t g_output, int64_t g_position,
+                     const Real *x, int64_t x_sample, const int64_t *position,
+                     const int64_t *offset, Real *matrix, double *values, int threads)
 {
     int64_t across = (outputs + WIDTH - 1) / WIDTH, down = (inputs + DEPTH - 1) / DEPTH;
     int64_t size = positions * WIDTH;
@@ -94,6 +152,8 @@ int add_squared_products(int64_t samples, int64_t outputs, int64_t inputs, int64
     }
     for (int64_t d = 0; d < down * DEPTH; d++) /* what is beyond the last is not kept */
         padded[d] = offset[least(d, inputs - 1)];
+    Work work = {outputs, inputs, positions, across, panels, x, x_sample, position, padded,
+                 matrix, values};
 
 #pragma omp parallel num_threads(threads)
     for (int64_t first = 0; first < samples; first += together) {
@@ -104,22 +164,19 @@ int add_squared_products(int64_t samples, int64_t outputs, int64_t inputs, int64
                 pack(positions, least(WIDTH, outputs - a * WIDTH),
                      g + (first + n) * g_sample + a * WIDTH * g_output, g_output, g_position,
                      panels + (n * across + a) * size);
+        if (values) { /* threads share out the samples */
+#pragma omp for
+            for (int64_t share = 0; share < threads; share++)
+                for (int64_t a = 0; a < across; a++)
+                    for (int64_t b = 0; b < down; b++)
+                        use_tile(&work, a, b, first, count * share / threads,
+                                 count * (share + 1) / threads);
+        } else { /* threads share out the tiles */
 #pragma omp for collapse(2)
-        for (int64_t a = 0; a < across; a++)
-            for (int64_t b = 0; b < down; b++) {
-                Vector tile[DEPTH][2];
-                memset(tile, 0, sizeof tile);
-                for (int64_t n = 0; n < count; n++)
-                    add_tile(positions, panels + (n * across + a) * size,
-                             x + (first + n) * x_sample, position, padded + b * DEPTH, tile);
-                int64_t width = least(WIDTH, outputs - a * WIDTH);
-                int64_t depth = least(DEPTH, inputs - b * DEPTH);
-                for (int64_t k = 0; k < width; k++) {
-                    Real *row = total + (a * WIDTH + k) * inputs + b * DEPTH;
-                    for (int64_t d = 0; d < depth; d++)
-                        row[d] += tile[d][k / LANES][k % LANES];
-                }
-            }
+            for (int64_t a = 0; a < across; a++)
+                for (int64_t b = 0; b < down; b++)
+                    use_tile(&work, a, b, first, 0, count);
+        }
     }
     free(panels);
     free(padded);
