@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from gradmask import influence
 from gradmask.errors import DataError, ModelError, OptionError
+from gradmask.fisher.likelihood import draw_directions
 from gradmask.influence import distribution, forms, samples, setting, steps
 
 sys.path.insert(0, str(Path(__file__).parent / "fisher"))
@@ -368,22 +369,31 @@ def test_memory_makes_uneven_blocks(monkeypatch):
     assert len(found) > 4
 
 
-def test_sampled_labels():
-    case = CASES["mlp"](sizes=(3, 6))
+@pytest.mark.parametrize("name", ["mlp", "language", "many bits", "one logit"])
+def test_sampled(name, monkeypatch):
+    case = CASES[name](sizes=(3, 6))
     found = case.measure(fisher="sampled", pairwise=True, seed=1)
     assert torch.equal(found, case.measure(fisher="sampled", pairwise=True, seed=1))
+    if name == "one logit":  # its one direction is exact
+        assert_close(found, case.measure(pairwise=True))
+        return
     assert not torch.equal(found, case.measure(fisher="sampled", pairwise=True, seed=2))
-    every = []
-    for label in range(CLASSES):
-        only = lambda outputs, target, label=label: [(1.0, torch.full_like(target, label))]  # noqa: E731
-        every.append(expected_forms(case, only)[0])
-    errors = (torch.stack(every) - found).abs().amax(1).amin(0)  # one label for all sources
-    assert errors.max() < 1e-12
+    drawn = []
+    keep = lambda *given: drawn.append(draw_directions(*given)) or drawn[-1]  # noqa: E731
+    monkeypatch.setattr(setting, "draw_directions", keep)
+    case.measure(fisher="sampled", seed=1)
+    directions = torch.cat(drawn)
+    g = source_gradients(case.model.eval(), case.sources, case.loss)
+    columns = []
+    for i, v in enumerate(directions):
+        outputs = call(case.model, one_of(case.probe[0], i))
+        columns.append(0.5 * STEP**2 * (g @ flat_gradient(case.model, (outputs * v).sum())) ** 2)
+    assert_close(found, torch.stack(columns, 1))
     mean = torch.stack([case.measure(fisher="sampled", seed=s) for s in range(200)]).mean(0)
     assert torch.allclose(mean, case.measure(), rtol=0.2)
 
 
-def test_sampled_diagonal_uses_the_same_labels():
+def test_sampled_diagonal_uses_the_same_directions():
     """With one parameter and one probe sample the two forms are the same."""
     one = Net(lambda m, x: m.w * x, w=nn.Parameter(torch.ones(1)))
     case = Case(one, cases.floats(CLASSES), labels(), sizes=(3, 1))

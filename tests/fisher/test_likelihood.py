@@ -1,5 +1,7 @@
 """Kinds of Fisher information, losses, layouts of targets, and the errors of each."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,6 @@ from cases import (
     assert_close,
     batches,
     bernoulli,
-    cross_entropy,
     floats,
     oracle,
     randomise,
@@ -19,7 +20,7 @@ from cases import (
 from torch import nn
 
 from gradmask import fisher_diagonal
-from gradmask.fisher.likelihood import IGNORED, draw_targets
+from gradmask.fisher.likelihood import IGNORED, direction, draw_directions
 
 
 def classifier():
@@ -174,13 +175,13 @@ def test_bernoulli_of_one_logit_with_flat_integer_targets():
     ],
 )
 def test_sampled(build, loss, data):
-    """The Fisher information at the drawn labels, for layers with and without a rule."""
+    """Squared derivatives along the drawn directions, for layers with and without a rule."""
     model, data = build(), data()
     found = fisher_diagonal(model, data, kind="sampled", loss=loss, seed=3)
     assert_close(fisher_diagonal(model, data, kind="sampled", loss=loss, seed=3), found)
     generator = torch.Generator().manual_seed(3)
-    drawn = [(x, draw_targets(model(x), y, loss, generator)) for x, y in data]
-    expected = oracle(model, drawn, {"bernoulli": bernoulli}.get(loss, cross_entropy))
+    drawn = [(x, draw_directions(model(x), y, loss, generator)) for x, y in data]
+    expected = oracle(model, drawn, lambda outputs, v: (outputs * v).sum())
     assert_close(found, expected)
     other = fisher_diagonal(model, data, kind="sampled", loss=loss, seed=4)
     assert any(not torch.equal(found[name], other[name]) for name in found)
@@ -196,8 +197,51 @@ def test_mean_of_sampled_approaches_exact(loss):
     assert_close(sampled, exact, 0.1)
 
 
-def test_sampled_labels_keep_ignored_positions():
+def test_directions_have_the_covariance_of_the_scores():
+    """Over all signs: the mean of v vᵀ is that of the scores of the labels, as is that of v."""
+    p = torch.tensor([0.9, 0.07, 0.03, 0.0], dtype=torch.float64)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)), dtype=torch.float64)
+    found = direction(p.expand(16, 4), signs)
+    scores = torch.eye(4, dtype=torch.float64) - p  # of each label
+    expected = torch.einsum("y,ya,yb->ab", p, scores, scores)
+    assert torch.allclose(found.T @ found / 16, expected, atol=1e-15)
+    assert found.mean(0).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("layout", ["sequence", "language"])
+def test_directions_at_ignored_positions_and_at_impossible_classes(layout):
     logits, targets = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.long)
     targets[0, 1] = targets[1] = IGNORED
-    drawn = draw_targets(logits, targets, "cross_entropy", torch.Generator())
-    assert torch.equal(drawn == IGNORED, targets == IGNORED)
+    logits[:, 2] = -torch.inf
+    if layout == "language":
+        logits = logits.mT
+    v = draw_directions(logits, targets, "cross_entropy", torch.Generator())
+    assert v.shape == logits.shape
+    v = v.mT if layout == "language" else v
+    assert torch.equal((v == 0).all(1), targets == IGNORED)
+    assert (v[:, 2] == 0).all()
+    assert v.sum(1).abs().max() < 1e-6  # a direction in which probabilities change
+
+
+def test_sampled_is_even_for_a_network_that_is_sure():
+    """A label drawn from it would be the likely one each time, with next to no gradient."""
+    model = randomise(nn.Linear(3, 4))
+    with torch.no_grad():
+        model.bias[0] += 15.0
+    data = [(floats(3)(200), torch.zeros(200, dtype=torch.long))]
+    exact = fisher_diagonal(model, data, kind="exact")
+    assert max(e.max() for e in exact.values()) < 1e-4
+    for seed in range(3):
+        found = fisher_diagonal(model, data, kind="sampled", seed=seed)
+        for name, e in exact.items():
+            assert torch.allclose(found[name].sum(), e.sum(), rtol=0.3)
+
+
+def test_sampled_with_an_impossible_class():
+    mask = torch.tensor([0.0, -torch.inf, 0.0, 0.0], dtype=torch.float64)
+    model = randomise(Net(lambda m, x: m.fc(x) + mask, fc=nn.Linear(3, CLASSES)))
+    data = [(floats(3)(3), torch.tensor([0, 2, 3]))]
+    found = fisher_diagonal(model, data, kind="sampled")
+    assert all(value.isfinite().all() for value in found.values())
+    assert found["fc.weight"][1].abs().max() == 0
+    assert found["fc.weight"][0].min() > 0

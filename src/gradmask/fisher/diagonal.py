@@ -16,7 +16,8 @@ from gradmask.fisher.capture import Capture, Way, Ways
 from gradmask.fisher.likelihood import (
     Loss,
     check_likelihood,
-    draw_targets,
+    directional,
+    draw_directions,
     exact_terms,
     nll,
     part,
@@ -47,12 +48,13 @@ def fisher_diagonal(
         model: Any module that treats its samples (dimension 0) independently in eval mode.
         loader: Iterable of `(inputs, targets)` batches. Inputs are a tensor, or a tuple or dict
             of tensors that become the model's arguments.
-        kind: `empirical` (the data's labels), `sampled` (labels drawn from the model) or `exact`
-            (expectation over all labels: one backward pass for each class).
+        kind: `empirical` (the data's labels), `sampled` (the model's own distribution over
+            labels, by one random direction in the logits of each sample) or `exact` (expectation
+            over all labels: one backward pass for each class).
         loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits), or a
             callable `(outputs, targets)` that is a negative log-likelihood, with any reduction.
         max_samples: Measure on a seeded random part of the data of this size (default: all).
-        seed: Seed of that part and of sampled labels.
+        seed: Seed of that part and of the random directions.
 
     Returns:
         `{parameter name: tensor of the parameter's shape}`, the mean over samples, in the
@@ -92,12 +94,14 @@ def fisher_diagonal(
                 capture.resolve(outputs)
                 if n > 1 and capture.selects:
                     capture.drop(capture.mixed(outputs))
+                term_loss = loss
                 if kind == "sampled":
-                    targets = draw_targets(outputs, targets, loss, generator)
+                    targets = draw_directions(outputs, targets, loss, generator)
+                    term_loss = directional
                 if kind == "exact":
                     terms = exact_terms(outputs, targets, loss)
                 else:
-                    terms = iter([nll(outputs, targets, loss)])
+                    terms = iter([nll(outputs, targets, term_loss)])
                 capture.add_squares(terms, totals)
                 ways = {name: way[0][0] for name, way in capture.ways().items()}
                 rest = {k: p for k, p in parameters.items() if k not in capture.handled}
@@ -107,7 +111,7 @@ def fisher_diagonal(
             seen |= ways
             if rest:
                 add_per_sample_squares(
-                    model, inputs, targets, rest, totals, exact=kind == "exact", loss=loss
+                    model, inputs, targets, rest, totals, exact=kind == "exact", loss=term_loss
                 )
             count += n
     if count == 0:

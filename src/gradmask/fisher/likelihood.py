@@ -34,7 +34,7 @@ def check_likelihood(kind: str, loss: Loss) -> None:
         check_choice("loss", loss, LOSSES)
     elif kind != "empirical":
         raise OptionError(
-            f"kind={kind!r} draws labels from the model, but the distribution behind a callable "
+            f"kind={kind!r} needs the model's own distribution, but the one behind a callable "
             "loss is not known. Use loss='cross_entropy' or 'bernoulli', or kind='empirical'."
         )
 
@@ -147,6 +147,8 @@ def nll(outputs: Any, targets: Any, loss: Loss) -> Tensor:
     """
     if loss == "cross_entropy":
         total = _cross_entropy(outputs, targets)
+    elif loss is directional:
+        total = directional(outputs, targets)
     elif loss == "bernoulli":
         check_binary(outputs, targets)
         targets = targets.reshape(outputs.shape).to(outputs.dtype)
@@ -161,10 +163,15 @@ def nll(outputs: Any, targets: Any, loss: Loss) -> Tensor:
     return total
 
 
-def draw_targets(
+def draw_directions(
     outputs: Tensor, targets: Tensor, loss: Loss, generator: torch.Generator
 ) -> Tensor:
-    """Draw labels from the model's own distribution, at the positions that count.
+    """Draw a direction v in the logits of each sample, with E[v vᵀ] = diag p − p pᵀ.
+
+    That is the Fisher information of the labels in the logits, so (∂⟨z, v⟩ / ∂θ)² has the Fisher
+    diagonal for its mean, as the squared gradient at a drawn label has. But for a network that is
+    sure of its predictions, all but few draws of a label give next to nothing and those few nearly
+    all, while v = √p ∘ ξ − p ⟨√p, ξ⟩ with random signs ξ gives about the mean each time.
 
     The random numbers come from the CPU, so a seed gives the same draw on every device.
 
@@ -175,20 +182,34 @@ def draw_targets(
         generator: CPU generator.
 
     Returns:
-        Targets of the same shape as the data's.
+        Directions, of the shape of the logits; zero at ignored positions.
     """
     if loss == "bernoulli":
         check_binary(outputs, targets)
-        uniform = torch.rand(outputs.shape, generator=generator).to(outputs.device)
-        return (uniform < outputs.detach().sigmoid()).to(outputs.dtype)
-    logits = _classes_last(outputs, targets)
-    cumulative = logits.detach().double().softmax(-1).cumsum(-1)
-    uniform = torch.rand(cumulative.shape[:-1], generator=generator, dtype=torch.float64)
-    labels = (cumulative < uniform.to(cumulative.device).unsqueeze(-1)).sum(-1)
-    labels = labels.clamp_(max=logits.shape[-1] - 1)
+        logits = outputs.detach().double()
+        deviation = (logits.sigmoid() * (-logits).sigmoid()).sqrt()
+        return (deviation * _signs(deviation, generator)).to(outputs.dtype)
+    logits = _classes_last(outputs, targets).detach().double()
+    found = direction(logits.softmax(-1), _signs(logits, generator))
     if not targets.is_floating_point():
-        labels[_ignored(targets)] = IGNORED
-    return labels
+        found = found * ~_ignored(targets).unsqueeze(-1)
+    return found.movedim(-1, class_dimension(outputs, targets)).to(outputs.dtype)
+
+
+def direction(p: Tensor, signs: Tensor) -> Tensor:
+    """√p ∘ ξ − p ⟨√p, ξ⟩, along the last dimension."""
+    rooted = p.sqrt() * signs
+    return rooted - p * rooted.sum(-1, keepdim=True)
+
+
+def directional(outputs: Tensor, directions: Tensor) -> Tensor:
+    """Σ ⟨z, v⟩ over samples and positions; logits of −∞ have no weight in a direction."""
+    return (outputs.masked_fill(directions == 0, 0.0) * directions).sum()
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    bits = torch.randint(2, like.shape, generator=generator)
+    return (2 * bits - 1).to(like)
 
 
 def exact_terms(outputs: Tensor, targets: Tensor, loss: Loss) -> Iterator[Tensor]:

@@ -96,7 +96,7 @@ def diagonal_forms(setting: Setting) -> Tensor:
     batches = ((part(probe.inputs, c), part(targets, c)) for c in probe.blocks(size))
     kind = "exact" if probe.targets is None else "empirical"
     return source_squares(
-        setting, fisher_diagonal(setting.model, batches, kind=kind, loss=setting.loss)
+        setting, fisher_diagonal(setting.model, batches, kind=kind, loss=probe.loss)
     )
 
 

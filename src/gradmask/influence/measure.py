@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gradmask.errors import OptionError, check_choice
-from gradmask.fisher.likelihood import KINDS, LOSSES, Loss
+from gradmask.fisher.likelihood import KINDS, LOSSES, Loss, directional
 from gradmask.influence.forms import diagonal_forms, quadratic_forms
-from gradmask.influence.setting import Blocks, Setting, check_losses, drawn_targets, prepare
+from gradmask.influence.setting import Blocks, Setting, check_losses, drawn_directions, prepare
 from gradmask.influence.steps import divergences
 from gradmask.parameters import measuring, trainable_parameters
 
@@ -54,11 +54,12 @@ def influence(
         step: ε, the learning rate of the step.
         method: `kl`, `quadratic` or `diagonal`.
         fisher: Labels of the Fisher information in the last two: `exact` (expectation over all
-            labels), `sampled` (drawn once from the model) or `empirical` (the probe's targets).
+            labels), `sampled` (the same by one random direction in the logits of each probe
+            sample) or `empirical` (the probe's targets).
         loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits) or, with
             `fisher="empirical"`, a callable `(outputs, targets)`: a negative log-likelihood.
         pairwise: Return every pair in place of the mean over the probe set.
-        seed: Seed of sampled labels.
+        seed: Seed of the random directions.
         memory: Bytes that gradients and activations may take at a time, about; one sample's are
             held in any case.
 
@@ -81,8 +82,10 @@ def influence(
         if method != "diagonal":  # whose own pass is as short
             check_losses(setting)
         if fisher == "sampled":
-            targets = drawn_targets(setting, seed)
-            setting = replace(setting, probe=replace(setting.probe, targets=targets))
+            drawn = drawn_directions(setting, seed)
+            setting = replace(
+                setting, probe=replace(setting.probe, targets=drawn, loss=directional)
+            )
         if method == "diagonal":
             values = 0.5 * step**2 * diagonal_forms(setting)
         elif method == "kl":

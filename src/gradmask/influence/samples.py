@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradmask.fisher.calls import Call, LayerCall, full_precision, per_sample_together
 from gradmask.fisher.capture import Capture, Ways
-from gradmask.fisher.likelihood import part
+from gradmask.fisher.likelihood import Loss, part
 from gradmask.fisher.reference import call
 
 Parameters = dict[str, nn.Parameter]
@@ -26,11 +26,12 @@ Block = list[tuple[slice, Groups]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs, perhaps with targets, and how their per-sample gradients are captured."""
+    """Inputs, perhaps with targets and their loss, and how their gradients are captured."""
 
     inputs: Any
     targets: Tensor | None
     count: int
+    loss: Loss
     ways: Ways | None = None
 
     def blocks(self, size: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmask.errors import DataError
 from gradmask.fisher.diagonal import safe_ways, unpack
-from gradmask.fisher.likelihood import Loss, draw_targets, nll, part
+from gradmask.fisher.likelihood import Loss, draw_directions, nll, part
 from gradmask.fisher.reference import call
 from gradmask.influence.distribution import Head, find_head
 from gradmask.influence.samples import (
@@ -136,7 +136,7 @@ class Setting:
     def nll_term(self, samples: Samples, which: slice) -> Term:
         """The loss of a block of samples with targets, for its per-sample gradients."""
         targets = part(samples.targets, which)
-        return lambda outputs, rows: nll(outputs, part(targets, rows), self.loss)
+        return lambda outputs, rows: nll(outputs, part(targets, rows), samples.loss)
 
 
 def prepare(
@@ -185,8 +185,8 @@ def prepare(
         parameters,
         loss,
         head,
-        Samples(inputs, targets, counts[0], ways[0]),
-        Samples(probe_inputs, probe_targets, counts[1], ways[1]),
+        Samples(inputs, targets, counts[0], loss, ways[0]),
+        Samples(probe_inputs, probe_targets, counts[1], loss, ways[1]),
         memory,
         max(activation, other),
         tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example),
@@ -201,8 +201,8 @@ def check_losses(setting: Setting) -> None:
             setting.nll_term(setting.sources, rows)(outputs, slice(None))
 
 
-def drawn_targets(setting: Setting, seed: int) -> Tensor:
-    """Labels of the probe samples drawn from the model."""
+def drawn_directions(setting: Setting, seed: int) -> Tensor:
+    """Random directions in the logits of the probe samples, for `directional`."""
     head, generator = setting.head, torch.Generator().manual_seed(seed)
     assert head is not None
     assert isinstance(setting.loss, str)
@@ -211,7 +211,7 @@ def drawn_targets(setting: Setting, seed: int) -> Tensor:
         for columns in setting.probe.blocks(setting.together):
             outputs = call(setting.model, part(setting.probe.inputs, columns))
             blank = head.blank_targets(check_outputs(outputs))
-            drawn.append(draw_targets(outputs, blank, setting.loss, generator))
+            drawn.append(draw_directions(outputs, blank, setting.loss, generator))
     return torch.cat(drawn)
 
 
