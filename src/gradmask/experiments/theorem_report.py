@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from gradmask.experiments.figures import STYLE, to_svg
+from gradmask.experiments.figures import STYLE, to_png, to_svg
 from gradmask.experiments.files import write_atomically
 from gradmask.experiments.statistics import Results, summarise
 from gradmask.experiments.theorem_numbers import KINDS, SMALL_ERROR
@@ -47,8 +47,8 @@ def write_theorem(folder: Path, results: Results) -> None:
     write_atomically(folder / "theorem1.md", to_markdown(results))
     with mpl.rc_context(STYLE):
         figure = draw(results)
-        write_atomically(folder / "theorem1.svg", to_svg("theorem1", figure))
-        figure.savefig(folder / "theorem1.png", dpi=110, metadata={"Software": None})
+    write_atomically(folder / "theorem1.svg", to_svg("theorem1", figure))
+    write_atomically(folder / "theorem1.png", to_png(figure))
 
 
 def print_theorem(results: Results, console: Console) -> None:
