@@ -10,6 +10,7 @@ from gradmask.experiments.claims import (
     FALLS,
     LOWER,
     LOWER_PER_NORM,
+    LOWER_SUM,
     SLOWER_FALL,
     SLOWER_RISE,
     conclusion,
@@ -85,10 +86,18 @@ def test_equation_8(random, lower, per_norm):
     arms = {"none": {"rate": 0.3}, "none:labels=random": random}
     found = findings(results(**arms))
     assert outcomes(found, LOWER) == [lower]
+    assert outcomes(found, LOWER_SUM) == [lower]
     assert outcomes(found, LOWER_PER_NORM) == [per_norm]
     level = random["level"]
     sentence = next(f.sentence for f in found if f.claim == LOWER)
-    assert f"against no mask, {level:.3g} times as high" in sentence
+    assert f"its geometric mean over training is, against no mask, {level:.3g} times" in sentence
+
+
+def test_a_high_peak_makes_the_arithmetic_mean():
+    arms = {"none": {"rate": 0.1}, "none:labels=random": {"rate": 1.0, "level": 10.0}}
+    found = findings(results(**arms))
+    assert outcomes(found, LOWER) == [1]
+    assert outcomes(found, LOWER_SUM) == [-1]
 
 
 def test_figure_2():

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,12 @@ FORMS = {
 }
 
 FALLS = "influence falls in training (figure 1)"
-LOWER = "influence is lower on random labels (equation 8, figure 1)"
-LOWER_PER_NORM = "the same of influence per squared gradient norm (not in the paper)"
+LOWER = "influence is lower on random labels (equation 8, figure 1), geometric mean over training"
+LOWER_SUM = "the same of the arithmetic mean, which the highest epochs make"
+LOWER_PER_NORM = "the same of influence ÷ squared gradient norm, geometric mean (not in the paper)"
 SLOWER_FALL = "influence falls more slowly with a Fisher mask than without (figure 2a)"
 SLOWER_RISE = "test loss rises more slowly with a Fisher mask than without (figure 2b)"
+EQUATION_8 = (LOWER, LOWER_SUM, LOWER_PER_NORM)
 CONTROL = " than with a random mask of the same size (control)"
 
 Array = NDArray[np.float64]
@@ -87,8 +90,7 @@ def findings(results: Results) -> list[Finding]:
         other = _with_given_labels(arm)
         if other in present:
             for form in measured:
-                found.append(_lower(results, arm, other, form))
-                found.append(_lower(results, arm, other, form, per_norm=True))
+                found += [_lower(results, arm, other, form, claim) for claim in EQUATION_8]
     for arm in present:
         if parse_arm(arm).strategy == "fisher":
             for other in controls(arm, present):
@@ -132,8 +134,9 @@ def _slope(x: Array, y: Array) -> float:
     return float(np.polyfit(x, y, 1)[0]) if len(x) > 1 else 0.0
 
 
-def _log(values: Array) -> Array:
-    return np.log(np.maximum(values, 1e-300))  # influence may underflow to zero
+def _log(values: Array | np.floating[Any]) -> Array:
+    logs: Array = np.log(np.maximum(values, 1e-300))  # influence may underflow to zero
+    return logs
 
 
 def _with_given_labels(arm: str) -> str | None:
@@ -154,20 +157,20 @@ def _falls(results: Results, arm: str, form: str) -> Finding:
     return _judge(FALLS, f"{text}; at the end it is", paired_difference(last, highest), -1, True)
 
 
-def _lower(results: Results, arm: str, other: str, form: str, per_norm: bool = False) -> Finding:
-    """The geometric mean over training, on random labels against given ones."""
+def _lower(results: Results, arm: str, other: str, form: str, claim: str) -> Finding:
+    """Equation 8 over training, after the start: on random labels against given ones."""
 
     def level(name: str) -> dict[int, float]:
-        values = series(results, name, form)
-        norms = series(results, name, "squared_norm")
-        return {
-            seed: float(np.mean(_log(v)[1:] - (_log(norms[seed][1])[1:] if per_norm else 0.0)))
-            for seed, (_, v) in values.items()
-        }
+        values, norms = (series(results, name, key) for key in (form, "squared_norm"))
+        if claim == LOWER_SUM:
+            return {seed: float(_log(v[1:].mean())) for seed, (_, v) in values.items()}
+        per = {seed: _log(n) if claim == LOWER_PER_NORM else 0.0 for seed, (_, n) in norms.items()}
+        return {seed: float((_log(v) - per[seed])[1:].mean()) for seed, (_, v) in values.items()}
 
-    text = f"{FORMS[form]}{' ÷ squared gradient norm' if per_norm else ''}, {arm_title(arm)}: on "
-    text += f"average over training it is, against {arm_title(other)},"
-    claim = LOWER_PER_NORM if per_norm else LOWER
+    kind = "arithmetic" if claim == LOWER_SUM else "geometric"
+    what = f"{FORMS[form]}{' ÷ squared gradient norm' if claim == LOWER_PER_NORM else ''}"
+    text = f"{what}, {arm_title(arm)}: its {kind} mean over training is, against "
+    text += f"{arm_title(other)},"
     return _judge(claim, text, paired_difference(level(arm), level(other)), -1, True)
 
 

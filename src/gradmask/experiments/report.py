@@ -11,7 +11,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from gradmask.experiments.arms import arm_colours, arm_title, baseline
+from gradmask.experiments.arms import arm_colours, arm_title, baseline, parse_arm
 from gradmask.experiments.claims import conclusion as claims_conclusion
 from gradmask.experiments.claims import findings
 from gradmask.experiments.figures import draw_all, to_png, to_svg
@@ -59,6 +59,7 @@ def write_report(folder: Path, results: Results) -> Path:
     )
     *sentences, conclusion = verdicts(results)
     found = findings(results)
+    masked = any(parse_arm(arm).strategy == "fisher" for arm in arms(results))
     page = templates.get_template("report.html.j2").render(
         results=results,
         config=results["config"],
@@ -68,7 +69,8 @@ def write_report(folder: Path, results: Results) -> Path:
         differences=_differences(results),
         colours=arm_colours(arms(results)),
         sentences=sentences,
-        conclusion=conclusion,
+        conclusion=conclusion if masked or not found else claims_conclusion(found),
+        masked=masked or not found,
         findings=found,
         claims=claims_conclusion(found),
         monitoring=_monitoring_share(results),
@@ -101,8 +103,10 @@ def print_summary(results: Results, console: Console) -> None:
     *sentences, conclusion = verdicts(results)
     for sentence in [s for s in sentences if "against no mask" in s]:
         console.print(sentence, highlight=False)
-    console.print(conclusion, style="bold", highlight=False)
-    if found := findings(results):
+    found = findings(results)
+    if sentences or not found:
+        console.print(conclusion, style="bold", highlight=False)
+    if found:
         console.print("The paper's claims on influence in these runs:", highlight=False)
         console.print(claims_conclusion(found), style="bold", highlight=False)
 
