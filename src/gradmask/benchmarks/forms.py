@@ -91,11 +91,11 @@ def jacobian_products(model: nn.Module, gradients: list[Gradients], probe: Tenso
 
 
 def _bounded(method: str, fisher: str, mebibytes: int) -> Callable[..., Task]:
-    """Influence of half of the samples on the others; of eight if each has passes of its own."""
+    """Influence of half of the samples on the others; of four if each has passes of its own."""
 
     def prepare(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
         half = len(inputs) // 2
-        n = half if fisher == "empirical" else min(half, 8)
+        n = half if fisher == "empirical" else min(half, 4)
         probe = (inputs[half:], targets[half:]) if fisher == "empirical" else inputs[half:]
         return lambda: gradmask.influence(
             model,

@@ -44,7 +44,7 @@ def bench_influence(
         step_sources: Sources of the divergence and of the exact quadratic form.
         step_probe: Probe samples of these two.
         memory: MiB that gradients and activations may take in the timed calls.
-        batch_size: Samples in the calls whose memory is measured (default: 512), half of them
+        batch_size: Samples in the calls whose memory is measured (default: 256), half of them
             sources.
         rounds: Times everything is timed.
         device: Device to measure on.
@@ -109,7 +109,7 @@ def bench_influence(
     table = Table(title=f"{name}, {size}, torch {torch.__version__}")
     for title in ("", "size", "seconds", "÷", "of", *(f"MB at {m}" for m in forms.MEBIBYTES)):
         table.add_column(title, justify="left" if title in ("", "of") else "right")
-    samples = batch_size or 512
+    samples = batch_size or 256
     for form, (least, _) in baselines.items():
         n, probes = data[form][0], probe if form == "Gram matrix" else step_probe
         peaks = [
