@@ -16,7 +16,7 @@ from cases import (
 from torch import nn
 
 from gradmask import fisher_diagonal
-from gradmask.fisher import rules
+from gradmask.fisher import linear, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
@@ -203,25 +203,25 @@ def test_wide_linear_with_long_sequences():
 @pytest.mark.parametrize("shape", [(3, 5), (70, 9), (1, 4)])
 def test_ways_to_the_squares_of_a_linear_layer(way, shape, monkeypatch):
     if way == "loop":
-        monkeypatch.setattr(rules, "LOOP_POSITIONS", 1)
-        monkeypatch.setattr(rules, "LOOP_ELEMENTS", 1)
+        monkeypatch.setattr(linear, "LOOP_POSITIONS", 1)
+        monkeypatch.setattr(linear, "LOOP_ELEMENTS", 1)
     elif way == "neither":
-        monkeypatch.setattr(rules, "can_add_squared_products", lambda *_: False)
+        monkeypatch.setattr(linear, "can_add_squared_products", lambda *_: False)
     positions, inputs = shape
     x = torch.randn(4, positions, inputs, dtype=torch.float64)
     g = torch.randn(6, positions, 4, dtype=torch.float64).permute(2, 1, 0)
     total = torch.rand(6, inputs, dtype=torch.float64)
     expected = total + torch.einsum("npk,npd->nkd", g, x).square().sum(0)
-    rules.add_linear_squares(total, x, g)
+    linear.add_linear_squares(total, x, g)
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
 
 
 def test_large_products_go_one_after_the_other(monkeypatch):
     calls = []
-    monkeypatch.setattr(rules, "can_add_squared_products", lambda *_: True)
-    monkeypatch.setattr(rules, "add_squared_products", lambda *_: calls.append(1))
+    monkeypatch.setattr(linear, "can_add_squared_products", lambda *_: True)
+    monkeypatch.setattr(linear, "add_squared_products", lambda *_: calls.append(1))
     for positions, size, kernel in ((64, 256, False), (63, 256, True), (64, 255, True)):
         calls.clear()
         x = torch.randn(2, positions, 256)
-        rules.add_linear_squares(torch.zeros(size, 256), x, torch.randn(2, positions, size))
+        linear.add_linear_squares(torch.zeros(size, 256), x, torch.randn(2, positions, size))
         assert bool(calls) == kernel

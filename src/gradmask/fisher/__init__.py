@@ -1,6 +1,7 @@
 """The diagonal of the Fisher information: rules per layer, capture, reference, public function."""
 
 from gradmask.fisher import convolution as convolution  # registers its rules
+from gradmask.fisher import linear as linear
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.rules import register_rule
 

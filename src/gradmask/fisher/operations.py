@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradmask.fisher.calls import Call, full_precision
 from gradmask.fisher.graph import Node
-from gradmask.fisher.rules import add_linear_squares
+from gradmask.fisher.linear import add_linear_squares
 
 Factor = Callable[[], Tensor | float]
 

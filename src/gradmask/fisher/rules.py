@@ -8,7 +8,7 @@ samples directly, where that is cheaper than forming the per-sample gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,12 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-
-from gradmask.kernels import (
-    add_squared_products,
-    can_add_squared_products,
-    weigh_squared_products,
-)
 
 Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 AddSquares = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], None]
@@ -49,10 +43,6 @@ AsProduct = Callable[[nn.Module, Tensor, Tensor], Product | None]
 # CPU few enough to stay in its cache until they are squared, on a GPU enough to keep it busy.
 CHUNK_ELEMENTS = 1 << 20
 CHUNK_ELEMENTS_CUDA = 1 << 26
-# From these sizes on, a linear layer's gradients are faster formed one after the other on a CPU
-# than by the kernel that forms none (docs/performance.md).
-LOOP_POSITIONS = 64
-LOOP_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -146,98 +136,6 @@ def trains(module: nn.Module, name: str) -> bool:
     """Whether a layer has a parameter of that name that is trained."""
     parameter = module._parameters.get(name)
     return parameter is not None and parameter.requires_grad
-
-
-def _tokens(tensor: Tensor) -> Tensor:
-    """Fold all dimensions between the samples and the features into one."""
-    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
-
-
-def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
-    """Add Σ_n (Σ_p g[n, p, k] · x[n, p, d])² to total[k, d], the fastest way there is.
-
-    Args:
-        total: Shape (K, D), changed in place.
-        x: Inputs, shape (N, P, D), any strides.
-        g: Gradients of the outputs, shape (N, P, K), any strides.
-    """
-    if x.shape[1] == 1:
-        total.addmm_(g[:, 0].square().t(), x[:, 0].square())
-    elif not _is_large(total, x) and can_add_squared_products(total, g, x):
-        add_squared_products(total, g.mT, x, *_places(x))
-    elif x.is_cuda:
-        chunk = chunk_size([total])
-        for xp, gp in zip(x.split(chunk), g.split(chunk), strict=True):
-            total += (gp.mT @ xp).square_().sum(0)
-    else:
-        for xn, gn in zip(x, g, strict=True):  # one gradient stays in cache between its two uses
-            gradient = gn.t() @ xn
-            total.addcmul_(gradient, gradient)
-
-
-def _places(x: Tensor) -> Iterator[Tensor]:
-    """Positions and features in a sample's memory."""
-    steps = zip(x.shape[1:], x.stride()[1:], strict=True)
-    return (torch.arange(size) * step for size, step in steps)
-
-
-def _is_large(total: Tensor, x: Tensor) -> bool:
-    """Whether the product of one sample's matrices is large enough to be fast by itself."""
-    return x.shape[1] >= LOOP_POSITIONS and total.numel() >= LOOP_ELEMENTS and not x.is_cuda
-
-
-def _add_linear_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
-    x, g = _tokens(x), _tokens(g)
-    if g.shape[1] == 1:
-        squares = g[:, 0].square()
-        if "weight" in totals:  # a gradient of rank one: its square is the product of the squares
-            totals["weight"].addmm_(squares.t(), x[:, 0].square())
-        if "bias" in totals:
-            totals["bias"] += squares.sum(0)
-        return
-    if "weight" in totals:
-        add_linear_squares(totals["weight"], x, g)
-    if "bias" in totals:
-        totals["bias"] += g.sum(1).square_().sum(0)
-
-
-def _weigh_linear_squares(
-    module: nn.Module, x: Tensor, g: Tensor, weights: dict[str, Tensor]
-) -> Tensor | None:
-    x, g = _tokens(x), _tokens(g)
-    values = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    if "weight" in weights:
-        weight = weights["weight"]
-        if g.shape[1] == 1:  # rank one, as above
-            values += ((g[:, 0].square() @ weight) * x[:, 0].square()).sum(1)
-        elif not (x.is_cuda or _is_large(weight, x)) and can_add_squared_products(weight, g, x):
-            values += weigh_squared_products(weight, g.mT, x, *_places(x))
-        else:
-            return None
-    if "bias" in weights:
-        values += g.sum(1).square_() @ weights["bias"]
-    return values
-
-
-def _as_linear_product(module: nn.Module, x: Tensor, g: Tensor) -> Product:
-    return Product(_tokens(g).mT, _tokens(x).mT, lambda inputs: inputs)
-
-
-@register_rule(
-    nn.Linear,
-    add_squares=_add_linear_squares,
-    weigh_squares=_weigh_linear_squares,
-    as_product=_as_linear_product,
-)
-def linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Σ_t g_t x_tᵀ over the positions t; input (N, ..., in), output gradient (N, ..., out)."""
-    x, g = _tokens(x), _tokens(g)
-    out = {}
-    if trains(module, "weight"):
-        out["weight"] = g.transpose(1, 2) @ x
-    if trains(module, "bias"):
-        out["bias"] = g.sum(1)
-    return out
 
 
 def _scale_and_shift(module: nn.Module, normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
