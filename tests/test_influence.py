@@ -174,8 +174,11 @@ def unused():
 def bare():
     """Parameters outside of layers: a product, a sum, and one that only autograd can explain."""
     return Net(
-        lambda m, x: (m.net(x) * m.scale + m.shift) @ torch.linalg.matrix_exp(m.odd),
+        lambda m, x: (
+            (m.net(x) * m.scale + m.shift) @ torch.linalg.matrix_exp(m.odd) / m.temperature
+        ),
         net=mlp(),
+        temperature=nn.Parameter(torch.tensor(1.3)),  # without a dimension
         scale=nn.Parameter(torch.ones(CLASSES)),
         shift=nn.Parameter(torch.zeros(CLASSES)),
         odd=nn.Parameter(torch.zeros(CLASSES, CLASSES)),

@@ -151,7 +151,7 @@ def _formed(parts: Parts, wanted: slice) -> dict[str, Tensor]:
             continue
         own = slice(start - rows.start, stop - rows.start)
         for name, gradient in per_sample_together(calls, own).items():
-            flat = gradient.flatten(1)
+            flat = gradient.reshape(len(gradient), -1)
             if own.stop - own.start == wanted.stop - wanted.start:
                 found[name] = flat
                 continue
@@ -183,5 +183,7 @@ def weighted_squares(total: Tensor, groups: Groups, weights: dict[str, Tensor]) 
         for start in range(0, len(total), chunk):
             rows = slice(start, min(start + chunk, len(total)))
             for name, gradient in per_sample_together(group, rows).items():
-                total[rows] += gradient.square().flatten(1) @ weights[name].flatten()
+                total[rows] += (
+                    gradient.square().reshape(len(gradient), -1) @ weights[name].flatten()
+                )
     return total
