@@ -46,7 +46,7 @@ bench: $(READY) ## measure speed and memory, with other libraries beside
 	$(BIN)/gradmask bench fisher --model mlp
 	$(BIN)/gradmask bench fisher --model encoder
 	$(BIN)/gradmask bench layers
-	$(BIN)/gradmask bench influence
+	$(BIN)/gradmask bench influence --rounds 1
 	$(BIN)/gradmask bench step
 	$(BIN)/gradmask bench threshold
 
