@@ -213,10 +213,13 @@ def _audit(parsed: argparse.Namespace) -> int:
     from gradmask.experiments.audit_files import write_audit_files
     from gradmask.experiments.audit_report import print_audit, write_audit_report
 
-    given = {k: v for k, v in vars(parsed).items() if v is not None and k != "command"}
-    options = Audit(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parsed).items()
+        if value is not None and name != "command"
+    }
     console = _console()
-    audited = run_audit(options, console)
+    audited = run_audit(Audit(**options), console)
     write_audit_files(audited)
     page = write_audit_report(audited)
     print_audit(audited, console)
