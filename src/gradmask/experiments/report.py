@@ -53,7 +53,8 @@ def write_report(folder: Path, results: Results) -> Path:
     *sentences, conclusion = verdicts(results)
     found = findings(results)
     masked = any(parse_arm(arm).strategy == "fisher" for arm in arms(results))
-    page = templates().get_template("report.html.j2").render(
+    template = templates().get_template("report.html.j2")
+    page = template.render(
         results=results,
         config=results["config"],
         yaml=yaml.safe_dump(results["config"], sort_keys=False, default_flow_style=None),
