@@ -106,7 +106,7 @@ FORMS = (
         "different_per_norm",
         "on other classes / norm²",
         _LOW,
-        _LOW,
+        _HIGH,
         False,
         lambda m: m.per_norm(m.different),
     ),
