@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradmask import gradient_norms, influence
+import gradmask
 
 # The score that ranks samples unless another is asked for.
 KEPT = "loss"
@@ -159,11 +159,11 @@ def measure(
     for rows in torch.arange(len(labels), device=labels.device).split(block):
         samples = prepare(images[rows]), labels[rows]
         losses, margins = _outputs(model, *samples)
-        norms = gradient_norms(model, samples, memory=MEMORY).double()
-        pairs = influence(
+        norms = gradmask.gradient_norms(model, samples, memory=MEMORY).double()
+        pairs = gradmask.influence(
             model, samples, seen, step=step, fisher=fisher, pairwise=True, memory=MEMORY
         ).double()
-        diagonal = influence(
+        diagonal = gradmask.influence(
             model, samples, seen, step=step, fisher=fisher, method="diagonal", memory=MEMORY
         )
         if fisher == "empirical":  # F is g gᵀ there
@@ -197,7 +197,7 @@ def _self_influence(
     parts = zip(*(values.split(SELF_BLOCK) for values in samples), strict=True)
     return torch.cat(
         [
-            influence(model, (x, y), x, step=step, fisher=fisher, pairwise=True).diagonal()
+            gradmask.influence(model, (x, y), x, step=step, fisher=fisher, pairwise=True).diagonal()
             for x, y in parts
         ]
     )
