@@ -1,4 +1,4 @@
-"""The command line: `gradmask run`, `gradmask recipes`, `gradmask report`, `gradmask bench`.
+"""The command line: `gradmask run`, `recipes`, `report`, `audit` and `bench`.
 
 Options are typed once, in the dataclasses `Comparison` and `TheoremCheck`. jsonargparse was chosen
 to read them because one parser then checks the command line and a YAML file alike, by the same
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answe
     from gradmask.experiments.statistics import Results
     from gradmask.experiments.theorem_config import TheoremCheck
 
-COMMANDS = ("run", "recipes", "report", "bench")
+COMMANDS = ("run", "recipes", "report", "audit", "bench")
 _LISTS = ("arms", "models", "seeds", "monitor")
 
 
@@ -65,6 +65,7 @@ def _main(words: list[str]) -> int:
     commands.add_parser("recipes", help="list the recipes")
     report = commands.add_parser("report", help="build the report of a run again")
     report.add_argument("directory", type=Path, help="output folder of a run")
+    _add_audit(commands)
     _add_bench(commands)
     # Argparse would take a leading option for its own.
     if words[:1] == ["run"]:
@@ -76,6 +77,8 @@ def _main(words: list[str]) -> int:
         return _recipes()
     if parsed.command == "bench":
         return _bench(parsed)
+    if parsed.command == "audit":
+        return _audit(parsed)
     return _report(parsed.directory)
 
 
@@ -189,6 +192,39 @@ def _size(words: list[str]) -> tuple[str | None, list[str]]:
     except argparse.ArgumentError as error:
         raise OptionError("--size needs a value.") from error
     return found.size, rest
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser("audit", help="rank training samples by what is memorised")
+    audit.add_argument("folder", type=Path, help="output folder of a run with --save-every")
+    audit.add_argument("--arm", help="kind of mask of the runs (none)")
+    audit.add_argument("--seeds", type=int, nargs="+", help="seeds to audit (all)")
+    audit.add_argument("--epochs", type=int, nargs="+", help="epochs to score at (all kept)")
+    audit.add_argument("--fisher", help="empirical, sampled or exact (empirical)")
+    audit.add_argument("--probe", type=int, help="training samples to measure influence on (200)")
+    audit.add_argument("--score", help="what ranks the samples: loss, influence, ... (loss)")
+    audit.add_argument("--top", type=int, help="images on the contact sheet (100)")
+    audit.add_argument("--device", help="auto, cpu, cuda, ... (auto)")
+    audit.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice)")
+
+
+def _audit(parsed: argparse.Namespace) -> int:
+    from gradmask.experiments.audit import Audit, run_audit
+    from gradmask.experiments.audit_files import write_audit_files
+    from gradmask.experiments.audit_report import print_audit, write_audit_report
+
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parsed).items()
+        if value is not None and name != "command"
+    }
+    console = _console()
+    audited = run_audit(Audit(**options), console)
+    write_audit_files(audited)
+    page = write_audit_report(audited)
+    print_audit(audited, console)
+    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+    return 0
 
 
 def _add_bench(commands: Any) -> None:

@@ -200,6 +200,17 @@ def to_plain(config: RunOptions) -> dict[str, Any]:
     }
 
 
+def from_plain(options: dict[str, Any]) -> Comparison:
+    """Options as `to_plain` wrote them, perhaps by an earlier version that had fewer."""
+    known = {field.name for field in fields(Comparison)}
+    turned: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if name in known
+    }
+    return Comparison(**turned | {"output": Path(options["output"])})
+
+
 def to_yaml(config: RunOptions) -> str:
     """Options as the YAML that `gradmask run RECIPE --config` reads."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)

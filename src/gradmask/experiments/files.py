@@ -37,7 +37,7 @@ def _dump(value: Any, indent: str = "") -> str:
     """JSON with one line for each epoch, option and parameter."""
     inner = indent + "  "
     if isinstance(value, dict) and "epoch" not in value:
-        lines = [f"{inner}{json.dumps(k)}: {_dump(v, inner)}" for k, v in value.items()]
+        lines = [f"{inner}{json.dumps(str(k))}: {_dump(v, inner)}" for k, v in value.items()]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     if isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
         return "[\n" + ",\n".join(inner + _dump(v, inner) for v in value) + f"\n{indent}]"

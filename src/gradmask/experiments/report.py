@@ -50,17 +50,11 @@ def write_report(folder: Path, results: Results) -> Path:
         write_atomically(folder / "figures" / f"{name}.png", to_png(figure))
     for name, table in to_csv(results).items():
         write_atomically(folder / f"{name}.csv", table)
-    templates = Environment(
-        loader=PackageLoader("gradmask.experiments"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     *sentences, conclusion = verdicts(results)
     found = findings(results)
     masked = any(parse_arm(arm).strategy == "fisher" for arm in arms(results))
-    page = templates.get_template("report.html.j2").render(
+    template = templates().get_template("report.html.j2")
+    page = template.render(
         results=results,
         config=results["config"],
         yaml=yaml.safe_dump(results["config"], sort_keys=False, default_flow_style=None),
@@ -80,6 +74,17 @@ def write_report(folder: Path, results: Results) -> Path:
     path = folder / "report.html"
     write_atomically(path, page)
     return path
+
+
+def templates() -> Environment:
+    """The templates of pages; what they are given is escaped."""
+    return Environment(
+        loader=PackageLoader("gradmask.experiments"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def print_summary(results: Results, console: Console) -> None:

@@ -1,0 +1,69 @@
+"""Files of an audit: a row for each training sample, and how well each score finds wrong labels."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gradmask.experiments.audit import Audited
+from gradmask.experiments.compare import environment, to_plain
+from gradmask.experiments.components import resolve_device
+from gradmask.experiments.detection import ranking
+from gradmask.experiments.files import write_atomically, write_json
+
+AUDIT_VERSION = 1
+
+
+def write_audit_files(audited: Audited) -> None:
+    """Write `audit.json`, and `scores-seed<k>.csv` for each seed, in the folder's `audit/`.
+
+    Args:
+        audited: What the audit found.
+    """
+    folder = audited.options.folder / "audit"
+    for seed in audited.runs:
+        write_atomically(folder / f"scores-seed{seed}.csv", _csv(audited, seed))
+    write_json(
+        folder / "audit.json",
+        {
+            "version": AUDIT_VERSION,
+            "audit": plain_options(audited),
+            "config": to_plain(audited.config),
+            "environment": environment(resolve_device(audited.options.device)),
+            "ranked_by": asdict(audited.choice),
+            "detection": audited.detection and audited.detection.to_plain(),
+        },
+    )
+
+
+def plain_options(audited: Audited) -> dict[str, Any]:
+    """Options of the audit as values that YAML and JSON know."""
+    plain = {tuple: list, Path: str}
+    return {
+        name: next((turn(v) for kind, turn in plain.items() if isinstance(v, kind)), v)
+        for name, v in asdict(audited.options).items()
+    }
+
+
+def _csv(audited: Audited, seed: int) -> str:
+    """Labels of each sample, its scores at the epochs that count for each, and its rank."""
+    run, choices = audited.runs[seed], audited.choices
+    names = run.data.class_names
+    ranks = (ranking(audited.choice.of(run.scores)).argsort() + 1).tolist()
+    columns = [run.scores[choice.form][choice.rule].tolist() for choice in choices.values()]
+    given, clean = run.data.train_labels.tolist(), run.data.train_clean_labels.tolist()
+    known = audited.detection is not None
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    labels = ["given_label", *(["clean_label", "wrong"] if known else [])]
+    scores = [f"{choice.form} ({choice.rule})" for choice in choices.values()]
+    writer.writerow(["index", *labels, *scores, "rank"])
+    for i, rank in enumerate(ranks):
+        row = [i, names[given[i]]]
+        if known:
+            row += [names[clean[i]], int(given[i] != clean[i])]
+        writer.writerow([*row, *(f"{column[i]:.6g}" for column in columns), rank])
+    return text.getvalue()
