@@ -150,6 +150,33 @@ RECIPES = (
         _SIZES,
     ),
     Recipe(
+        "table1-cifar100",
+        "test accuracy with the mask in both readings of the paper's 0.75, and controls (table 1)",
+        {
+            "data": "uoft-cs/cifar100",
+            # "Coefficient 0.75": three quarters learn, or three quarters are masked.
+            "arms": (
+                "none",
+                "fisher:keep=0.25",
+                "fisher:keep=0.75",
+                "random:keep=0.25",
+                "random:keep=0.75",
+                "random_matched:keep=0.25",
+                "random_matched:keep=0.75",
+                "inverse:keep=0.25",
+                "inverse:keep=0.75",
+                "fisher:keep=0.25:scope=update",
+                "fisher:keep=0.75:scope=update",
+            ),
+            "schedule": "cosine",
+        },
+        {
+            "small": _SIZES["small"] | {"train_size": 5000, "epochs": 25},
+            "paper": {"model": "cifar_resnet18", "epochs": 200},
+            "digits": _SIZES["digits"] | {"augment": False},
+        },
+    ),
+    Recipe(
         "theorem1",
         "exact divergence against its quadratic and diagonal form, step by step (theorem 1)",
         sizes=THEOREM_SIZES,

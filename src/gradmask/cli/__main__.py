@@ -1,0 +1,7 @@
+"""`python -m gradmask.cli`."""
+
+import sys
+
+from gradmask.cli import main
+
+sys.exit(main())

@@ -1,0 +1,134 @@
+"""The options of `gradmask run`, from the command line and YAML files.
+
+They are typed once, in the dataclasses `Comparison` and `TheoremCheck`. jsonargparse was chosen to
+read them because one parser then checks the command line and a YAML file alike, by the same types.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradmask.errors import OptionError, check_choice
+
+if TYPE_CHECKING:
+    from gradmask.experiments.config import Comparison
+    from gradmask.experiments.theorem_config import TheoremCheck
+
+_LISTS = ("arms", "models", "seeds", "monitor")
+
+
+def read_options(words: list[str]) -> Comparison | TheoremCheck:
+    """Read the options: defaults, over them the recipe's, a YAML file's, the command line's.
+
+    Args:
+        words: What follows `gradmask run`.
+
+    Returns:
+        The recipe's options.
+
+    Raises:
+        OptionError: If the recipe or an option is unknown, or a value cannot work.
+    """
+    from jsonargparse import ArgumentParser
+
+    from gradmask.experiments.recipes import find_recipe
+
+    class Parser(ArgumentParser):
+        def format_help(self, *args: Any, **kwargs: Any) -> str:
+            text = super().format_help(*args, **kwargs)
+            return re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
+
+    named = bool(words) and not words[0].startswith("-")
+    recipe = find_recipe(words[0] if named else "compare")
+    size, words = _size(words[named:])
+    parser = Parser(
+        prog=f"gradmask run {recipe.name}", description=recipe.description, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    if recipe.sizes:
+        parser.add_argument("--size", help=f"preset: {', '.join(recipe.sizes)}")
+    parser.add_class_arguments(recipe.kind)
+    names = [field.name for field in fields(recipe.kind)]
+    defaults = recipe.config(size)
+    parser.set_defaults({name: getattr(defaults, name) for name in names})
+    normal = _normal_form(words, [*names, "config", "print_config", "help"])
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    files.add_argument("--config", action="append", default=[])
+    try:
+        for file in files.parse_known_args(normal)[0].config:
+            _check_file(file, names)
+        parsed = parser.parse_args(normal)
+    except argparse.ArgumentError as error:
+        raise OptionError(_plain(str(error))) from error
+    return recipe.kind(**{name: getattr(parsed, name) for name in names})
+
+
+def _size(words: list[str]) -> tuple[str | None, list[str]]:
+    """Take `--size` out: the defaults of all other options depend on it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--size")
+    try:
+        found, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise OptionError("--size needs a value.") from error
+    return found.size, rest
+
+
+def _normal_form(words: list[str], known: list[str]) -> list[str]:
+    """Options as jsonargparse wants them: underscores, lists in brackets; unknown names refused."""
+    normal: list[str] = []
+    place = 0
+    while place < len(words):
+        word = words[place]
+        place += 1
+        if not word.startswith("--"):
+            normal.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        check_choice("option", name, known)
+        if name in _LISTS:
+            items = [value] if equals else []
+            while not equals and place < len(words) and not words[place].startswith("--"):
+                items.append(words[place])
+                place += 1
+            text = ",".join(items)
+            normal.append(f"--{name}={text if text.startswith('[') else f'[{text}]'}")
+        else:
+            normal.append(f"--{name}{equals}{value}")
+    return normal
+
+
+def _check_file(file: str, names: list[str]) -> None:
+    """Refuse a YAML file in plain words; jsonargparse would speak of its parser."""
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"config={file!r} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "it is not plain text in UTF-8"
+        raise OptionError(f"config={file!r} is not valid YAML{where}: {reason}.") from error
+    if not isinstance(options, dict):
+        raise OptionError(f"config={file!r} holds no options: write lines such as 'keep: 0.25'.")
+    for name in options:
+        check_choice(f"{file} option", name, names)
+
+
+def _plain(message: str) -> str:
+    """Jsonargparse's message in the words of the other errors."""
+    text = " ".join(line.strip() for line in message.splitlines() if line.strip())
+    found = re.match(r'Parser key "(\w+)": .*?(?:<class \'(\w+)\'>|Literal\[(.*?)\]).*: (.*)', text)
+    if not found:
+        return text
+    name, kind, choices, value = found.groups()
+    if choices:
+        check_choice(name, value, re.findall(r"'(\w+)'", choices))
+    return f"{name}={value!r} is not of the type {kind}."
