@@ -13,9 +13,11 @@ from gradmask.experiments.claims import (
     LOWER_SUM,
     SLOWER_FALL,
     SLOWER_RISE,
+    SMALLER_RISE,
     conclusion,
     decay,
     findings,
+    overfitting_rise,
     overfitting_slope,
 )
 from gradmask.experiments.tables import to_csv
@@ -56,7 +58,8 @@ def outcomes(found, claim):
 def test_slopes():
     losses = np.array([3.0, 2.0, 1.0, 1.5, 2.0, 2.5])
     assert overfitting_slope(losses) == pytest.approx(0.5)
-    assert overfitting_slope(losses[:3]) == 0.0
+    assert overfitting_rise(losses) == 1.5
+    assert overfitting_slope(losses[:3]) == overfitting_rise(losses[:3]) == 0.0
     assert overfitting_slope(losses[:4]) == 0.0  # one point more is no trend
     epochs = np.array([0.0, 2.0, 4.0, 6.0])
     influence = np.array([100.0, 1.0, np.exp(-1), np.exp(-2)])
@@ -109,9 +112,9 @@ def test_figure_2():
     }
     found = findings(results(**arms))
     assert outcomes(found, SLOWER_FALL) == [1, -1]
-    assert outcomes(found, SLOWER_RISE) == [1, -1]
+    assert outcomes(found, SLOWER_RISE) == outcomes(found, SMALLER_RISE) == [1, -1]
     control = [f for f in found if "random mask of the same size" in f.claim]
-    assert [f.outcome for f in control] == [-1, -1]
+    assert [f.outcome for f in control] == [-1, -1, -1]
     sentence = next(f.sentence for f in found if f.claim == SLOWER_FALL)
     assert "from epoch 4 on its logarithm changes by -0.100 an epoch, with no mask" in sentence
     text = conclusion(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -31,6 +32,7 @@ LOWER_PER_NORM = "the same of influence ÷ squared gradient norm, geometric mean
 SLOWER_FALL = "influence falls more slowly with a Fisher mask than without (figure 2a)"
 SLOWER_RISE = "test loss rises more slowly with a Fisher mask than without (figure 2b)"
 EQUATION_8 = (LOWER, LOWER_SUM, LOWER_PER_NORM)
+SMALLER_RISE = "test loss rises less to the end of training with a Fisher mask than without"
 CONTROL = " than with a random mask of the same size (control)"
 
 Array = NDArray[np.float64]
@@ -95,7 +97,7 @@ def findings(results: Results) -> list[Finding]:
         if parse_arm(arm).strategy == "fisher":
             for other in controls(arm, present):
                 found += [_slower_fall(results, arm, other, form) for form in measured]
-                found.append(_slower_rise(results, arm, other))
+                found += [_rise(results, arm, other, claim) for claim in RISES]
     return found
 
 
@@ -124,10 +126,22 @@ def overfitting_slope(losses: Array) -> float:
     return _slope(np.arange(len(after), dtype=float), after) if len(after) > 2 else 0.0
 
 
+def overfitting_rise(losses: Array) -> float:
+    """Rise of the test loss from its minimum to the last epoch, in nats."""
+    return float(losses[-1] - losses.min())
+
+
 def decay(epochs: Array, influence: Array, start: float) -> float:
     """Slope of log influence in epochs from `start` on, by least squares; negative if it falls."""
     chosen = epochs >= start
     return _slope(epochs[chosen], _log(influence[chosen]))
+
+
+# How the test loss rises after its minimum: a number, and its unit.
+RISES: dict[str, tuple[Callable[[Array], float], str]] = {
+    SLOWER_RISE: (overfitting_slope, " an epoch"),
+    SMALLER_RISE: (overfitting_rise, " to the end"),
+}
 
 
 def _slope(x: Array, y: Array) -> float:
@@ -191,21 +205,22 @@ def _slower_fall(results: Results, arm: str, other: str, form: str) -> Finding:
     return _judge(_against(SLOWER_FALL, other), text, paired_difference(*rates), 1, False)
 
 
-def _slower_rise(results: Results, arm: str, other: str) -> Finding:
-    slopes = [
+def _rise(results: Results, arm: str, other: str, claim: str) -> Finding:
+    number, unit = RISES[claim]
+    rises = [
         {
-            run["seed"]: overfitting_slope(np.array([row["test_loss"] for row in run["epochs"]]))
+            run["seed"]: number(np.array([row["test_loss"] for row in run["epochs"]]))
             for run in results["runs"]
             if run["arm"] == name
         }
         for name in (arm, other)
     ]
-    here, there = (mean(slope.values()) for slope in slopes)
+    here, there = (mean(rise.values()) for rise in rises)
     text = (
-        f"Test loss, {arm_title(arm)}: after its minimum it rises by {here:.4f} an epoch, with "
+        f"Test loss, {arm_title(arm)}: after its minimum it rises by {here:.4f}{unit}, with "
         f"{_named(other)} by {there:.4f}, difference"
     )
-    return _judge(_against(SLOWER_RISE, other), text, paired_difference(*slopes), -1, False)
+    return _judge(_against(claim, other), text, paired_difference(*rises), -1, False)
 
 
 def _named(arm: str) -> str:
