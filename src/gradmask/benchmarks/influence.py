@@ -44,8 +44,8 @@ def bench_influence(
         step_sources: Sources of the divergence and of the exact quadratic form.
         step_probe: Probe samples of these two.
         memory: MiB that gradients and activations may take in the timed calls.
-        batch_size: Samples in the calls whose memory is measured (default: 256), half of them
-            sources.
+        batch_size: Samples in the calls whose memory is measured, half of them sources (default:
+            256, and 32 where the work is one of all pairs).
         rounds: Times everything is timed.
         device: Device to measure on.
         shape: Shape of one sample (default: the workload's own).
@@ -109,9 +109,9 @@ def bench_influence(
     table = Table(title=f"{name}, {size}, torch {torch.__version__}")
     for title in ("", "size", "seconds", "÷", "of", *(f"MB at {m}" for m in forms.MEBIBYTES)):
         table.add_column(title, justify="left" if title in ("", "of") else "right")
-    samples = batch_size or 256
     for form, (least, _) in baselines.items():
         n, probes = data[form][0], probe if form == "Gram matrix" else step_probe
+        samples = batch_size or (32 if form in ("quadratic", "kl") else 256)
         peaks = [
             peak_megabytes(name, f"{form}, {m}", samples, device, shape) for m in forms.MEBIBYTES
         ]

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from gradmask import __version__
 from gradmask.cli.bench import add_bench, bench_refresh, run_bench
 from gradmask.cli.options import read_options
+from gradmask.cli.terminal import terminal
 from gradmask.errors import GradmaskError, check_choice
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
-    from rich.console import Console
-
     from gradmask.experiments.statistics import Results
 
 COMMANDS = ("run", "recipes", "report", "audit", "bench")
@@ -82,8 +81,8 @@ def _run(words: list[str]) -> int:
 
     config = read_options(words)
     if not isinstance(config, Comparison):
-        return _show_theorem(config.output, run_theorem(config, _console()))
-    results = run_comparison(config, Progress(_console()))
+        return _show_theorem(config.output, run_theorem(config, terminal()))
+    results = run_comparison(config, Progress(terminal()))
     return _show(config.output, results)
 
 
@@ -99,7 +98,7 @@ def _report(directory: Path) -> int:
 def _show(directory: Path, results: Results) -> int:
     from gradmask.experiments.report import print_summary, write_report
 
-    console = _console()
+    console = terminal()
     print_summary(results, console)
     page = write_report(directory, results)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
@@ -109,25 +108,17 @@ def _show(directory: Path, results: Results) -> int:
 def _show_theorem(directory: Path, results: Results) -> int:
     from gradmask.experiments.theorem_report import print_theorem, write_theorem
 
-    console = _console()
+    console = terminal()
     print_theorem(results, console)
     write_theorem(directory, results)
     console.print(f"Tables and figure: {directory}", soft_wrap=True, highlight=False)
     return 0
 
 
-def _console() -> Console:
-    """The terminal; a file or pipe has no width of its own, so it gets room for every column."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
-
-
 def _recipes() -> int:
     from gradmask.experiments.recipes import RECIPES
 
-    console = _console()
+    console = terminal()
     for recipe in RECIPES:
         console.print(f"[bold]{recipe.name}[/bold]  {recipe.description}", highlight=False)
         options = "  ".join(f"{name}={value}" for name, value in recipe.options.items())
@@ -163,7 +154,7 @@ def _audit(parsed: argparse.Namespace) -> int:
         for name, value in vars(parsed).items()
         if value is not None and name != "command"
     }
-    console = _console()
+    console = terminal()
     audited = run_audit(Audit(**options), console)
     write_audit_files(audited)
     page = write_audit_report(audited)

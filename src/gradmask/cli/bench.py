@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gradmask.cli.options import read_options
+from gradmask.cli.terminal import terminal
 from gradmask.errors import OptionError
 
 
@@ -49,8 +50,6 @@ def add_bench(commands: Any) -> None:
 
 def run_bench(parsed: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
-    from rich.console import Console
-
     from gradmask.benchmarks.fisher import bench_fisher
     from gradmask.benchmarks.influence import bench_influence
     from gradmask.benchmarks.layers import bench_layers
@@ -65,7 +64,7 @@ def run_bench(parsed: argparse.Namespace) -> int:
     }
     options = {k: v for k, v in vars(parsed).items() if k not in ("command", "what", "model")}
     model = [parsed.model] if "model" in parsed else []
-    Console().print(benches[parsed.what](*model, **options))
+    terminal().print(benches[parsed.what](*model, **options))
     return 0
 
 
