@@ -59,11 +59,11 @@ def test_finished_runs_are_not_done_again(config, monkeypatch):
     whole = run_comparison(change(config, output=config.output.with_name("whole")), quiet())
     original, calls = train.train_run, []
 
-    def counted(config, data, arm, seed, *rest):
+    def counted(config, data, arm, seed, *rest, **options):
         calls.append((arm, seed))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(config, data, arm, seed, *rest)
+        return original(config, data, arm, seed, *rest, **options)
 
     monkeypatch.setattr(compare, "train_run", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -98,7 +98,7 @@ def test_folder_of_a_different_run_is_refused(config, changes):
 
 
 def test_folder_without_a_finished_run_is_taken_over(config, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

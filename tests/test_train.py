@@ -76,10 +76,10 @@ def test_measurements_are_written_as_it_goes(options, tmp_path):
 
 
 def test_wrong_labels_are_learnt_by_heart(options, tmp_path):
-    rows = run(tmp_path, options, "none", epochs=60, width=64)["epochs"]
+    rows = run(tmp_path / "1", options, "none", epochs=60, width=64)["epochs"]
     assert rows[0]["memorised"] < 0.3
     assert rows[-1]["memorised"] > 0.8
-    assert "memorised" not in run(tmp_path, options, "none", label_noise=0.0)["epochs"][0]
+    assert "memorised" not in run(tmp_path / "2", options, "none", label_noise=0.0)["epochs"][0]
 
 
 def test_training_is_a_plain_loop(options, tmp_path, monkeypatch):

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gradmask import fisher_diagonal, make_masks
-from gradmask.experiments.compare import environment, to_plain
+from gradmask.experiments.compare import environment
 from gradmask.experiments.components import resolve_device
-from gradmask.experiments.config import Comparison
+from gradmask.experiments.config import Comparison, to_plain
 from gradmask.experiments.data import load_images
 from gradmask.experiments.figures import STYLE, to_svg
 from gradmask.experiments.files import write_atomically, write_json
@@ -80,7 +80,9 @@ def bench_refresh(
     config.output.mkdir(parents=True, exist_ok=True)
     config = replace(config, seeds=(seed,), arms=("none",))
     directory = config.output / "runs" / f"none-seed{seed}"
-    train_run(config, load_images(config, seed), "none", seed, directory, observe=observe)
+    data = load_images(config, seed)
+    # Every epoch is to be observed, so the run does not go on from a checkpoint.
+    train_run(config, data, "none", seed, directory, observe=observe, checkpoints=False)
     return results
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answe
     from gradmask.experiments.statistics import Results
 
 COMMANDS = ("run", "recipes", "report", "audit", "bench")
+_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `gradmask` (default: the process's own).
 
     Returns:
-        Exit status: 0, 2 for a mistake of the user, 130 when interrupted.
+        Exit status: 0, 2 for a mistake of the user, 75 when `--stop-after` left work to do (by
+        convention: try again), 130 when interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\ngradmask: interrupted. Finished runs are kept: the same command goes on.",
+            "\ngradmask: interrupted. The same command goes on from the last checkpoint.",
             file=sys.stderr,
         )
         return 130
@@ -74,16 +76,20 @@ def _main(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
+    from gradmask.experiments.budget import EpochsSpent
     from gradmask.experiments.compare import run_comparison
     from gradmask.experiments.config import Comparison
     from gradmask.experiments.progress import Progress
     from gradmask.experiments.theorem import run_theorem
 
     config = read_options(words)
-    if not isinstance(config, Comparison):
-        return _show_theorem(config.output, run_theorem(config, terminal()))
-    results = run_comparison(config, Progress(terminal()))
-    return _show(config.output, results)
+    try:
+        if not isinstance(config, Comparison):
+            return _show_theorem(config.output, run_theorem(config, terminal()))
+        return _show(config.output, run_comparison(config, Progress(terminal())))
+    except EpochsSpent as spent:
+        print(f"gradmask: {spent}")
+        return _TRY_AGAIN
 
 
 def _report(directory: Path) -> int:

@@ -76,5 +76,7 @@ def bench_refresh(words: list[str]) -> int:
     config = read_options(words)
     if not isinstance(config, Comparison):
         raise OptionError("bench refresh trains one network: give no recipe, or a comparison's.")
+    if config.stop_after is not None:
+        raise OptionError("bench refresh cannot go on later: leave --stop-after out.")
     refresh.bench_refresh(config)
     return 0

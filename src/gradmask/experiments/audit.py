@@ -15,13 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 from gradmask.errors import OptionError, StateError, check_choice
-from gradmask.experiments.compare import (
-    from_plain,
-    read_results,
-    run_directory,
-)
+from gradmask.experiments.compare import read_results, run_directory
 from gradmask.experiments.components import new_model, resolve_device
-from gradmask.experiments.config import Comparison
+from gradmask.experiments.config import Comparison, from_plain
 from gradmask.experiments.data import ImageData, channel_statistics, load_images, normalize
 from gradmask.experiments.detection import (
     Choice,

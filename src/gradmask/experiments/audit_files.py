@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gradmask.experiments.audit import Audited
-from gradmask.experiments.compare import environment, to_plain
+from gradmask.experiments.compare import environment
 from gradmask.experiments.components import resolve_device
+from gradmask.experiments.config import to_plain
 from gradmask.experiments.detection import ranking
 from gradmask.experiments.files import write_atomically, write_json
 

@@ -6,9 +6,9 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torchvision
@@ -17,31 +17,30 @@ import yaml
 import gradmask
 from gradmask import fisher_diagonal
 from gradmask.errors import GradmaskError, OptionError, StateError
+from gradmask.experiments.budget import EpochBudget
+from gradmask.experiments.checkpoint import has_checkpoint, remove_checkpoints
 from gradmask.experiments.components import new_model, resolve_device
-from gradmask.experiments.config import Comparison
+from gradmask.experiments.config import (
+    EXTENDABLE,
+    NOT_RESULTS,
+    Comparison,
+    RunOptions,
+    to_plain,
+    to_yaml,
+)
 from gradmask.experiments.data import ImageData, channel_statistics, load_images, normalize
-from gradmask.experiments.files import write_atomically, write_json
+from gradmask.experiments.files import (
+    is_temporary,
+    remove_temporaries,
+    write_atomically,
+    write_json,
+)
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.statistics import Results, summary_table
 from gradmask.experiments.train import train_run
 
 RESULTS_VERSION = 1
 RESULTS_FILE = "results.json"
-# What may change between two visits to a folder: more arms and seeds are added to it.
-_EXTENDABLE = ("arms", "seeds")
-_NOT_RESULTS = ("output", "device", "threads")
-
-
-class RunOptions(Protocol):
-    """A frozen dataclass of options, each with a default, that names its output folder."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def output(self) -> Path:
-        """Folder for results."""
-
-
 Options = TypeVar("Options", bound=RunOptions)
 
 
@@ -49,8 +48,8 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
     """Train every arm with every seed and write the results after each run.
 
     The output folder then holds `config.yaml`, `results.json` and `runs/<arm>-seed<k>/`. Runs
-    that `results.json` already holds are not done again, so an interrupted comparison goes on and
-    a finished one can be given more seeds or arms.
+    that `results.json` already holds are not done again and one that has a checkpoint goes on from
+    it, so an interrupted comparison goes on and a finished one can be given more seeds or arms.
 
     Args:
         config: Options of the comparison.
@@ -62,8 +61,9 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
     Raises:
         GradmaskError: If an option, the data, the model or the folder cannot be used; all of
             these are checked before training starts.
+        EpochsSpent: If `stop_after` epochs were trained and there is more to do.
     """
-    device = resolve_device(config.device)
+    device, budget = resolve_device(config.device), EpochBudget(config.stop_after)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
@@ -71,6 +71,7 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
     data = load_images(config, config.seeds[0])
     _check_model(config, data)
     config.output.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(config.output)
     write_atomically(config.output / "config.yaml", to_yaml(config))
     results |= {
         "config": to_plain(config),
@@ -86,10 +87,11 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
         for arm, seed in _missing(config, results, progress):
             directory = run_directory(config.output, arm, seed)
             data = load_images(config.for_arm(arm), seed)
-            run = train_run(config, data, arm, seed, directory, progress.epoch)
+            run = train_run(config, data, arm, seed, directory, progress.epoch, budget=budget)
             results["runs"].append(run)
             results["summary"] = summary_table(results)
             save_results(config.output, results)
+            remove_checkpoints(directory)  # only now: until here they are all there is of the run
             progress.finish(run)
     save_results(config.output, results)
     return results
@@ -101,7 +103,7 @@ def run_directory(folder: Path, arm: str, seed: int) -> Path:
 
 
 def open_folder(
-    config: Options, file: str = RESULTS_FILE, extendable: tuple[str, ...] = _EXTENDABLE
+    config: Options, file: str = RESULTS_FILE, extendable: tuple[str, ...] = EXTENDABLE
 ) -> tuple[Options, Results]:
     """Check the output folder, and read what it holds already.
 
@@ -112,8 +114,8 @@ def open_folder(
 
     Returns:
         The options with what the folder was extended by earlier (arms and seeds), and its results
-        so far. A folder without a finished run has nothing to lose: it is taken over as if it were
-        empty.
+        so far. A folder without a finished run or a checkpoint has nothing to lose: it is taken
+        over as if it were empty.
 
     Raises:
         OptionError: If the folder holds a different run, or other files.
@@ -122,7 +124,7 @@ def open_folder(
     folder = config.output
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"output={str(folder)!r} is a file: choose another --output.")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(map(is_temporary, folder.iterdir())):
         return config, results
     if not (folder / "config.yaml").exists():
         raise OptionError(
@@ -131,11 +133,12 @@ def open_folder(
     written, ours = _read_options(folder / "config.yaml"), to_plain(config)
     if (folder / file).exists():
         results = read_results(folder, file)
-    if not results["runs"] and written.keys() == ours.keys():  # not a user's own config.yaml
+    begun = results["runs"] or any(map(has_checkpoint, (folder / "runs").glob("*")))
+    if not begun and written.keys() == ours.keys():  # not a user's own config.yaml
         return config, results
     earlier = to_plain(type(config)()) | written  # options it does not name are younger than it
     for name, value in ours.items():
-        if name not in (*extendable, *_NOT_RESULTS) and earlier.get(name) != value:
+        if name not in (*extendable, *NOT_RESULTS) and earlier.get(name) != value:
             raise OptionError(
                 f"{folder} holds a different run, with {name}={earlier.get(name)!r}, not "
                 f"{value!r}: choose another --output, or delete it."
@@ -189,31 +192,6 @@ def save_results(folder: Path, results: Results) -> None:
     order = {arm: i for i, arm in enumerate(results["config"]["arms"])}
     results["runs"].sort(key=lambda run: (order[run["arm"]], run["seed"]))
     write_json(folder / RESULTS_FILE, results)
-
-
-def to_plain(config: RunOptions) -> dict[str, Any]:
-    """Options as values that YAML and JSON know."""
-    plain = {tuple: list, Path: str}
-    return {
-        name: next((turn(v) for kind, turn in plain.items() if isinstance(v, kind)), v)
-        for name, v in asdict(config).items()
-    }
-
-
-def from_plain(options: dict[str, Any]) -> Comparison:
-    """Options as `to_plain` wrote them, perhaps by an earlier version that had fewer."""
-    known = {field.name for field in fields(Comparison)}
-    turned: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in options.items()
-        if name in known
-    }
-    return Comparison(**turned | {"output": Path(options["output"])})
-
-
-def to_yaml(config: RunOptions) -> str:
-    """Options as the YAML that `gradmask run RECIPE --config` reads."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -273,9 +251,8 @@ def _missing(config: Comparison, results: Results, progress: Progress) -> Iterat
     every = [(arm, seed) for seed in config.seeds for arm in config.arms]
     missing = [pair for pair in every if pair not in done]
     progress.plan(missing, len(done), config.epochs)
+    for arm, seed in done:  # of a process that was killed before it could remove them
+        remove_checkpoints(run_directory(config.output, arm, seed))
     for arm, seed in missing:
-        progress.start(arm, seed)
+        progress.start(arm, seed, has_checkpoint(run_directory(config.output, arm, seed)))
         yield arm, seed
-
-
-assert {*_EXTENDABLE, *_NOT_RESULTS} <= {field.name for field in fields(Comparison)}

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol
+
+import yaml
 
 from gradmask.errors import OptionError, check_choice, check_keep
 from gradmask.experiments.arms import STRATEGIES, parse_arm
+
+# What may change between two visits to a folder: more arms and seeds are added to it.
+EXTENDABLE = ("arms", "seeds")
+# What may change as well, because no result depends on it.
+NOT_RESULTS = ("output", "device", "threads", "checkpoint_every", "stop_after")
+
+
+class RunOptions(Protocol):
+    """A frozen dataclass of options, each with a default, that names its output folder."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def output(self) -> Path:
+        """Folder for results."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,10 @@ class Comparison:
         monitor_step: Size ε of these steps.
         monitor_every: Optimizer steps between measurements (default: those of an epoch).
         save_every: Keep the network's weights after every so many epochs, and after the last.
+        checkpoint_every: Optimizer steps between checkpoints, from which an interrupted run goes
+            on (default: those of an epoch).
+        stop_after: Epochs to train in this visit, all runs together; the same command goes on
+            (default: all).
         device: `auto`, `cpu`, `cuda`, ...
         threads: CPU threads (default: PyTorch's choice).
         output: Folder for results.
@@ -87,6 +108,8 @@ class Comparison:
     monitor_step: float = 0.01
     monitor_every: int | None = None
     save_every: int | None = None
+    checkpoint_every: int | None = None
+    stop_after: int | None = None
     device: str = "auto"
     threads: int | None = None
     output: Path = Path("runs/compare")
@@ -103,8 +126,9 @@ class Comparison:
         for name in ("epochs", "batch_size", "stem_stride", "monitor_sources", "monitor_probe"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
-        optional = ("train_size", "classes", "image_size", "width", "fisher_samples", "save_every")
-        for name in (*optional, "monitor_every", "threads"):
+        optional = ("train_size", "classes", "image_size", "width", "fisher_samples", "threads")
+        every = ("monitor_every", "save_every", "checkpoint_every", "stop_after")
+        for name in (*optional, *every):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name}={value!r} must be at least 1, or left out.")
@@ -146,3 +170,32 @@ class Comparison:
         """
         arm = parse_arm(name)
         return replace(self, **arm.options, arms=(arm.strategy,)) if arm.options else self
+
+
+def to_plain(config: RunOptions) -> dict[str, Any]:
+    """Options as values that YAML and JSON know, without that of a single visit, `stop_after`."""
+    plain = {tuple: list, Path: str}
+    return {
+        name: next((turn(v) for kind, turn in plain.items() if isinstance(v, kind)), v)
+        for name, v in asdict(config).items()
+        if name != "stop_after"
+    }
+
+
+def from_plain(options: dict[str, Any]) -> Comparison:
+    """Options as `to_plain` wrote them, perhaps by an earlier version that had fewer."""
+    known = {field.name for field in fields(Comparison)}
+    turned: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if name in known
+    }
+    return Comparison(**turned | {"output": Path(options["output"])})
+
+
+def to_yaml(config: RunOptions) -> str:
+    """Options as the YAML that `gradmask run RECIPE --config` reads."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
+
+
+assert {*EXTENDABLE, *NOT_RESULTS} <= {field.name for field in fields(Comparison)}

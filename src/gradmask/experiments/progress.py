@@ -46,8 +46,11 @@ class Progress:
             self.console.print(f"{done} finished runs found; {len(runs)} to go.")
         self._task = self._bar.add_task("", total=len(runs) * epochs)
 
-    def start(self, arm: str, seed: int) -> None:
-        """A run begins."""
+    def start(self, arm: str, seed: int, begun: bool = False) -> None:
+        """A run begins, or goes on from its checkpoint."""
+        if begun:
+            text = f"Going on with {arm_title(arm)}, seed {seed}, from its checkpoint."
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._bar.update(self._task, description=f"{arm_title(arm)}, seed {seed}")
 
     def epoch(self, row: dict[str, Any]) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from gradmask.errors import DataError
-from gradmask.experiments.compare import environment, open_folder, to_plain, to_yaml
+from gradmask.experiments.budget import EpochBudget
+from gradmask.experiments.checkpoint import remove_checkpoints
+from gradmask.experiments.compare import environment, open_folder
 from gradmask.experiments.components import new_model, resolve_device
+from gradmask.experiments.config import to_plain, to_yaml
 from gradmask.experiments.data import ImageData, load_images
-from gradmask.experiments.files import write_atomically, write_json
+from gradmask.experiments.files import remove_temporaries, write_atomically, write_json
 from gradmask.experiments.statistics import Results
 from gradmask.experiments.theorem_config import TheoremCheck
 from gradmask.experiments.theorem_numbers import measure, smooth_twin
@@ -28,7 +32,8 @@ def run_theorem(config: TheoremCheck, console: Console) -> Results:
 
     Training is in float32 and measuring in float64. The output folder then holds `config.yaml` and
     `theorem1.json`; `write_theorem` adds tables, findings and a figure. Runs that `theorem1.json`
-    already holds are not done again, so an interrupted run goes on.
+    already holds are not done again, and training that has a checkpoint goes on from it, so an
+    interrupted run goes on.
 
     Args:
         config: The options.
@@ -40,14 +45,16 @@ def run_theorem(config: TheoremCheck, console: Console) -> Results:
     Raises:
         GradmaskError: If an option, the data, a model or the folder cannot be used; all of these
             are checked before training starts.
+        EpochsSpent: If `stop_after` epochs were trained and there is more to do.
     """
-    device = resolve_device(config.device)
+    device, budget = resolve_device(config.device), EpochBudget(config.stop_after)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
     config, results = open_folder(config, FILE, _EXTENDABLE)
     _check(config)
     config.output.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(config.output)
     write_atomically(config.output / "config.yaml", to_yaml(config))
     results["config"] = to_plain(config)
     done = {(run["model"], run["seed"]) for run in results["runs"]}
@@ -58,10 +65,12 @@ def run_theorem(config: TheoremCheck, console: Console) -> Results:
     if done:
         console.print(f"{len(done)} finished runs found; {len(missing)} to go.")
     for number, (model, seed) in enumerate(missing, start=1):
-        run = _run(config, model, seed, device)
+        directory = config.output / "runs" / f"{model}-seed{seed}"
+        run = _run(config, model, seed, device, directory, budget)
         results["runs"].append(run)
         results["runs"].sort(key=lambda r: (config.models.index(r["model"]), r["seed"]))
         write_json(config.output / FILE, results)
+        remove_checkpoints(directory)
         console.print(
             f"[{number}/{len(missing)}] {model}, seed {seed}: {run['seconds']:.1f} s",
             highlight=False,
@@ -84,15 +93,27 @@ def _check(config: TheoremCheck) -> None:
             )
 
 
-def _run(config: TheoremCheck, name: str, seed: int, device: torch.device) -> Row:
+def _run(
+    config: TheoremCheck,
+    name: str,
+    seed: int,
+    device: torch.device,
+    directory: Path,
+    budget: EpochBudget,
+) -> Row:
     """Train one network, and measure it as it was built and as it was trained."""
     started = time.perf_counter()
     training = config.training(name)
     data = load_images(training, seed)
     last: list[tuple[nn.Module, Batches]] = []
-    directory = config.output / "runs" / f"{name}-seed{seed}"
     trained = train_run(
-        training, data, "none", seed, directory, observe=lambda _, *rest: last.append(rest)
+        training,
+        data,
+        "none",
+        seed,
+        directory,
+        observe=lambda _, *rest: last.append(rest),
+        budget=budget,
     )
     model, batches = last[-1]
     sources, probe = _samples(config, data, seed, batches, device)

@@ -67,6 +67,10 @@ class TheoremCheck:
         decades: The smallest step is this many powers of ten below `lr`.
         steps: Number of step sizes, evenly spaced on a logarithmic scale.
         seeds: One run per model and seed; a seed fixes weights, order, sources and probe.
+        checkpoint_every: Optimizer steps between checkpoints, from which interrupted training goes
+            on (default: those of an epoch).
+        stop_after: Epochs to train in this visit, all runs together; the same command goes on
+            (default: all).
         device: `auto`, `cpu`, `cuda`, ...
         threads: CPU threads (default: PyTorch's choice).
         output: Folder for results.
@@ -93,6 +97,8 @@ class TheoremCheck:
     decades: float = 5.0
     steps: int = 11
     seeds: tuple[int, ...] = (0, 1, 2)
+    checkpoint_every: int | None = None
+    stop_after: int | None = None
     device: str = "auto"
     threads: int | None = None
     output: Path = Path("runs/theorem1")

@@ -14,21 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmask import FisherMask
 from gradmask.errors import DataError
-from gradmask.experiments.components import (
-    new_mask,
-    new_model,
-    new_monitor,
-    new_optimizer,
-    resolve_device,
+from gradmask.experiments.budget import EpochBudget
+from gradmask.experiments.checkpoint import (
+    describe_run,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
 )
+from gradmask.experiments.components import resolve_device
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData, augment_batch, channel_statistics, normalize
 from gradmask.experiments.log import RunLog
+from gradmask.experiments.state import RunState, new_state
 from gradmask.experiments.weights import save_weights, weights_path
-from gradmask.seeding import derive_seed, seeded_generator
+from gradmask.seeding import derive_seed
 
 Row = dict[str, Any]
+Record = dict[str, float]
 
 EVALUATION_BATCH = 1024
 
@@ -64,6 +68,8 @@ def train_run(
     directory: Path,
     on_epoch: Callable[[Row], None] = lambda _: None,
     observe: Callable[[Row, nn.Module, Batches], None] = lambda *_: None,
+    budget: EpochBudget | None = None,
+    checkpoints: bool = True,
 ) -> Row:
     """Train one network and measure it after each epoch.
 
@@ -71,15 +77,22 @@ def train_run(
     made after each epoch, from training images without augmentation, for the next one; the first
     epoch is unmasked.
 
+    A run whose folder holds a checkpoint goes on from it. The last epoch's end has none: whoever
+    has kept the results removes the last checkpoint.
+
     Args:
         config: Options of the comparison.
         data: Images of this arm and seed.
         arm: The arm; its options are taken over those of the comparison.
         seed: Seed of the run.
-        directory: Folder of this run: `metrics.jsonl` and TensorBoard events are written there.
-        on_epoch: Called with each epoch's measurements.
-        observe: Called after each epoch with its measurements, to which it may add, the network,
-            and the training images as the Fisher information is measured on them.
+        directory: Folder of this run: `metrics.jsonl`, TensorBoard events and checkpoints are
+            written there.
+        on_epoch: Called with each epoch's measurements, those of earlier visits first.
+        observe: Called after each epoch of this visit, the last one in any case, with its
+            measurements, to which it may add, the network, and the training images as the Fisher
+            information is measured on them.
+        budget: Epochs that may be trained in this visit (default: all).
+        checkpoints: Write checkpoints, and go on from one.
 
     Returns:
         `{"arm", "seed", "seconds", "epochs": [measurements of each epoch]}`, and `"influence"`,
@@ -87,78 +100,121 @@ def train_run(
 
     Raises:
         DataError: If the loss is no longer finite.
+        StateError: If there is a checkpoint that this run cannot go on from.
+        EpochsSpent: If the budget is spent before the run is over; it is saved then.
     """
+    budget = budget or EpochBudget()
+    budget.check()
     started = time.perf_counter()
     config = config.for_arm(arm)
     device = resolve_device(config.device)
     mean, std = channel_statistics(data.train_images)
     prepare = partial(normalize, mean=mean.to(device), std=std.to(device))
     data = data.to(device)
-    model = new_model(config, data, seed).to(device)
     steps = math.ceil(len(data.train_labels) / config.batch_size)
-    optimizer, schedule = new_optimizer(config, model, steps * config.epochs)
-    mask = new_mask(config, model, arm, seed)
-    if mask is not None:
-        mask.attach(optimizer)
     train_set = Batches(data.train_images, data.train_labels, prepare, config.batch_size)
-    monitor = new_monitor(config, model, train_set, seed, steps)
-    records: list[Row] = []
-    order, augmentation = seeded_generator(seed, "order"), seeded_generator(seed, "augmentation")
+    run = new_state(config, data, arm, seed, train_set, steps)
+    described = describe_run(config, data, arm, seed)
+    saved = load_checkpoint(directory, described, run.model) if checkpoints else None
 
-    def train_epoch() -> float:
-        """Mean training loss over the epoch's batches, as they were trained on."""
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        indices = torch.randperm(len(data.train_labels), generator=order).to(device)
-        model.train()
-        for batch in indices.tensor_split(steps):  # nearly equal sizes: no last batch of one
-            images = augment_batch(config, data.train_images[batch], augmentation)
-            loss = F.cross_entropy(model(prepare(images)), data.train_labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if monitor is not None:
-                keep_record(monitor.step())
-            total += loss.detach() * len(batch)
-        return total.item() / len(indices)
+    def save_if_due(now: bool = False) -> None:
+        done = (run.epoch - 1) * steps + run.step
+        if checkpoints and (now or done % (config.checkpoint_every or steps) == 0):
+            run.seconds = time.perf_counter() - started
+            save_checkpoint(directory, described, {"log": log.position(), **run.state_dict()})
 
-    def keep_record(record: Row | None) -> None:
+    def after_step() -> None:
+        if run.monitor is not None:
+            write_record(run.monitor.step())
+        if run.step < steps:  # the epoch's last is saved at the epoch's end
+            save_if_due()
+
+    def write_record(record: Record | None) -> None:
         if record is not None:
-            records.append({"epoch": record["step"] / steps, **record})
-            log.write_record(records[-1])
+            log.write(_in_epochs(record, steps))
 
-    rows: list[Row] = []
     with (
-        RunLog(directory) as log,
+        RunLog(directory, saved["log"] if saved else 0) as log,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(derive_seed(seed, "dropout"))
-        if monitor is not None:  # at the start as well
-            keep_record(monitor.measure())
-        for epoch in range(1, config.epochs + 1):
-            row: Row = {"epoch": epoch, "lr": schedule.get_last_lr()[0]}
-            row["train_loss"], row["seconds"] = _timed(train_epoch)
+        if saved:
+            run.load_state_dict(saved)
+            started -= run.seconds
+            del saved  # its tensors are as large as the run's own
+            for row in run.rows:
+                on_epoch(row)
+        elif run.monitor is not None:  # at the start as well
+            write_record(run.monitor.measure())
+        while run.epoch <= config.epochs:
+            budget.check()
+            row = {"epoch": run.epoch, "lr": run.lr}
+            row["train_loss"] = _train_epoch(run, config, data, prepare, steps, after_step)
+            row["seconds"] = run.epoch_seconds
             if not math.isfinite(row["train_loss"]):
+                if checkpoints:  # going on from one would end here again
+                    remove_checkpoints(directory)
                 raise DataError(
                     f"The training loss of arm {arm!r}, seed {seed} is {row['train_loss']} in "
-                    f"epoch {epoch}: training has diverged. Try a lower lr than {config.lr:g}."
+                    f"epoch {run.epoch}: training has diverged. Try a lower lr than {config.lr:g}."
                 )
-            row |= _evaluation(config, data, model, prepare)
-            row["kept"] = 1.0
-            if mask is not None:  # the mask this epoch was trained with
-                row["kept"] = mask.kept_fraction
-                row["kept_per_parameter"] = [round(k, 4) for k in mask.kept_fractions.values()]
-                if epoch < config.epochs:
-                    _, row["refresh_seconds"] = _timed(partial(mask.refresh, train_set))
-            if config.save_every and (epoch % config.save_every == 0 or epoch == config.epochs):
-                save_weights(weights_path(directory, epoch), model)
-            observe(row, model, train_set)
-            rows.append(row)
-            log.write_epoch(row)
+            row |= _evaluation(config, data, run.model, prepare)
+            row |= _mask_row(run.mask)  # the mask this epoch was trained with
+            if run.mask is not None and run.epoch < config.epochs:
+                began = time.perf_counter()
+                run.mask.refresh(train_set)
+                row["refresh_seconds"] = time.perf_counter() - began
+            last = run.epoch == config.epochs
+            if config.save_every and (run.epoch % config.save_every == 0 or last):
+                save_weights(weights_path(directory, run.epoch), run.model)
+            observe(row, run.model, train_set)
+            run.rows.append(row)
+            log.write(row)
+            run.next_epoch()
+            budget.count()
+            if not last:
+                save_if_due(now=budget.spent)
             on_epoch(row)
     seconds = time.perf_counter() - started
-    run: Row = {"arm": arm, "seed": seed, "seconds": seconds, "epochs": rows}
-    return run | {"influence": records} if monitor is not None else run
+    result: Row = {"arm": arm, "seed": seed, "seconds": seconds, "epochs": run.rows}
+    if run.monitor is not None:
+        result["influence"] = [_in_epochs(record, steps) for record in run.monitor.history]
+    return result
+
+
+def _train_epoch(
+    run: RunState,
+    config: Comparison,
+    data: ImageData,
+    prepare: Callable[[Tensor], Tensor],
+    steps: int,
+    after_step: Callable[[], None],
+) -> float:
+    """Train what is left of an epoch.
+
+    Returns:
+        Mean training loss over all of the epoch's batches, as they were trained on.
+    """
+    started = time.perf_counter() - run.epoch_seconds
+    order = run.order.clone_state()  # the run's own stays as it is, to draw the same when resumed
+    indices = torch.randperm(len(data.train_labels), generator=order)
+    batches = indices.to(data.train_labels.device).tensor_split(steps)  # no last batch of one
+    run.model.train()
+    for batch in batches[run.step :]:
+        images = augment_batch(config, data.train_images[batch], run.augmentation)
+        loss = F.cross_entropy(run.model(prepare(images)), data.train_labels[batch])
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        run.schedule.step()
+        run.loss += loss.detach() * len(batch)
+        run.step += 1
+        run.epoch_seconds = time.perf_counter() - started
+        after_step()
+    run.order = order
+    train_loss = run.loss.item() / len(indices)
+    run.epoch_seconds = time.perf_counter() - started
+    return train_loss
 
 
 @torch.no_grad()
@@ -198,7 +254,14 @@ def _evaluation(
     return row
 
 
-def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    value = function()
-    return value, time.perf_counter() - started
+def _mask_row(mask: FisherMask | None) -> Row:
+    """The shares that learn: of all parameters, and in order of each."""
+    if mask is None:
+        return {"kept": 1.0}
+    shares = [round(share, 4) for share in mask.kept_fractions.values()]
+    return {"kept": mask.kept_fraction, "kept_per_parameter": shares}
+
+
+def _in_epochs(record: Record, steps: int) -> Row:
+    """A monitor's record with its time in epochs as well."""
+    return {"epoch": record["step"] / steps, **record}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradmask.errors import StateError
+from gradmask.experiments.files import atomic_file, read_tensors
 
 _NAME = "epoch-{:04d}.pt"
 
@@ -34,12 +33,8 @@ def save_weights(path: Path, model: nn.Module) -> None:
         model: The network; on any device.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with atomic_file(path) as file:
         torch.save({name: t.cpu() for name, t in model.state_dict().items()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -54,10 +49,23 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """
     if not path.is_file():
         raise StateError(f"No weights at {path}: train with --save-every to keep them.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise StateError(f"{path} is damaged: delete the run's folder and train again.") from error
+    state = read_tensors(path)
+    check_shapes(path, state, model, "build the network as it was trained.")
+    model.load_state_dict(state)
+
+
+def check_shapes(path: Path, state: Mapping[str, Tensor], model: nn.Module, mend: str) -> None:
+    """Check that parameters and buffers fit a network.
+
+    Args:
+        path: The file they were read from, for the message.
+        state: The parameters and buffers by name.
+        model: The network.
+        mend: What to do if they do not, for the message.
+
+    Raises:
+        StateError: If a name or a shape differs.
+    """
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
     differing = sorted(k for k in expected | found if expected.get(k) != found.get(k))
@@ -65,6 +73,5 @@ def load_weights(path: Path, model: nn.Module) -> None:
         name = differing[0]
         raise StateError(
             f"{path} is of another network: {name!r} has shape {found.get(name, 'none')}, "
-            f"expected {expected.get(name, 'none')} (of {len(differing)} that differ)."
+            f"expected {expected.get(name, 'none')} (of {len(differing)} that differ): {mend}"
         )
-    model.load_state_dict(state)
