@@ -291,9 +291,9 @@ def test_checkpoints_that_cannot_be_used(stopped, tmp_path, monkeypatch):
         refused(rf"of version {version}; this gradmask reads version 1")
     for name in (NEWEST, PREVIOUS):
         (directory / name).write_bytes(b"no checkpoint")
-    refused(rf"is damaged, and so is {PREVIOUS}")
-    (directory / PREVIOUS).unlink()
-    refused("is damaged, and there is none before it")
+    refused(rf"{NEWEST} is damaged, and no other is sound")
+    (directory / NEWEST).unlink()
+    refused(rf"{PREVIOUS} is damaged, and no other is sound")
 
 
 def test_folder_with_a_checkpoint_is_not_taken_over(config, tmp_path):
@@ -404,6 +404,7 @@ def assert_same_comparison(ours: Path, theirs: Path):
     found = [timeless(json.loads((f / "results.json").read_text())) for f in (ours, theirs)]
     for results in found:
         results["config"].pop("output")
+        results["environment"].pop("commit")  # "dirty" once somebody edits a file meanwhile
     assert found[0] == found[1]
     for directory in (theirs / "runs").iterdir():
         assert_same_files(ours / "runs" / directory.name, directory)
@@ -414,7 +415,7 @@ def assert_same_comparison(ours: Path, theirs: Path):
 
 
 def test_killed_runs_end_with_the_same_bits(server, tmp_path):
-    kill_and_compare(server, 6, tmp_path)
+    kill_and_compare(server, 5, tmp_path)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\ngradmask: interrupted. The same command goes on from the last checkpoint.",
+            "\ngradmask: interrupted. A run has its last checkpoint: the same command goes on.",
             file=sys.stderr,
         )
         return 130

@@ -75,28 +75,26 @@ def load_checkpoint(
         StateError: If all checkpoints are damaged, or the newest sound one is of another version,
             run or network. No file is changed then.
     """
-    newest, previous = directory / NEWEST, directory / PREVIOUS
-    damaged = False
-    for path in (newest, previous):
-        if not path.exists():  # the newest is missing if its process was killed between two renames
+    damaged: Path | None = None
+    for path in (directory / NEWEST, directory / PREVIOUS):
+        if not path.exists():  # as the newest, if its process was killed between two renames
             continue
         try:
             state = read_tensors(path)
         except StateError:
-            damaged = True
+            damaged = damaged or path
             continue
         _check(path, state, run, model)
         if damaged:
             warnings.warn(
-                f"{newest} is damaged: going on from the checkpoint before it.",
+                f"{damaged} is damaged: going on from the checkpoint before it.",
                 GradmaskWarning,
                 stacklevel=3,
             )
-            os.replace(path, newest)  # or the next checkpoint would keep the damaged one
+            os.replace(path, damaged)  # or the next checkpoint would keep the damaged one
         return dict(state)
     if damaged:
-        so = f"so is {previous.name}" if previous.exists() else "there is none before it"
-        raise StateError(f"{newest} is damaged, and {so}: {_mend(directory)}")
+        raise StateError(f"{damaged} is damaged, and no other is sound: {_mend(directory)}")
     return None
 
 
