@@ -306,6 +306,14 @@ def test_folder_with_a_checkpoint_is_not_taken_over(config, tmp_path):
     assert contents(config.output) == before
 
 
+def test_folder_of_a_process_killed_at_its_first_file_is_empty(config, tmp_path):
+    config = change(config, output=tmp_path / "out", arms=("none",), seeds=(0,), epochs=1)
+    config.output.mkdir()
+    (config.output / ".config.yaml.1.tmp").write_text("ep")
+    run_comparison(config, quiet())
+    assert not list(config.output.glob(".*"))
+
+
 def test_a_diverged_run_leaves_no_checkpoint(config, tmp_path):
     config = change(config, optimizer="sgd", schedule="constant", lr=1e30, output=tmp_path / "out")
     config = change(config, checkpoint_every=1, monitor=())
@@ -366,12 +374,19 @@ def finish(process):
     return process.exitcode
 
 
+def wait_until_it_trains(folder):
+    while not (folder / "config.yaml").exists():
+        time.sleep(0.01)
+    return time.perf_counter()
+
+
 def kill_and_compare(server, kills, tmp_path):
     whole = tmp_path / "whole"
     assert finish(start(server, whole)) == 0  # once, so that what is slow the first time is over
-    began = time.perf_counter()
     counts_file = tmp_path / "counts.json"
-    assert finish(start(server, tmp_path / "counted", None, counts_file)) == 0
+    process = start(server, tmp_path / "counted", None, counts_file)
+    began = wait_until_it_trains(tmp_path / "counted")
+    assert finish(process) == 0
     duration = time.perf_counter() - began
     counts = json.loads(counts_file.read_text())
     assert counts.keys() == set(killed_run.KINDS)
@@ -391,6 +406,7 @@ def kill(server, folder, kind, counts, duration, generator):
         return
     while True:  # under load a moment may come after the end: then an earlier one
         process = start(server, folder)
+        wait_until_it_trains(folder)
         process.join(generator.uniform(0.0, duration))
         process.kill()
         if finish(process) == -signal.SIGKILL:
