@@ -30,6 +30,9 @@ def test_an_arm_changes_its_own_options():
         ("fisher:scope=all", "Unknown scope 'all'"),
         ("none:labels=wrong", "Unknown labels 'wrong'"),
         ("none:keep=0.5", "has no mask, so keep has no meaning"),
+        ("sam:scope=update", "has no mask, so scope has no meaning"),
+        ("fisher:rho=0.1", "is not SAM, so rho has no meaning"),
+        ("sam:rho=0", "rho=0.0 must be positive"),
     ],
 )
 def test_arms_that_cannot_work(arm, message):

@@ -3,12 +3,15 @@ import re
 import pytest
 from rich.console import Console
 
-from gradmask.experiments.arms import STRATEGIES
+from gradmask.experiments.arms import MASKS
+from gradmask.experiments.arms import STRATEGIES as ALL
 from gradmask.experiments.compare import read_results, run_comparison
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.report import print_summary, write_report
 from gradmask.experiments.statistics import METRICS, compare_arms
+
+STRATEGIES = {arm: ALL[arm] for arm in ("none", *MASKS)}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data import load_images
 from gradmask.experiments.sam import sam_backward
+from gradmask.experiments.train import train_run
 
 
 @pytest.fixture
@@ -49,3 +52,17 @@ def test_frozen_parameters_and_a_gradient_of_zero(model, loss):
     for p in model.parameters():
         assert p.grad is None or not p.grad.any()
     assert torch.equal(model[3].weight, before["3.weight"])
+
+
+def test_an_arm_of_a_comparison(options, tmp_path):
+    config = Comparison(**options, arms=("none", "sam"))
+    data = load_images(config, 0)
+    plain, ours, wider = (
+        train_run(config, data, arm, 0, tmp_path / arm.replace(":", "-"))["epochs"]
+        for arm in ("none", "sam", "sam:rho=0.5")
+    )
+    # The first loss is measured before the first step; the gradients differ from there on.
+    assert len({rows[-1]["train_loss"] for rows in (plain, ours, wider)}) == 3
+    assert ours[0]["kept"] == 1.0
+    tiny = train_run(config, data, "sam:rho=1e-12", 0, tmp_path / "tiny")["epochs"]
+    assert tiny[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=1e-4)

@@ -1,7 +1,7 @@
 """Arms of a comparison: a kind of mask, perhaps with options that differ from the others'.
 
 An arm is written `strategy[:option=value ...]`, for example `none`, `fisher`, `fisher:keep=0.7`,
-`fisher:keep=0.25:scope=update` or `none:labels=random`.
+`fisher:keep=0.25:scope=update`, `none:labels=random` or `sam:rho=0.1`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ STRATEGIES = {
     "random": "random mask",
     "random_matched": "matched random mask",
     "inverse": "inverse mask",
+    "sam": "SAM",  # no mask, sharpness-aware minimisation
 }
+MASKS = ("fisher", "random", "random_matched", "inverse")
 # What an arm may change, and the titles of that.
 _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "keep": (float, "keep {}"),
     "scope": (str, "scope {}"),
     "labels": (str, "{} labels"),
+    "rho": (float, "rho {}"),
 }
+_MASK_OPTIONS = ("keep", "scope")
 
 # Okabe and Ito's palette: told apart with any colour vision.
 _COLOURS = {
@@ -42,7 +46,7 @@ class Arm:
     """One arm.
 
     Attributes:
-        strategy: Kind of mask, or `none`.
+        strategy: Kind of mask, `none` or `sam`.
         options: Options of the comparison that this arm changes.
     """
 
@@ -79,8 +83,10 @@ def parse_arm(name: str) -> Arm:
     for part in parts:
         option, _, text = part.partition("=")
         check_choice(f"option of arm {name!r},", option, _OPTIONS)
-        if strategy == "none" and option != "labels":
+        if strategy not in MASKS and option in _MASK_OPTIONS:
             raise OptionError(f"Arm {name!r} has no mask, so {option} has no meaning there.")
+        if strategy != "sam" and option == "rho":
+            raise OptionError(f"Arm {name!r} is not SAM, so rho has no meaning there.")
         try:
             options[option] = _OPTIONS[option][0](text)
         except ValueError as error:
@@ -116,6 +122,7 @@ def controls(name: str, names: Iterable[str]) -> list[str]:
         if other == ours.baseline
         or (
             (arm := parse_arm(other)).options == ours.options
-            and arm.strategy not in ("none", ours.strategy)
+            and arm.strategy in MASKS
+            and arm.strategy != ours.strategy
         )
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gradmask import FisherMask, InfluenceMonitor
 from gradmask.errors import OptionError
-from gradmask.experiments.arms import parse_arm
+from gradmask.experiments.arms import MASKS, parse_arm
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData
 from gradmask.experiments.models import build_model
+from gradmask.experiments.sam import sam_backward
 from gradmask.seeding import derive_seed
+
+# Runs a network on a batch by a function that gives its loss; returns the loss, sets `.grad`.
+Backward = Callable[[nn.Module, Callable[[], Tensor]], Tensor]
 
 
 def new_model(config: Comparison, data: ImageData, seed: int) -> nn.Module:
@@ -36,9 +41,9 @@ def new_model(config: Comparison, data: ImageData, seed: int) -> nn.Module:
 
 
 def new_mask(config: Comparison, model: nn.Module, arm: str, seed: int) -> FisherMask | None:
-    """Build the mask of an arm; the arm `none` has none."""
+    """Build the mask of an arm; `none` and `sam` have none."""
     config, strategy = config.for_arm(arm), parse_arm(arm).strategy
-    if strategy == "none":
+    if strategy not in MASKS:
         return None
     return FisherMask(
         model,
@@ -49,6 +54,19 @@ def new_mask(config: Comparison, model: nn.Module, arm: str, seed: int) -> Fishe
         max_samples=config.fisher_samples,
         seed=seed,
     )
+
+
+def new_backward(config: Comparison, arm: str) -> Backward:
+    """How an arm's gradients are made from a function that gives the loss of a batch."""
+    if parse_arm(arm).strategy == "sam":
+        return partial(sam_backward, rho=config.for_arm(arm).rho)
+    return _plain_backward
+
+
+def _plain_backward(_model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
+    value = loss()
+    value.backward()
+    return value.detach()
 
 
 def new_monitor(

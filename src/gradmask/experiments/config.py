@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import yaml
 
 from gradmask.errors import OptionError, check_choice, check_keep
-from gradmask.experiments.arms import STRATEGIES, parse_arm
+from gradmask.experiments.arms import MASKS, parse_arm
 
 # What may change between two visits to a folder: more arms and seeds are added to it.
 EXTENDABLE = ("arms", "seeds")
@@ -44,12 +44,14 @@ class Comparison:
         model: Model name: `mlp`, `small_cnn`, `cifar_resnet18`, ..., or any torchvision name.
         width: Base width of `mlp`, `small_cnn` and the `cifar_resnet` models (default: theirs).
         stem_stride: Stride of the first convolution of the `cifar_resnet` models.
-        arms: The kinds of mask to compare; `none` is training without a mask. An arm may have
-            options of its own: `fisher:keep=0.7`, `random:scope=update`, `none:labels=random`.
+        arms: The kinds of mask to compare; `none` is training without a mask, `sam` with
+            sharpness-aware minimisation. An arm may have options of its own: `fisher:keep=0.7`,
+            `random:scope=update`, `none:labels=random`, `sam:rho=0.1`.
         keep: Share of the parameters that still learn, in (0, 1].
         scope: Mask the `gradient` (equation 10) or freeze the whole `update`.
         fisher_kind: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
         fisher_samples: Training images in each Fisher pass (default: all).
+        rho: Radius of the neighbourhood of `sam`.
         epochs: Passes over the training images.
         seeds: One run per arm and seed; a seed fixes data, noise, weights and order.
         batch_size: Images in a training batch.
@@ -87,11 +89,12 @@ class Comparison:
     model: str = "small_cnn"
     width: int | None = None
     stem_stride: int = 1
-    arms: tuple[str, ...] = tuple(STRATEGIES)
+    arms: tuple[str, ...] = ("none", *MASKS)
     keep: float = 0.25
     scope: Literal["gradient", "update"] = "gradient"
     fisher_kind: Literal["empirical", "sampled", "exact"] = "empirical"
     fisher_samples: int | None = None
+    rho: float = 0.05
     epochs: int = 30
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 128
@@ -140,7 +143,7 @@ class Comparison:
             raise OptionError("label_noise has no meaning with labels='random': leave one out.")
         if not 0.0 < self.validation < 1.0:
             raise OptionError(f"validation={self.validation!r} must be a share in (0, 1).")
-        for name in ("lr", "monitor_step"):
+        for name in ("lr", "rho", "monitor_step"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be positive and finite.")
         if not 0.0 <= self.momentum < 1.0:

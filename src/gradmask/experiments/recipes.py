@@ -167,6 +167,7 @@ RECIPES = (
                 "inverse:keep=0.75",
                 "fisher:keep=0.25:scope=update",
                 "fisher:keep=0.75:scope=update",
+                "sam",
             ),
             "schedule": "cosine",
         },

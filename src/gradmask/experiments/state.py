@@ -12,7 +12,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gradmask import FisherMask, InfluenceMonitor
-from gradmask.experiments.components import new_mask, new_model, new_monitor, new_optimizer
+from gradmask.experiments.components import (
+    Backward,
+    new_backward,
+    new_mask,
+    new_model,
+    new_monitor,
+    new_optimizer,
+)
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import ImageData
 from gradmask.seeding import seeded_generator
@@ -34,6 +41,7 @@ class RunState:
         monitor: The influence monitor, if there is one.
         order: Generator of the images' order; during an epoch it stays as at the epoch's start.
         augmentation: Generator of the augmentation.
+        backward: Makes the gradients.
         loss: Sum of the training loss over the epoch's images so far, float64.
         lr: Learning rate at the start of the epoch.
         epoch: The epoch in progress, or the next one, counted from 1.
@@ -50,6 +58,7 @@ class RunState:
     monitor: InfluenceMonitor | None
     order: torch.Generator
     augmentation: torch.Generator
+    backward: Backward
     loss: Tensor
     lr: float
     epoch: int = 1
@@ -132,6 +141,7 @@ def new_state(
         monitor=new_monitor(config, model, train_set, seed, steps),
         order=seeded_generator(seed, "order"),
         augmentation=seeded_generator(seed, "augmentation"),
+        backward=new_backward(config, arm),
         loss=torch.zeros((), dtype=torch.float64, device=device),
         lr=float(schedule.get_last_lr()[0]),
     )

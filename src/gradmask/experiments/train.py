@@ -201,13 +201,12 @@ def _train_epoch(
     batches = indices.to(data.train_labels.device).tensor_split(steps)  # no last batch of one
     run.model.train()
     for batch in batches[run.step :]:
-        images = augment_batch(config, data.train_images[batch], run.augmentation)
-        loss = F.cross_entropy(run.model(prepare(images)), data.train_labels[batch])
+        inputs = prepare(augment_batch(config, data.train_images[batch], run.augmentation))
         run.optimizer.zero_grad()
-        loss.backward()
+        loss = run.backward(run.model, partial(_loss, run.model, inputs, data.train_labels[batch]))
         run.optimizer.step()
         run.schedule.step()
-        run.loss += loss.detach() * len(batch)
+        run.loss += loss * len(batch)
         run.step += 1
         run.epoch_seconds = time.perf_counter() - started
         after_step()
@@ -215,6 +214,10 @@ def _train_epoch(
     train_loss = run.loss.item() / len(indices)
     run.epoch_seconds = time.perf_counter() - started
     return train_loss
+
+
+def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs), labels)
 
 
 @torch.no_grad()
