@@ -315,7 +315,7 @@ def test_an_interrupted_run_goes_on(finished, tmp_path, monkeypatch):
 def test_seeds_can_be_added_and_other_options_are_refused(finished, monkeypatch):
     config, results = finished
     done = []
-    monkeypatch.setattr(theorem, "_run", lambda c, model, seed, _: done.append((model, seed)))
+    monkeypatch.setattr(theorem, "_run", lambda c, model, seed, *_: done.append((model, seed)))
     with pytest.raises(OptionError, match=r"lr=0\.1, not 0\.2"):
         run_theorem(options(config.output, lr=0.2), QUIET)
     monkeypatch.setattr(theorem, "environment", lambda _: {})
