@@ -26,7 +26,7 @@ from gradmask.experiments.progress import Progress
 from gradmask.experiments.train import train_run
 
 CLOCKS = ("seconds", "refresh_seconds")
-ARMS = ("none", "fisher", "random", "random_matched", "inverse")
+ARMS = ("none", "fisher", "random", "random_matched", "inverse", "sam")
 
 
 class Interrupted(Exception):
