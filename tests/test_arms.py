@@ -40,6 +40,11 @@ def test_arms_that_cannot_work(arm, message):
         Comparison(arms=(arm,))
 
 
+def test_an_arm_written_in_two_ways_is_one():
+    with pytest.raises(OptionError, match=r"'fisher:keep=0.5' and 'fisher:keep=0.50' are the same"):
+        Comparison(arms=("none", "fisher:keep=0.5", "fisher:keep=0.50"))
+
+
 def test_titles_and_colours():
     assert arm_title("fisher:keep=0.7:scope=update") == "Fisher mask, keep 0.7, scope update"
     assert arm_title("none:labels=random") == "no mask, random labels"

@@ -59,8 +59,9 @@ def test_slopes():
     losses = np.array([3.0, 2.0, 1.0, 1.5, 2.0, 2.5])
     assert overfitting_slope(losses) == pytest.approx(0.5)
     assert overfitting_rise(losses) == 1.5
-    assert overfitting_slope(losses[:3]) == overfitting_rise(losses[:3]) == 0.0
-    assert overfitting_slope(losses[:4]) == 0.0  # one point more is no trend
+    assert overfitting_rise(losses[:3]) == 0.0
+    assert np.isnan(overfitting_slope(losses[:3]))
+    assert np.isnan(overfitting_slope(losses[:4]))  # one point more is no trend
     epochs = np.array([0.0, 2.0, 4.0, 6.0])
     influence = np.array([100.0, 1.0, np.exp(-1), np.exp(-2)])
     assert decay(epochs, influence, 2.0) == pytest.approx(-0.5)
@@ -70,11 +71,13 @@ def test_slopes():
 def test_influence_that_falls():
     found = findings(results(none={"rate": 0.3}))
     assert outcomes(found, FALLS) == [1]
-    # 16 epochs after the peak
-    assert "highest at epoch 4; at the end it is 0.00823 times as high" in found[0].sentence
+    assert "highest at epoch 4, 3.32 times as high as at the start" in found[0].sentence
+    # From 3 epochs before the peak to 16 after it.
+    assert "against epoch 1, at the end it is 0.0202 times as high" in found[0].sentence
     rising = findings(results(none={"rate": -0.3}))
-    assert outcomes(rising, FALLS) == [0]
-    assert rising[0].sentence.endswith("highest at epoch 20, the last: it does not fall.")
+    assert outcomes(rising, FALLS) == [-1]
+    flat = findings(results(none={"rate": 0.0}))
+    assert outcomes(flat, FALLS) == [0]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,7 @@ def test_figure_2():
         "Test loss rises more slowly with a Fisher mask than without (figure 2b): holds in 1, the "
         "opposite is shown in 1 of 2."
     ) in text
-    assert "Influence falls in training (figure 1): holds in 4 of 4." in text
+    assert "Influence is lower at the end of training" in text
 
 
 def test_nothing_is_shown_by_one_seed_or_without_a_monitor():
@@ -157,3 +160,10 @@ def test_csv_holds_every_number():
     assert epochs[0]["memorised"] == ""
     assert epochs[EPOCHS]["memorised"] == "0.5"
     assert "kept_per_parameter" not in epochs[0]
+
+
+def test_a_minimum_at_the_end_has_no_slope():
+    made = results(**{"none": {"rate": 0.3}, "fisher": {"rate": 0.3, "rise": -0.1}})
+    found = [f for f in findings(made) if f.claim == SLOWER_RISE]
+    assert [f.outcome for f in found] == [0]
+    assert found[0].sentence.endswith("a minimum is at the end.")

@@ -140,7 +140,7 @@ def test_a_monitor_goes_on_where_another_was(model, data):
         assert {k: v for k, v in a.items() if k != skip} == {
             k: v for k, v in b.items() if k != skip
         }
-    with pytest.raises(StateError, match="no state of an InfluenceMonitor: it has \\['mask'\\]"):
+    with pytest.raises(StateError, match="no state of an InfluenceMonitor: it is \\['mask'\\]"):
         ours.load_state_dict({"mask": 1})
 
 
@@ -157,8 +157,12 @@ def test_one_batch_of_tensors_and_many_are_the_same_data(model, data):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"every": 0}, OptionError, "every=0 must be at least 1"),
-        ({"probe": 0}, OptionError, "probe=0 must be at least 1"),
+        ({"every": 0}, OptionError, "every=0 must be a whole number, at least 1"),
+        ({"every": "epoch"}, OptionError, "every='epoch' must be a whole number"),
+        ({"probe": 0}, OptionError, "probe=0 must be a whole number, at least 1"),
+        ({"method": "kl"}, OptionError, "Unknown monitor option 'method'"),
+        ({"pairwise": True}, OptionError, "Unknown monitor option 'pairwise'"),
+        ({"writer": print}, OptionError, "has no method add_scalar"),
         ({"methods": ()}, OptionError, "methods=\\(\\) must be a tuple"),
         ({"methods": "kl"}, OptionError, "methods='kl' must be a tuple"),
         ({"methods": ("kl", "gram")}, OptionError, "Unknown method 'gram'"),
@@ -180,3 +184,36 @@ def test_a_model_or_data_that_cannot_be_measured(data):
     ragged = [(torch.randn(9, 4), data[1][:9]), (torch.randn(9, 5), data[1][:9])]
     with pytest.raises(DataError, match="different shapes from batch to batch"):
         InfluenceMonitor(nn.Linear(4, 3), ragged, **SIZES)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_making_a_monitor_leaves_the_random_state(model, data, own):
+    loader = DataLoader(TensorDataset(*data), batch_size=9, shuffle=True)
+    batches = loader if own else list(loader)
+    before = torch.get_rng_state()
+    InfluenceMonitor(model, batches, **SIZES).measure()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_label_is_checked_before_training(model, data):
+    inputs, targets = data
+    wrong = torch.where(targets > 1, 7, targets)
+    for seed in range(4):
+        with pytest.raises(DataError, match=r"Labels range from .* 3 classes"):
+            InfluenceMonitor(model, (inputs, wrong), seed=seed, **SIZES)
+    coin = nn.Linear(4, 1).double()
+    with pytest.raises(DataError, match=r"one output.*bernoulli"):
+        InfluenceMonitor(coin, (inputs, torch.zeros(40, dtype=torch.long)), **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x, y: TensorDataset(x, y), "a dataset goes into"),
+        (lambda x, y: [{"inputs": x, "targets": y}], "The data gave a dict"),
+        (lambda x, y: DataLoader(x, batch_size=8), "The data gave a Tensor"),
+    ],
+)
+def test_data_of_a_wrong_form(model, data, wrong, message):
+    with pytest.raises(DataError, match=message):
+        InfluenceMonitor(model, wrong(*data), **SIZES)

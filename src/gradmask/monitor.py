@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset
 
 from gradmask.errors import DataError, OptionError, StateError, check_choice
 from gradmask.fisher.likelihood import Loss, part
@@ -53,7 +55,8 @@ class InfluenceMonitor:
     Args:
         model: The model in training; it is left as it was.
         data: A DataLoader or another iterable of `(inputs, targets)` batches, or one such pair.
-            Read once. Augmentation, if it does any, is frozen as it is read.
+            Read once, other than a plain DataLoader to its end; a generator of its own moves on by
+            that. Augmentation, if it does any, is frozen as it is read.
         every: Calls of `step` from one measurement to the next.
         sources: Samples whose gradient steps are measured.
         probe: Other samples, on which they are measured.
@@ -88,8 +91,15 @@ class InfluenceMonitor:
         **options: Unpack[InfluenceOptions],
     ) -> None:
         for name, value in {"every": every, "sources": sources, "probe": probe}.items():
-            if value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
+            if not isinstance(value, Integral) or value < 1:
+                raise OptionError(f"{name}={value!r} must be a whole number, at least 1.")
+        for name in options:
+            check_choice("monitor option", name, InfluenceOptions.__annotations__)
+        if writer is not None and not hasattr(writer, "add_scalar"):
+            raise OptionError(
+                f"writer={type(writer).__name__} has no method add_scalar(tag, value, step): give "
+                "TensorBoard's SummaryWriter, or none and log what `step` returns."
+            )
         if not methods or isinstance(methods, str):
             raise OptionError(f"methods={methods!r} must be a tuple of {', '.join(METHODS)}.")
         for method in methods:
@@ -97,10 +107,16 @@ class InfluenceMonitor:
         self.model, self.every, self.methods, self.seed = model, every, methods, seed
         self.writer = writer
         self._options: dict[str, Any] = {"fisher": "sampled", "step": 1e-3, **options}
-        self._sources, self._probe = _two_parts(data, sources, probe, seed)
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):  # a loader may draw a seed
+            self._sources, self._probe = _two_parts(data, sources, probe, seed)
         self.calls = 0
         self.history: list[Record] = []
-        self._values(1)  # so that what cannot be measured is told before training
+        # What cannot be measured is told before training: a label, an option, the model.
+        losses = {k: v for k, v in self._options.items() if k in ("loss", "memory")}
+        for samples in (self._sources, self._probe):
+            gradient_norms(model, samples, **losses)
+        self._values(1)
 
     def step(self) -> Record | None:
         """Count one step (or epoch) of the training loop, and measure if it is time.
@@ -145,8 +161,9 @@ class InfluenceMonitor:
         Raises:
             StateError: If it is something else.
         """
-        if set(state) != {"calls", "history"}:
-            raise StateError(f"This is no state of an InfluenceMonitor: it has {sorted(state)}.")
+        if not isinstance(state, Mapping) or set(state) != {"calls", "history"}:
+            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise StateError(f"This is no state of an InfluenceMonitor: it is {found}.")
         self.calls = int(state["calls"])
         self.history = [dict(record) for record in state["history"]]
 
@@ -171,10 +188,21 @@ class InfluenceMonitor:
 
 def _two_parts(data: Iterable[Any], sources: int, probe: int, seed: int) -> tuple[Any, Any]:
     """Two random parts of the data without a common sample, each `(inputs, targets)`."""
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
-        data = [data]
+    if isinstance(data, Dataset) or not isinstance(data, Iterable):
+        raise DataError(
+            f"Expected batches of (inputs, targets), not a {type(data).__name__}: a dataset goes "
+            "into a torch.utils.data.DataLoader first."
+        )
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+        data = [tuple(data)]
     wanted = sources + probe
-    batches = [(batch[0], batch[1]) for batch in random_samples(data, wanted, seed)]
+    batches = []
+    for batch in random_samples(data, wanted, seed):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise DataError(
+                f"The data gave a {type(batch).__name__}: expected (inputs, targets) batches."
+            )
+        batches.append((batch[0], batch[1]))
     found = sum(len(targets) for _, targets in batches)
     if found < wanted:
         raise DataError(

@@ -25,7 +25,7 @@ FORMS = {
     "kl": "Equation 3 (exact divergence)",
 }
 
-FALLS = "influence falls in training (figure 1)"
+FALLS = "influence is lower at the end of training than after the first measurement (figure 1)"
 LOWER = "influence is lower on random labels (equation 8, figure 1), geometric mean over training"
 LOWER_SUM = "the same of the arithmetic mean, which the highest epochs make"
 LOWER_PER_NORM = "the same of influence ÷ squared gradient norm, geometric mean (not in the paper)"
@@ -120,10 +120,10 @@ def overfitting_slope(losses: Array) -> float:
         losses: Test loss after each epoch.
 
     Returns:
-        Nats per epoch; 0 if the minimum is at the end, with fewer than two epochs after it.
+        Nats per epoch; NaN if fewer than two epochs follow the minimum.
     """
     after = losses[int(losses.argmin()) :]
-    return _slope(np.arange(len(after), dtype=float), after) if len(after) > 2 else 0.0
+    return _slope(np.arange(len(after), dtype=float), after) if len(after) > 2 else math.nan
 
 
 def overfitting_rise(losses: Array) -> float:
@@ -160,15 +160,18 @@ def _with_given_labels(arm: str) -> str | None:
 
 
 def _falls(results: Results, arm: str, form: str) -> Finding:
-    """From the epoch with the highest mean over seeds to the end."""
+    """From the first measurement after the start, which no choice was made for, to the last."""
     found = series(results, arm, form)
-    peak = _peak(found)
     epochs = next(iter(found.values()))[0]
-    text = f"{FORMS[form]}, {arm_title(arm)}: it is highest at epoch {epochs[peak]:g}"
-    if peak == len(epochs) - 1:
-        return Finding(FALLS, f"{text}, the last: it does not fall.", 0)
-    last, highest = ({s: float(_log(v)[i]) for s, (_, v) in found.items()} for i in (-1, peak))
-    return _judge(FALLS, f"{text}; at the end it is", paired_difference(last, highest), -1, True)
+    logs = np.mean([_log(values) for _, values in found.values()], axis=0)
+    peak = int(logs.argmax())
+    rise = math.exp(logs[peak] - logs[0])
+    text = (
+        f"{FORMS[form]}, {arm_title(arm)}: it is highest at epoch {epochs[peak]:g}, {rise:.3g} "
+        f"times as high as at the start; against epoch {epochs[1]:g}, at the end it is"
+    )
+    last, first = ({s: float(_log(v)[i]) for s, (_, v) in found.items()} for i in (-1, 1))
+    return _judge(FALLS, text, paired_difference(last, first), -1, True)
 
 
 def _lower(results: Results, arm: str, other: str, form: str, claim: str) -> Finding:
@@ -189,10 +192,10 @@ def _lower(results: Results, arm: str, other: str, form: str, claim: str) -> Fin
 
 
 def _slower_fall(results: Results, arm: str, other: str, form: str) -> Finding:
-    """From the epoch on at which the other arm is highest."""
+    """From the epoch on at which both arms are past their highest, or the middle of training."""
     ours, theirs = (series(results, name, form) for name in (arm, other))
     epochs = next(iter(theirs.values()))[0]
-    start = float(epochs[min(_peak(theirs), len(epochs) // 2)])
+    start = float(epochs[min(max(_peak(ours), _peak(theirs)), len(epochs) // 2)])
     rates = [
         {seed: decay(x, values, start) for seed, (x, values) in found.items()}
         for found in (ours, theirs)
@@ -215,6 +218,9 @@ def _rise(results: Results, arm: str, other: str, claim: str) -> Finding:
         }
         for name in (arm, other)
     ]
+    if any(map(math.isnan, [*rises[0].values(), *rises[1].values()])):
+        text = f"Test loss, {arm_title(arm)}, against {_named(other)}: a minimum is at the end."
+        return Finding(_against(claim, other), text, 0)
     here, there = (mean(rise.values()) for rise in rises)
     text = (
         f"Test loss, {arm_title(arm)}: after its minimum it rises by {here:.4f}{unit}, with "

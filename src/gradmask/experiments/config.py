@@ -156,8 +156,11 @@ class Comparison:
             raise OptionError(f"seeds={list(self.seeds)} must be one or more different integers.")
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise OptionError(f"arms={list(self.arms)} must be one or more different names.")
+        found: dict[str, str] = {}
         for arm in self.arms:
             self.for_arm(arm)
+            if (same := found.setdefault(parse_arm(arm).title, arm)) != arm:
+                raise OptionError(f"Arms {same!r} and {arm!r} are the same: leave one out.")
 
     def for_arm(self, name: str) -> Comparison:
         """The options of one arm's runs.

@@ -60,6 +60,11 @@ def find_head(outputs: Tensor, targets: Tensor, all_targets: Tensor, loss: str) 
             )
         return Head(loss, -1)
     dimension = class_dimension(outputs, targets)
+    if outputs.shape[dimension] == 1:
+        raise DataError(
+            "The model has one output, so with loss='cross_entropy' its one class is certain: use "
+            "loss='bernoulli' for a binary logit."
+        )
     if not targets.is_floating_point():
         check_labels(all_targets, outputs.shape[dimension])
     return Head(loss, dimension)
