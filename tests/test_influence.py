@@ -636,6 +636,7 @@ X, Y = torch.randn(4, 3), torch.tensor([0, 1, 2, 3])
     [
         (((X, Y), X), {"method": "quadratc"}, OptionError, "Did you mean 'quadratic'"),
         (((X, Y), X), {"fisher": "sample"}, OptionError, "Did you mean 'sampled'"),
+        (((X, Y), (X, Y)), {}, DataError, "2 parts of the probe .* fisher='empirical'"),
         (((X, Y), X), {"loss": "bernouli"}, OptionError, "Did you mean 'bernoulli'"),
         (((X, Y), X), {"step": 0.0}, OptionError, "step=0.0"),
         (((X, Y), X), {"step": math.nan}, OptionError, "step=nan"),

@@ -169,7 +169,15 @@ def prepare(
         _labelled("probe", probe, device) if labelled else (_unlabelled(probe, device), None)
     )
     first, activation = activation_bytes(model, inputs)
-    example, other = activation_bytes(model, probe_inputs)
+    try:
+        example, other = activation_bytes(model, probe_inputs)
+    except TypeError as error:
+        if labelled or not isinstance(probe, tuple | list):
+            raise
+        raise DataError(
+            f"The model does not take the {len(probe)} parts of the probe as its inputs ({error}): "
+            "give inputs alone, or (inputs, targets) with fisher='empirical'."
+        ) from error
     head = None
     if isinstance(loss, str):
         head = find_head(first, targets[:1], targets, loss)
