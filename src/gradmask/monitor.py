@@ -10,15 +10,15 @@ from typing import Any, Protocol, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import Dataset
 
 from gradmask.errors import DataError, OptionError, StateError, check_choice
+from gradmask.fisher.diagonal import check_batches
 from gradmask.fisher.likelihood import Loss, part
 from gradmask.fisher.sampling import random_samples
 from gradmask.influence import gradient_norms, influence
+from gradmask.influence.measure import METHODS
 from gradmask.seeding import seeded_generator
 
-METHODS = ("quadratic", "diagonal", "kl")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 Record = dict[str, float]
@@ -113,9 +113,8 @@ class InfluenceMonitor:
         self.calls = 0
         self.history: list[Record] = []
         # What cannot be measured is told before training: a label, an option, the model.
-        losses = {k: v for k, v in self._options.items() if k in ("loss", "memory")}
         for samples in (self._sources, self._probe):
-            gradient_norms(model, samples, **losses)
+            self._norms(samples)
         self._values(1)
 
     def step(self) -> Record | None:
@@ -180,19 +179,17 @@ class InfluenceMonitor:
             labelled = options["fisher"] == "empirical"
             probe = (probe_inputs, probe_targets) if labelled else probe_inputs
             found[method] = influence(self.model, sources, probe, **options)
-        options = {k: v for k, v in self._options.items() if k in ("loss", "memory")}
-        norms = gradient_norms(self.model, sources, **options)
-        found["squared_norm"] = 0.5 * self._options["step"] ** 2 * norms.square()
+        found["squared_norm"] = 0.5 * self._options["step"] ** 2 * self._norms(sources).square()
         return {name: values.double().cpu() for name, values in found.items()}
+
+    def _norms(self, samples: Any) -> Tensor:
+        options = {k: v for k, v in self._options.items() if k in ("loss", "memory")}
+        return gradient_norms(self.model, samples, **options)
 
 
 def _two_parts(data: Iterable[Any], sources: int, probe: int, seed: int) -> tuple[Any, Any]:
     """Two random parts of the data without a common sample, each `(inputs, targets)`."""
-    if isinstance(data, Dataset) or not isinstance(data, Iterable):
-        raise DataError(
-            f"Expected batches of (inputs, targets), not a {type(data).__name__}: a dataset goes "
-            "into a torch.utils.data.DataLoader first."
-        )
+    check_batches(data)
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
         data = [tuple(data)]
     wanted = sources + probe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from gradmask.experiments.detection import (
     detect,
     usual,
 )
-from gradmask.experiments.files import write_atomically
+from gradmask.experiments.files import atomic_file, read_tensors
 from gradmask.experiments.scores import FORMS, KEPT, Measured, measure
 from gradmask.experiments.sources import stratified
 from gradmask.experiments.weights import load_weights, saved_epochs, weights_path
@@ -230,15 +229,14 @@ def _measure_epochs(
                 fisher=options.fisher,
                 step=config.lr,
             )
-            contents = io.BytesIO()
-            torch.save({"key": key, "measured": vars(measured)}, contents)
-            write_atomically(path, contents.getvalue())
+            with atomic_file(path) as file:
+                torch.save({"key": key, "measured": vars(measured)}, file)
         yield epoch, measured
 
 
 def _read_measured(path: Path, key: list[Any]) -> Measured | None:
     try:
-        found = torch.load(path, weights_only=True)
+        found = read_tensors(path)
         return Measured(**found["measured"]) if found["key"] == key else None
     except Exception:  # missing, damaged, or of another version: measured again
         return None

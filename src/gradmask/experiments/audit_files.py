@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from gradmask.experiments.audit import Audited
 from gradmask.experiments.compare import environment
@@ -31,22 +29,13 @@ def write_audit_files(audited: Audited) -> None:
         folder / "audit.json",
         {
             "version": AUDIT_VERSION,
-            "audit": plain_options(audited),
+            "audit": to_plain(audited.options),
             "config": to_plain(audited.config),
             "environment": environment(resolve_device(audited.options.device)),
             "ranked_by": asdict(audited.choice),
             "detection": audited.detection and audited.detection.to_plain(),
         },
     )
-
-
-def plain_options(audited: Audited) -> dict[str, Any]:
-    """Options of the audit as values that YAML and JSON know."""
-    plain = {tuple: list, Path: str}
-    return {
-        name: next((turn(v) for kind, turn in plain.items() if isinstance(v, kind)), v)
-        for name, v in asdict(audited.options).items()
-    }
 
 
 def _csv(audited: Audited, seed: int) -> str:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import yaml
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from gradmask.experiments.audit import Audited
 from gradmask.experiments.audit_figures import contact_sheet, draw_detection
-from gradmask.experiments.audit_files import plain_options
+from gradmask.experiments.config import to_yaml
 from gradmask.experiments.detection import Choice, Detection
 from gradmask.experiments.figures import STYLE, to_svg
 from gradmask.experiments.files import write_atomically
@@ -55,7 +54,7 @@ def write_audit_report(audited: Audited) -> Path:
             seed=seed,
             figure=Markup(figure),
             sheet=base64.b64encode(sheet).decode(),
-            yaml=yaml.safe_dump(plain_options(audited), sort_keys=False, default_flow_style=None),
+            yaml=to_yaml(audited.options),
         )
     )
     path = folder / "audit.html"
@@ -188,6 +187,5 @@ def _rows(detection: Detection) -> list[dict[str, Any]]:
 
 
 def _mean_std(values: dict[int, float], scale: float, digits: int) -> str:
-    summary = summarise([scale * value for value in values.values()])
-    text = f"{summary.mean:.{digits}f}"
-    return text if summary.std is None else f"{text} ± {summary.std:.{digits}f}"
+    numbers = [scale * value for value in values.values()]
+    return summarise(numbers).show(lambda value: f"{value:.{digits}f}")

@@ -18,10 +18,14 @@ EXTENDABLE = ("arms", "seeds")
 NOT_RESULTS = ("output", "device", "threads", "checkpoint_every", "stop_after")
 
 
-class RunOptions(Protocol):
-    """A frozen dataclass of options, each with a default, that names its output folder."""
+class Options(Protocol):
+    """A dataclass of options."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class RunOptions(Options, Protocol):
+    """A frozen dataclass of options, each with a default, that names its output folder."""
 
     @property
     def output(self) -> Path:
@@ -178,7 +182,7 @@ class Comparison:
         return replace(self, **arm.options, arms=(arm.strategy,)) if arm.options else self
 
 
-def to_plain(config: RunOptions) -> dict[str, Any]:
+def to_plain(config: Options) -> dict[str, Any]:
     """Options as values that YAML and JSON know, without that of a single visit, `stop_after`."""
     plain = {tuple: list, Path: str}
     return {
@@ -199,7 +203,7 @@ def from_plain(options: dict[str, Any]) -> Comparison:
     return Comparison(**turned | {"output": Path(options["output"])})
 
 
-def to_yaml(config: RunOptions) -> str:
+def to_yaml(config: Options) -> str:
     """Options as the YAML that `gradmask run RECIPE --config` reads."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
 

@@ -165,9 +165,7 @@ def _best(results: Results, metric: Metric) -> str | None:
 
 
 def _mean_std(results: Results, arm: str, metric: Metric) -> str:
-    summary = summarise(list(values(results, arm, metric).values()))
-    text = metric.show(summary.mean)
-    return text if summary.std is None else f"{text} ± {metric.show(summary.std)}"
+    return summarise(list(values(results, arm, metric).values())).show(metric.show)
 
 
 def _differences(results: Results) -> list[dict[str, Any]]:

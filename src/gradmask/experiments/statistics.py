@@ -72,6 +72,11 @@ class Summary:
     std: float | None
     n: int
 
+    def show(self, form: Callable[[float], str]) -> str:
+        """As `mean ± std`, each number written by a function."""
+        text = form(self.mean)
+        return text if self.std is None else f"{text} ± {form(self.std)}"
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -284,9 +284,7 @@ def _spread(found: list[float | None], form: str = ".2f") -> str:
     numbers = [number for number in found if number is not None]
     if not numbers:
         return "none"
-    summary = summarise(numbers)
-    text = f"{summary.mean:{form}}"
-    return text if summary.std is None else f"{text} ± {summary.std:{form}}"
+    return summarise(numbers).show(lambda number: f"{number:{form}}")
 
 
 def _range(numbers: list[float]) -> str:

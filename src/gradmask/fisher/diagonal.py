@@ -68,11 +68,7 @@ def fisher_diagonal(
     """
     check_likelihood(kind, loss)
     check_max_samples(max_samples)
-    if isinstance(loader, Dataset) or not isinstance(loader, Iterable):
-        raise DataError(
-            f"Expected batches of (inputs, targets), not a {type(loader).__name__}: a dataset goes "
-            "into a torch.utils.data.DataLoader first."
-        )
+    check_batches(loader)
     parameters = trainable_parameters(model)
     device = next(iter(parameters.values())).device
     generator = torch.Generator().manual_seed(seed)
@@ -145,6 +141,15 @@ def _report(ways: dict[str, str]) -> None:
         names = [name for name, found in ways.items() if found == way]
         if names:
             logger.info("%s (no rule applies): %s", text, ", ".join(names))
+
+
+def check_batches(loader: Any) -> None:
+    """Raise a DataError unless this can be read batch by batch."""
+    if isinstance(loader, Dataset) or not isinstance(loader, Iterable):
+        raise DataError(
+            f"Expected batches of (inputs, targets), not a {type(loader).__name__}: a dataset goes "
+            "into a torch.utils.data.DataLoader first."
+        )
 
 
 def unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:

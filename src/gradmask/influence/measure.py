@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from gradmask.errors import OptionError, check_choice
 from gradmask.fisher.likelihood import KINDS, LOSSES, Loss, directional
 from gradmask.influence.forms import diagonal_forms, quadratic_forms
-from gradmask.influence.setting import Blocks, Setting, check_losses, drawn_directions, prepare
+from gradmask.influence.setting import (
+    Blocks,
+    Setting,
+    check_losses,
+    check_memory,
+    drawn_directions,
+    precision,
+    prepare,
+)
 from gradmask.influence.steps import divergences
 from gradmask.parameters import measuring, trainable_parameters
 
@@ -92,9 +100,7 @@ def influence(
             values = _collect(setting, divergences(setting, step), pairwise)
         else:
             values = 0.5 * step**2 * _collect(setting, quadratic_forms(setting), pairwise)
-    dtypes = {p.dtype for p in parameters.values()}
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return values.to(dtype)
+    return values.to(precision(parameters))
 
 
 def _check_options(
@@ -104,8 +110,7 @@ def _check_options(
     check_choice("fisher", fisher, KINDS)
     if not (step > 0 and math.isfinite(step)):
         raise OptionError(f"step={step!r} must be positive and finite: it is a learning rate.")
-    if memory < 1:
-        raise OptionError(f"memory={memory!r} must be positive: bytes, for example 2**30.")
+    check_memory(memory)
     if isinstance(loss, str):
         check_choice("loss", loss, LOSSES)
     elif method == "kl" or fisher != "empirical":

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmask.errors import OptionError, check_choice
+from gradmask.errors import check_choice
 from gradmask.fisher.calls import full_precision
 from gradmask.fisher.likelihood import LOSSES, Loss
 from gradmask.influence.forms import source_squares
-from gradmask.influence.setting import prepare
+from gradmask.influence.setting import check_memory, precision, prepare
 from gradmask.parameters import measuring, trainable_parameters
 
 
@@ -39,8 +39,7 @@ def gradient_norms(
     """
     if isinstance(loss, str):
         check_choice("loss", loss, LOSSES)
-    if memory < 1:
-        raise OptionError(f"memory={memory!r} must be positive: bytes, for example 2**30.")
+    check_memory(memory)
     parameters = trainable_parameters(model)
     with measuring(model, parameters.values()):
         # The samples stand in for the probe set too, which a norm does without.
@@ -49,5 +48,4 @@ def gradient_norms(
         )
         ones = {name: full_precision(torch.ones_like(p)) for name, p in parameters.items()}
         squares = source_squares(setting, ones)
-    dtypes = {p.dtype for p in parameters.values()}
-    return squares.sqrt().to(torch.float64 if torch.float64 in dtypes else torch.float32)
+    return squares.sqrt().to(precision(parameters))

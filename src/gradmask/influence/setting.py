@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradmask.errors import DataError
+from gradmask.errors import DataError, OptionError
 from gradmask.fisher.diagonal import safe_ways, unpack
 from gradmask.fisher.likelihood import Loss, draw_directions, nll, part
 from gradmask.fisher.reference import call
@@ -199,6 +199,18 @@ def prepare(
         max(activation, other),
         tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example),
     )
+
+
+def precision(parameters: Parameters) -> torch.dtype:
+    """The precision of results: the parameters', but float32 for half-precision ones."""
+    double = any(p.dtype == torch.float64 for p in parameters.values())
+    return torch.float64 if double else torch.float32
+
+
+def check_memory(memory: int) -> None:
+    """Raise an OptionError unless there is memory to work in."""
+    if memory < 1:
+        raise OptionError(f"memory={memory!r} must be positive: bytes, for example 2**30.")
 
 
 def check_losses(setting: Setting) -> None:
