@@ -11,8 +11,8 @@ import torch
 
 from gradmask import cli
 from gradmask import mask as mask_module
-from gradmask.experiments import train
-from gradmask.experiments.log import RunLog
+from gradmask.experiments.training import run as train
+from gradmask.experiments.training.log import RunLog
 
 # What is counted: batches begun, batches read by a Fisher pass, files of tensors written, files
 # renamed (before each), lines of the log written.

@@ -12,14 +12,8 @@ from rich.console import Console
 from torch import nn
 
 from gradmask.cli import main
-from gradmask.experiments import audit
-from gradmask.experiments.audit import Audit, run_audit
-from gradmask.experiments.audit_report import audit_verdicts
-from gradmask.experiments.compare import run_comparison, run_directory
-from gradmask.experiments.components import new_model
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import channel_statistics, load_images, normalize
-from gradmask.experiments.detection import (
+from gradmask.experiments.audit import run as audit
+from gradmask.experiments.audit.detection import (
     MEAN,
     MEAN_RANK,
     auroc,
@@ -28,9 +22,16 @@ from gradmask.experiments.detection import (
     detect,
     precision_at,
 )
+from gradmask.experiments.audit.report import audit_verdicts
+from gradmask.experiments.audit.run import Audit, run_audit
+from gradmask.experiments.audit.scores import FORMS, Measured, measure
+from gradmask.experiments.compare import run_comparison, run_directory
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data.images import load_images
+from gradmask.experiments.data.transforms import channel_statistics, normalize
 from gradmask.experiments.progress import Progress
-from gradmask.experiments.scores import FORMS, Measured, measure
-from gradmask.experiments.weights import load_weights, weights_path
+from gradmask.experiments.training.components import new_model
+from gradmask.experiments.training.weights import load_weights, weights_path
 
 QUIET = Console(quiet=True)
 OPTIONS = {

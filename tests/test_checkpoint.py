@@ -15,15 +15,16 @@ from torch import nn
 
 from gradmask.cli import main
 from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
-from gradmask.experiments import components, train
-from gradmask.experiments.budget import EpochBudget, EpochsSpent
-from gradmask.experiments.checkpoint import NEWEST, PREVIOUS
 from gradmask.experiments.compare import read_results, run_comparison
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import load_images
+from gradmask.experiments.data.images import load_images
 from gradmask.experiments.files import atomic_file, read_tensors
 from gradmask.experiments.progress import Progress
-from gradmask.experiments.train import train_run
+from gradmask.experiments.training import components
+from gradmask.experiments.training import run as train
+from gradmask.experiments.training.budget import EpochBudget, EpochsSpent
+from gradmask.experiments.training.checkpoint import NEWEST, PREVIOUS
+from gradmask.experiments.training.run import train_run
 
 CLOCKS = ("seconds", "refresh_seconds")
 ARMS = ("none", "fisher", "random", "random_matched", "inverse", "sam")
@@ -353,7 +354,7 @@ def server():
         [
             "gradmask.cli",
             "gradmask.experiments.compare",
-            "gradmask.experiments.theorem",
+            "gradmask.experiments.theorem.run",
             "jsonargparse",
             "sklearn.datasets",
             "torch.utils.tensorboard",

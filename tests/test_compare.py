@@ -7,12 +7,14 @@ import yaml
 from rich.console import Console
 
 from gradmask.errors import GradmaskError, ModelError, OptionError, StateError
-from gradmask.experiments import compare, components, train
+from gradmask.experiments import compare
 from gradmask.experiments.compare import read_results, run_comparison, to_plain
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import load_images
+from gradmask.experiments.data.images import load_images
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.recipes import RECIPES
+from gradmask.experiments.training import components
+from gradmask.experiments.training import run as train
 
 
 def quiet():

@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 
 from gradmask.errors import DataError
-from gradmask.experiments import sources
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import (
+from gradmask.experiments.data import sources
+from gradmask.experiments.data.images import load_images
+from gradmask.experiments.data.transforms import (
     augment,
     augment_batch,
     channel_statistics,
-    load_images,
     normalize,
 )
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from gradmask.errors import OptionError
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.models import MODELS, build_model
+from gradmask.experiments.training.models import MODELS, build_model
 
 
 def parameters(model):

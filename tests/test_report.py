@@ -8,8 +8,8 @@ from gradmask.experiments.arms import STRATEGIES as ALL
 from gradmask.experiments.compare import read_results, run_comparison
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.progress import Progress
-from gradmask.experiments.report import print_summary, write_report
-from gradmask.experiments.statistics import METRICS, compare_arms
+from gradmask.experiments.reports.comparison import print_summary, write_report
+from gradmask.experiments.reports.statistics import METRICS, compare_arms
 
 STRATEGIES = {arm: ALL[arm] for arm in ("none", *MASKS)}
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import load_images
-from gradmask.experiments.sam import sam_backward
-from gradmask.experiments.train import train_run
+from gradmask.experiments.data.images import load_images
+from gradmask.experiments.training.run import train_run
+from gradmask.experiments.training.sam import sam_backward
 
 
 @pytest.fixture

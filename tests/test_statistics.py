@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from gradmask.experiments.statistics import (
+from gradmask.experiments.reports.statistics import (
     METRICS,
     available,
     chosen_epoch,

@@ -13,11 +13,10 @@ from torch import nn
 
 from gradmask.cli import main
 from gradmask.errors import DataError, OptionError
-from gradmask.experiments import theorem
-from gradmask.experiments.theorem import run_theorem
-from gradmask.experiments.theorem_config import SIZES, TheoremCheck
-from gradmask.experiments.theorem_numbers import fitted_points, measure, slope, smooth_twin
-from gradmask.experiments.theorem_report import (
+from gradmask.experiments.theorem import run as theorem
+from gradmask.experiments.theorem.config import SIZES, TheoremCheck
+from gradmask.experiments.theorem.numbers import fitted_points, measure, slope, smooth_twin
+from gradmask.experiments.theorem.report import (
     findings,
     grouped,
     print_theorem,
@@ -25,6 +24,7 @@ from gradmask.experiments.theorem_report import (
     to_markdown,
     write_theorem,
 )
+from gradmask.experiments.theorem.run import run_theorem
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 

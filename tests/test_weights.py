@@ -3,11 +3,16 @@ import torch
 from torch import nn
 
 from gradmask.errors import StateError
-from gradmask.experiments.components import new_model
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import load_images
-from gradmask.experiments.train import train_run
-from gradmask.experiments.weights import load_weights, save_weights, saved_epochs, weights_path
+from gradmask.experiments.data.images import load_images
+from gradmask.experiments.training.components import new_model
+from gradmask.experiments.training.run import train_run
+from gradmask.experiments.training.weights import (
+    load_weights,
+    save_weights,
+    saved_epochs,
+    weights_path,
+)
 
 
 def model(width=3):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from gradmask.errors import OptionError, check_choice
-from gradmask.experiments.models import CifarResNet
+from gradmask.experiments.training.models import CifarResNet
 
 
 @dataclass(frozen=True)

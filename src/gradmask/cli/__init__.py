@@ -15,7 +15,7 @@ from gradmask.cli.terminal import terminal
 from gradmask.errors import GradmaskError, check_choice
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
-    from gradmask.experiments.statistics import Results
+    from gradmask.experiments.reports.statistics import Results
 
 COMMANDS = ("run", "recipes", "report", "audit", "bench")
 _TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
@@ -76,11 +76,11 @@ def _main(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from gradmask.experiments.budget import EpochsSpent
     from gradmask.experiments.compare import run_comparison
     from gradmask.experiments.config import Comparison
     from gradmask.experiments.progress import Progress
-    from gradmask.experiments.theorem import run_theorem
+    from gradmask.experiments.theorem.run import run_theorem
+    from gradmask.experiments.training.budget import EpochsSpent
 
     config = read_options(words)
     try:
@@ -94,7 +94,7 @@ def _run(words: list[str]) -> int:
 
 def _report(directory: Path) -> int:
     from gradmask.experiments.compare import read_results
-    from gradmask.experiments.theorem import FILE
+    from gradmask.experiments.theorem.run import FILE
 
     if (directory / FILE).is_file():
         return _show_theorem(directory, read_results(directory, FILE))
@@ -102,7 +102,7 @@ def _report(directory: Path) -> int:
 
 
 def _show(directory: Path, results: Results) -> int:
-    from gradmask.experiments.report import print_summary, write_report
+    from gradmask.experiments.reports.comparison import print_summary, write_report
 
     console = terminal()
     print_summary(results, console)
@@ -112,7 +112,7 @@ def _show(directory: Path, results: Results) -> int:
 
 
 def _show_theorem(directory: Path, results: Results) -> int:
-    from gradmask.experiments.theorem_report import print_theorem, write_theorem
+    from gradmask.experiments.theorem.report import print_theorem, write_theorem
 
     console = terminal()
     print_theorem(results, console)
@@ -151,9 +151,9 @@ def _add_audit(commands: Any) -> None:
 
 
 def _audit(parsed: argparse.Namespace) -> int:
-    from gradmask.experiments.audit import Audit, run_audit
-    from gradmask.experiments.audit_files import write_audit_files
-    from gradmask.experiments.audit_report import print_audit, write_audit_report
+    from gradmask.experiments.audit.files import write_audit_files
+    from gradmask.experiments.audit.report import print_audit, write_audit_report
+    from gradmask.experiments.audit.run import Audit, run_audit
 
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value

@@ -16,7 +16,7 @@ from gradmask.errors import OptionError, check_choice
 
 if TYPE_CHECKING:
     from gradmask.experiments.config import Comparison
-    from gradmask.experiments.theorem_config import TheoremCheck
+    from gradmask.experiments.theorem.config import TheoremCheck
 
 _LISTS = ("arms", "models", "seeds", "monitor")
 

@@ -17,9 +17,6 @@ import yaml
 import gradmask
 from gradmask import fisher_diagonal
 from gradmask.errors import GradmaskError, OptionError, StateError
-from gradmask.experiments.budget import EpochBudget
-from gradmask.experiments.checkpoint import has_checkpoint, remove_checkpoints
-from gradmask.experiments.components import new_model, resolve_device
 from gradmask.experiments.config import (
     EXTENDABLE,
     NOT_RESULTS,
@@ -28,7 +25,8 @@ from gradmask.experiments.config import (
     to_plain,
     to_yaml,
 )
-from gradmask.experiments.data import ImageData, channel_statistics, load_images, normalize
+from gradmask.experiments.data.images import ImageData, load_images
+from gradmask.experiments.data.transforms import channel_statistics, normalize
 from gradmask.experiments.files import (
     is_temporary,
     remove_temporaries,
@@ -36,8 +34,11 @@ from gradmask.experiments.files import (
     write_json,
 )
 from gradmask.experiments.progress import Progress
-from gradmask.experiments.statistics import Results, summary_table
-from gradmask.experiments.train import train_run
+from gradmask.experiments.reports.statistics import Results, summary_table
+from gradmask.experiments.training.budget import EpochBudget
+from gradmask.experiments.training.checkpoint import has_checkpoint, remove_checkpoints
+from gradmask.experiments.training.components import new_model, resolve_device
+from gradmask.experiments.training.run import train_run
 
 RESULTS_VERSION = 1
 RESULTS_FILE = "results.json"

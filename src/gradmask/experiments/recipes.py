@@ -8,8 +8,8 @@ from typing import Any
 
 from gradmask.errors import OptionError, check_choice
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.theorem_config import SIZES as THEOREM_SIZES
-from gradmask.experiments.theorem_config import TheoremCheck
+from gradmask.experiments.theorem.config import SIZES as THEOREM_SIZES
+from gradmask.experiments.theorem.config import TheoremCheck
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from gradmask.experiments.statistics import Results
+from gradmask.experiments.reports.statistics import Results
 
 
 def to_csv(results: Results) -> dict[str, str]:

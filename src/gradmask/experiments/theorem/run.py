@@ -10,17 +10,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from gradmask.errors import DataError
-from gradmask.experiments.budget import EpochBudget
-from gradmask.experiments.checkpoint import remove_checkpoints
 from gradmask.experiments.compare import environment, open_folder
-from gradmask.experiments.components import new_model, resolve_device
 from gradmask.experiments.config import to_plain, to_yaml
-from gradmask.experiments.data import ImageData, load_images
+from gradmask.experiments.data.images import ImageData, load_images
 from gradmask.experiments.files import remove_temporaries, write_atomically, write_json
-from gradmask.experiments.statistics import Results
-from gradmask.experiments.theorem_config import TheoremCheck
-from gradmask.experiments.theorem_numbers import measure, smooth_twin
-from gradmask.experiments.train import Batches, Row, train_run
+from gradmask.experiments.reports.statistics import Results
+from gradmask.experiments.theorem.config import TheoremCheck
+from gradmask.experiments.theorem.numbers import measure, smooth_twin
+from gradmask.experiments.training.budget import EpochBudget
+from gradmask.experiments.training.checkpoint import remove_checkpoints
+from gradmask.experiments.training.components import new_model, resolve_device
+from gradmask.experiments.training.run import Batches, Row, train_run
 from gradmask.seeding import seeded_generator
 
 FILE = "theorem1.json"

@@ -11,15 +11,15 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from gradmask.experiments.audit import Audited
-from gradmask.experiments.audit_figures import contact_sheet, draw_detection
+from gradmask.experiments.audit.detection import Choice, Detection
+from gradmask.experiments.audit.figures import contact_sheet, draw_detection
+from gradmask.experiments.audit.run import Audited
+from gradmask.experiments.audit.scores import FORMS, Form
 from gradmask.experiments.config import to_yaml
-from gradmask.experiments.detection import Choice, Detection
-from gradmask.experiments.figures import STYLE, to_svg
 from gradmask.experiments.files import write_atomically
-from gradmask.experiments.report import templates
-from gradmask.experiments.scores import FORMS, Form
-from gradmask.experiments.statistics import Difference, summarise
+from gradmask.experiments.reports.comparison import templates
+from gradmask.experiments.reports.figures import STYLE, to_svg
+from gradmask.experiments.reports.statistics import Difference, summarise
 
 
 def write_audit_report(audited: Audited) -> Path:

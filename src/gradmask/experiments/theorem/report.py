@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from gradmask.experiments.figures import STYLE, to_png, to_svg
 from gradmask.experiments.files import write_atomically
-from gradmask.experiments.statistics import Results, summarise
-from gradmask.experiments.theorem_numbers import KINDS, SMALL_ERROR
+from gradmask.experiments.reports.figures import STYLE, to_png, to_svg
+from gradmask.experiments.reports.statistics import Results, summarise
+from gradmask.experiments.theorem.numbers import KINDS, SMALL_ERROR
 
 Row = dict[str, Any]
 Key = tuple[str, str, str]  # model, state, activation

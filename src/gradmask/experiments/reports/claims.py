@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradmask.experiments.arms import arm_title, controls, parse_arm
-from gradmask.experiments.statistics import Difference, Results, arms, paired_difference
+from gradmask.experiments.reports.statistics import Difference, Results, arms, paired_difference
 
 FORMS = {
     "quadratic": "Equation 4 (quadratic form)",

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import gradmask
-from gradmask.experiments.theorem_config import FEWEST_POINTS
+from gradmask.experiments.theorem.config import FEWEST_POINTS
 
 Labelled = tuple[Tensor, Tensor]  # inputs and labels
 

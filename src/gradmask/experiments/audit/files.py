@@ -6,12 +6,12 @@ import csv
 import io
 from dataclasses import asdict
 
-from gradmask.experiments.audit import Audited
+from gradmask.experiments.audit.detection import ranking
+from gradmask.experiments.audit.run import Audited
 from gradmask.experiments.compare import environment
-from gradmask.experiments.components import resolve_device
 from gradmask.experiments.config import to_plain
-from gradmask.experiments.detection import ranking
 from gradmask.experiments.files import write_atomically, write_json
+from gradmask.experiments.training.components import resolve_device
 
 AUDIT_VERSION = 1
 

@@ -14,9 +14,9 @@ from gradmask import FisherMask, InfluenceMonitor
 from gradmask.errors import OptionError
 from gradmask.experiments.arms import MASKS, parse_arm
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import ImageData
-from gradmask.experiments.models import build_model
-from gradmask.experiments.sam import sam_backward
+from gradmask.experiments.data.images import ImageData
+from gradmask.experiments.training.models import build_model
+from gradmask.experiments.training.sam import sam_backward
 from gradmask.seeding import derive_seed
 
 # Runs a network on a batch by a function that gives its loss; returns the loss, sets `.grad`.

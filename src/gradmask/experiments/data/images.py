@@ -1,4 +1,4 @@
-"""The images of one run as uint8 tensors: splits, label noise, augmentation."""
+"""The images of one run as uint8 tensors: splits, label noise."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from gradmask.errors import DataError
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.sources import SPLIT_SEED, Source, load_source, stratified
+from gradmask.experiments.data.sources import SPLIT_SEED, Source, load_source, stratified
 from gradmask.seeding import seeded_generator
 
 
@@ -90,89 +89,6 @@ def load_images(config: Comparison, seed: int) -> ImageData:
         test_labels=source.test_labels,
         class_names=source.class_names,
     )
-
-
-def channel_statistics(train_images: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute mean and standard deviation of each channel, on the scale 0 to 1.
-
-    Args:
-        train_images: uint8 images, NCHW.
-
-    Returns:
-        Mean and standard deviation, float32, one value per channel.
-    """
-    # Counts of the 256 values are exact and need no float copy of the images.
-    counts = torch.stack(
-        [torch.bincount(c.flatten(), minlength=256) for c in train_images.unbind(1)]
-    ).double()
-    shares = counts / counts.sum(1, keepdim=True)
-    values = torch.arange(256, device=shares.device, dtype=torch.float64) / 255
-    mean = shares @ values
-    variance = (shares * (values - mean[:, None]) ** 2).sum(1)
-    return mean.float(), variance.sqrt().float()
-
-
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn uint8 images into float32 with mean 0 and standard deviation 1 per channel.
-
-    Args:
-        images: uint8 images, NCHW.
-        mean: Mean of each channel on the scale 0 to 1.
-        std: Standard deviation of each channel; a constant channel may have 0.
-
-    Returns:
-        float32 images of the same shape.
-    """
-    # One grey level at least, so that a constant channel becomes 0 and not NaN.
-    scale = std.clamp_min(1 / 255)
-    return (images.float() / 255 - mean[:, None, None]) / scale[:, None, None]
-
-
-def augment(
-    images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True
-) -> Tensor:
-    """Crop each image at its own random place in a zero-padded copy, and mirror half of them.
-
-    Args:
-        images: uint8 images, NCHW.
-        generator: Source of the random numbers; may be on another device than the images.
-        padding: Pixels of zeros on each side.
-        flip: Mirror each image left to right with probability 1/2.
-
-    Returns:
-        Images of the same shape.
-    """
-    count, _, height, width = images.shape
-    top, left = torch.randint(
-        2 * padding + 1, (2, count), generator=generator, device=generator.device
-    ).to(images.device)
-    padded = transforms.pad(images, [padding] * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: N, C, top, left, H, W
-    images = windows[torch.arange(count, device=images.device), :, top, left]
-    if not flip:
-        return images
-    mirrored = torch.rand(count, generator=generator, device=generator.device) < 0.5
-    return torch.where(
-        mirrored.to(images.device)[:, None, None, None], transforms.horizontal_flip(images), images
-    )
-
-
-def augment_batch(config: Comparison, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Augment a training batch as the comparison asks for.
-
-    Args:
-        config: Options of the comparison.
-        images: uint8 images, NCHW.
-        generator: Source of the random numbers.
-
-    Returns:
-        Images of the same shape; the same object if `config.augment` is off.
-    """
-    if not config.augment:
-        return images
-    if config.data == "digits":  # 8 x 8 pixels, and a mirrored digit is no digit
-        return augment(images, generator, padding=1, flip=False)
-    return augment(images, generator)
 
 
 def _choose_classes(source: Source, classes: int | None) -> Source:

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gradmask.experiments.arms import arm_colours, arm_title, baseline, parse_arm
-from gradmask.experiments.claims import conclusion as claims_conclusion
-from gradmask.experiments.claims import findings
-from gradmask.experiments.figures import draw_all, to_png, to_svg
 from gradmask.experiments.files import write_atomically
-from gradmask.experiments.statistics import (
+from gradmask.experiments.reports.claims import conclusion as claims_conclusion
+from gradmask.experiments.reports.claims import findings
+from gradmask.experiments.reports.figures import draw_all, to_png, to_svg
+from gradmask.experiments.reports.statistics import (
     Metric,
     Results,
     arms,
@@ -26,7 +26,7 @@ from gradmask.experiments.statistics import (
     values,
     verdicts,
 )
-from gradmask.experiments.tables import to_csv
+from gradmask.experiments.reports.tables import to_csv
 
 # Columns that a narrow terminal can do without, in this order.
 _LEAST_IMPORTANT = ("best_accuracy", "last_train_loss", "memorised", "last_accuracy")
@@ -79,7 +79,7 @@ def write_report(folder: Path, results: Results) -> Path:
 def templates() -> Environment:
     """The templates of pages; what they are given is escaped."""
     return Environment(
-        loader=PackageLoader("gradmask.experiments"),
+        loader=PackageLoader("gradmask.experiments.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradmask.experiments.arms import arm_colours, arm_title, baseline, parse_arm
-from gradmask.experiments.claims import FORMS, forms, series
-from gradmask.experiments.statistics import (
+from gradmask.experiments.reports.claims import FORMS, forms, series
+from gradmask.experiments.reports.statistics import (
     JUDGED,
     METRICS,
     Results,

@@ -16,19 +16,20 @@ from torch import Tensor, nn
 
 from gradmask import FisherMask
 from gradmask.errors import DataError
-from gradmask.experiments.budget import EpochBudget
-from gradmask.experiments.checkpoint import (
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data.images import ImageData
+from gradmask.experiments.data.transforms import augment_batch, channel_statistics, normalize
+from gradmask.experiments.training.budget import EpochBudget
+from gradmask.experiments.training.checkpoint import (
     describe_run,
     load_checkpoint,
     remove_checkpoints,
     save_checkpoint,
 )
-from gradmask.experiments.components import resolve_device
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import ImageData, augment_batch, channel_statistics, normalize
-from gradmask.experiments.log import RunLog
-from gradmask.experiments.state import RunState, new_state
-from gradmask.experiments.weights import save_weights, weights_path
+from gradmask.experiments.training.components import resolve_device
+from gradmask.experiments.training.log import RunLog
+from gradmask.experiments.training.state import RunState, new_state
+from gradmask.experiments.training.weights import save_weights, weights_path
 from gradmask.seeding import derive_seed
 
 Row = dict[str, Any]

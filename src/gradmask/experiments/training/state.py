@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gradmask import FisherMask, InfluenceMonitor
-from gradmask.experiments.components import (
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data.images import ImageData
+from gradmask.experiments.training.components import (
     Backward,
     new_backward,
     new_mask,
@@ -20,8 +22,6 @@ from gradmask.experiments.components import (
     new_monitor,
     new_optimizer,
 )
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import ImageData
 from gradmask.seeding import seeded_generator
 
 _PARTS = ("model", "optimizer", "schedule", "mask", "monitor")

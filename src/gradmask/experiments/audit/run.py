@@ -14,11 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gradmask.errors import OptionError, StateError, check_choice
-from gradmask.experiments.compare import read_results, run_directory
-from gradmask.experiments.components import new_model, resolve_device
-from gradmask.experiments.config import Comparison, from_plain
-from gradmask.experiments.data import ImageData, channel_statistics, load_images, normalize
-from gradmask.experiments.detection import (
+from gradmask.experiments.audit.detection import (
     Choice,
     Detection,
     Scores,
@@ -26,10 +22,15 @@ from gradmask.experiments.detection import (
     detect,
     usual,
 )
+from gradmask.experiments.audit.scores import FORMS, KEPT, Measured, measure
+from gradmask.experiments.compare import read_results, run_directory
+from gradmask.experiments.config import Comparison, from_plain
+from gradmask.experiments.data.images import ImageData, load_images
+from gradmask.experiments.data.sources import stratified
+from gradmask.experiments.data.transforms import channel_statistics, normalize
 from gradmask.experiments.files import atomic_file, read_tensors
-from gradmask.experiments.scores import FORMS, KEPT, Measured, measure
-from gradmask.experiments.sources import stratified
-from gradmask.experiments.weights import load_weights, saved_epochs, weights_path
+from gradmask.experiments.training.components import new_model, resolve_device
+from gradmask.experiments.training.weights import load_weights, saved_epochs, weights_path
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import nn
 
 from gradmask.errors import GradmaskWarning, StateError
 from gradmask.experiments.config import EXTENDABLE, NOT_RESULTS, Comparison, to_plain
-from gradmask.experiments.data import ImageData
+from gradmask.experiments.data.images import ImageData
 from gradmask.experiments.files import atomic_file, read_tensors
-from gradmask.experiments.weights import check_shapes
+from gradmask.experiments.training.weights import check_shapes
 
 VERSION = 1
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"

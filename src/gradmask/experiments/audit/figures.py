@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradmask.experiments.audit import Audited
-from gradmask.experiments.detection import MEAN, MEAN_RANK, Detection, ranking
-from gradmask.experiments.figures import STYLE
-from gradmask.experiments.scores import FORMS
+from gradmask.experiments.audit.detection import MEAN, MEAN_RANK, Detection, ranking
+from gradmask.experiments.audit.run import Audited
+from gradmask.experiments.audit.scores import FORMS
+from gradmask.experiments.reports.figures import STYLE
 
 # Okabe and Ito's palette: told apart with any colour vision.
 _BASELINE, _INFLUENCE = "#3b3b3b", "#0072b2"

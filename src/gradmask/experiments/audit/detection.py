@@ -13,8 +13,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from gradmask.experiments.scores import FORMS, Form
-from gradmask.experiments.statistics import Difference, paired_difference, summarise
+from gradmask.experiments.audit.scores import FORMS, Form
+from gradmask.experiments.reports.statistics import Difference, paired_difference, summarise
 
 MEAN, MEAN_RANK = "mean", "mean rank"
 # Scores of one seed: {form: {epoch rule: one value a sample}}.

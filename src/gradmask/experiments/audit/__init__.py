@@ -1,0 +1,1 @@
+"""Which training samples a network memorises: scores, and how well they find wrong labels."""

@@ -1,0 +1,1 @@
+"""Images: where they come from, splits, noise, augmentation."""

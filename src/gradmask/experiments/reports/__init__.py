@@ -1,0 +1,1 @@
+"""What a comparison shows: statistics, claims, tables, figures, the page."""
