@@ -13,6 +13,7 @@ CORE = [
     "errors",
     "seeding",
     "parameters",
+    "distributed",
     "kernels",
     "fisher",
     "influence",

@@ -1,12 +1,11 @@
 """The threshold of entries that are spread over processes."""
 
 import sys
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_processes
 
 from gradmask import global_threshold, make_masks
 from gradmask.errors import DataError, OptionError
@@ -26,59 +25,40 @@ def shards(values, world):
     return values.split({2: [830, 170], 4: [500, 170, 330, 0]}[world])
 
 
-def check_rank(rank, world, path, failures):
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-        group = dist.group.WORLD
-        for dtype in (torch.float32, torch.float64):
-            values = diagonal(dtype)
-            mine = {"a": shards(values, world)[rank][::2], "b": shards(values, world)[rank][1::2]}
-            for keep in (0.001, 0.25, 0.6, 1.0):
-                threshold = global_threshold(mine, keep, group)
-                assert torch.equal(threshold, global_threshold({"a": values}, keep))
-                masks = make_masks(mine, keep, group=group)
-                assert all(torch.equal(masks[n], mine[n] >= threshold) for n in mine)
-        # A rank in float32 beside others in float64.
-        values = diagonal(torch.float64)
-        mine = shards(values, world)[rank]
-        rounded = torch.cat(
-            [p.float().double() if r == 0 else p for r, p in enumerate(shards(values, world))]
+def check_rank(rank, world):
+    group = dist.group.WORLD
+    for dtype in (torch.float32, torch.float64):
+        values = diagonal(dtype)
+        mine = {"a": shards(values, world)[rank][::2], "b": shards(values, world)[rank][1::2]}
+        for keep in (0.001, 0.25, 0.6, 1.0):
+            threshold = global_threshold(mine, keep, group)
+            assert torch.equal(threshold, global_threshold({"a": values}, keep))
+            masks = make_masks(mine, keep, group=group)
+            assert all(torch.equal(masks[n], mine[n] >= threshold) for n in mine)
+    # A rank in float32 beside others in float64.
+    values = diagonal(torch.float64)
+    mine = shards(values, world)[rank]
+    rounded = torch.cat(
+        [p.float().double() if r == 0 else p for r, p in enumerate(shards(values, world))]
+    )
+    mine = mine.float() if rank == 0 else mine
+    threshold = global_threshold({"a": mine}, 0.3, group)
+    assert torch.equal(threshold, global_threshold({"a": rounded}, 0.3))
+    # What one rank holds is refused on all, so that none waits for another.
+    bad = torch.tensor([float("nan")]) if rank == 1 else torch.ones(3)
+    with pytest.raises(DataError, match="NaN"):
+        global_threshold({"a": bad}, 0.5, group)
+    with pytest.raises(OptionError, match="leave group out"):
+        make_masks(
+            {"a": torch.ones(3)},
+            0.5,
+            strategy="inverse",
+            generator=torch.Generator(),
+            group=group,
         )
-        mine = mine.float() if rank == 0 else mine
-        threshold = global_threshold({"a": mine}, 0.3, group)
-        assert torch.equal(threshold, global_threshold({"a": rounded}, 0.3))
-        # What one rank holds is refused on all, so that none waits for another.
-        bad = torch.tensor([float("nan")]) if rank == 1 else torch.ones(3)
-        with pytest.raises(DataError, match="NaN"):
-            global_threshold({"a": bad}, 0.5, group)
-        with pytest.raises(OptionError, match="leave group out"):
-            make_masks(
-                {"a": torch.ones(3)},
-                0.5,
-                strategy="inverse",
-                generator=torch.Generator(),
-                group=group,
-            )
-        dist.destroy_process_group()
-    except BaseException:
-        failures.put(traceback.format_exc())
-        raise
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_on_every_rank_as_in_one_process(world, tmp_path):
     assert sum(len(p) for p in shards(diagonal(), world)) == 1000
-    context = mp.get_context("spawn")
-    failures = context.SimpleQueue()
-    processes = [
-        context.Process(target=check_rank, args=(r, world, tmp_path / "store", failures))
-        for r in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    codes = [p.exitcode for p in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * world, failures.get() if not failures.empty() else "no answer"
+    run_processes(check_rank, world, tmp_path)

@@ -31,6 +31,10 @@ class StateError(GradmaskError, ValueError):
     """A saved state does not fit the object it is loaded into."""
 
 
+class DistributedError(GradmaskError, RuntimeError):
+    """Another process failed at what this one does with it."""
+
+
 class GradmaskWarning(UserWarning):
     """Something works, but perhaps not as the user expects."""
 

@@ -7,15 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from gradmask.distributed import (
+    check_same,
+    data_groups,
+    is_sharded,
+    local,
+    reshard,
+    shard_like,
+    take_shard,
+    unwrapped,
+)
 from gradmask.errors import OptimizerError, StateError, check_choice, check_keep, check_max_samples
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.kernels import keep_where
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed, seeded_generator
-from gradmask.selection import STRATEGIES, make_masks
+from gradmask.selection import STRATEGIES, kept_counts, make_masks
 
 SCOPES = ("gradient", "update")
 # The mask from so many samples shares 92 to 95 % with that from all (docs/performance.md).
@@ -28,6 +39,10 @@ class FisherMask:
 
     θ ← θ − α (g ⊙ M), M_j = 1 where a_jj ≥ k, else 0 (equation 10 of L. Jiang, "Gradient mask and
     neural network generalization"). Until the first `refresh` nothing is masked.
+
+    On many processes give the model wrapped, in `DistributedDataParallel` or after `fully_shard`:
+    every rank refreshes with its own part of the data, and all have the same mask, sharded as the
+    parameters are.
 
     Example:
         ```python
@@ -49,10 +64,11 @@ class FisherMask:
         loss: Negative log-likelihood: `cross_entropy`, `bernoulli` or a callable.
         max_samples: Size of the random part of the data a refresh measures on; None for all of it.
         seed: Seed of random parts, drawn labels and random masks; each refresh draws afresh.
+        group: Ranks that train the model together (default: those it is wrapped for).
 
     Raises:
         OptionError: If an option is out of range or unknown.
-        ModelError: If the model has no trainable parameters.
+        ModelError: If the model has no trainable parameters, or cannot be measured in shards.
     """
 
     def __init__(
@@ -66,6 +82,7 @@ class FisherMask:
         loss: Loss = "cross_entropy",
         max_samples: int | None = MAX_SAMPLES,
         seed: int = 0,
+        group: ProcessGroup | None = None,
     ) -> None:
         check_keep(keep)
         check_choice("scope", scope, SCOPES)
@@ -73,13 +90,16 @@ class FisherMask:
         check_likelihood(kind, loss)
         check_max_samples(max_samples)
         trainable_parameters(model)  # refuses a model that has none
-        self.model, self.scope, self.strategy = model, scope, strategy
+        self._wrapped, self._group = model, group
+        data_groups(model, group)  # refuses shards that cannot be measured
+        self.model, self.scope, self.strategy = unwrapped(model), scope, strategy
         self.kind, self.loss = kind, loss
         # NumPy's numbers would neither load without pickle nor seed as Python's do.
         self.keep, self.seed = float(keep), int(seed)
         self.max_samples = None if max_samples is None else int(max_samples)
         self.refreshes = 0
         self.masks: dict[str, Tensor] = {}
+        self._kept: dict[str, int] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}
         self._read_parameters()
@@ -89,6 +109,7 @@ class FisherMask:
 
     def _read_parameters(self) -> None:
         """Look them up anew; frozen ones too, which may thaw while their mask is in force."""
+        reshard(self.model)
         self._parameters = dict(self.model.named_parameters())
         self._names = {id(p): name for name, p in self._parameters.items()}
 
@@ -147,19 +168,25 @@ class FisherMask:
         Raises:
             ModelError: If the model cannot be measured.
             DataError: If the data cannot be used, or the loss is not finite. The mask stays.
+            DistributedError: If that happened on another rank.
+            OptionError: If the ranks' options differ.
         """
+        same = {"seed": self.seed, "refreshes": self.refreshes, "keep": self.keep}
+        check_same(same, data_groups(self._wrapped, self._group))
         if self.strategy == "random":  # needs shapes only
+            reshard(self.model)
             self.update({name: p.detach() for name, p in trainable_parameters(self.model).items()})
             return
-        seed = derive_seed(self.seed, "fisher", self.refreshes)
-        options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "seed": seed}
-        self.update(fisher_diagonal(self.model, loader, max_samples=self.max_samples, **options))
+        options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "group": self._group}
+        options["seed"] = derive_seed(self.seed, "fisher", self.refreshes)
+        self.update(fisher_diagonal(self._wrapped, loader, max_samples=self.max_samples, **options))
 
     def update(self, fisher: dict[str, Tensor]) -> None:
         """Make the mask from a Fisher diagonal that was measured already.
 
         Args:
-            fisher: `{parameter name: tensor}` for all trainable parameters.
+            fisher: `{parameter name: tensor}` for all trainable parameters; the same on all ranks,
+                or DTensors for sharded parameters.
 
         Raises:
             StateError: If names or shapes are not those of the model's trainable parameters.
@@ -168,6 +195,7 @@ class FisherMask:
         self._check_shapes(fisher, "Fisher diagonal")
         generator = seeded_generator(self.seed, "mask", self.refreshes)
         self.masks = make_masks(fisher, self.keep, strategy=self.strategy, generator=generator)
+        self._kept = kept_counts(self.masks)
         self._read_parameters()
         self.refreshes += 1
 
@@ -184,16 +212,16 @@ class FisherMask:
                     raise OptimizerError(
                         f"Parameter {name!r} has a sparse gradient: use sparse=False in its layer."
                     )
-                gradients.append(parameter.grad)
+                gradients.append(local(parameter.grad))
                 masks.append(self._mask(name, parameter))
         keep_where(gradients, masks)
 
     def _mask(self, name: str, parameter: nn.Parameter) -> Tensor:
-        mask = self.masks[name]
+        mask, own = local(self.masks[name]), local(parameter)
         # The model may have been moved. In the parameter's own layout both are read in order.
-        if mask.device != parameter.device or mask.stride() != parameter.stride():
-            mask = torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(mask)
-            self.masks[name] = mask
+        if mask.device != own.device or mask.stride() != own.stride():
+            mask = torch.empty_like(own, dtype=torch.bool, requires_grad=False).copy_(mask)
+            self.masks[name] = shard_like(mask, parameter)
         return mask
 
     def _of(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -213,7 +241,7 @@ class FisherMask:
         if self.scope == "update":
             # A stack: the `step` of a subclass may call that of its parent, which runs hooks too.
             self._before.setdefault(id(optimizer), []).append(
-                {name: p.detach().clone() for name, p in parameters.items() if name in self.masks}
+                {n: local(p.detach()).clone() for n, p in parameters.items() if n in self.masks}
             )
         self._apply(parameters)
 
@@ -235,7 +263,7 @@ class FisherMask:
         parameters = self._of(optimizer)
         stack = self._before.get(id(optimizer))
         before = stack.pop() if stack else {}
-        held = [parameters[name] for name in before]
+        held = [local(parameters[name].detach()) for name in before]
         masks = [self._mask(name, parameters[name]) for name in before]
         keep_where(held, masks, list(before.values()))
 
@@ -244,8 +272,7 @@ class FisherMask:
         """Share of all trainable parameters that learn now, as realised (1 before a refresh)."""
         if not self.masks:
             return 1.0
-        kept = sum(int(m.sum()) for m in self.masks.values())
-        return kept / sum(m.numel() for m in self.masks.values())
+        return sum(self._kept.values()) / sum(m.numel() for m in self.masks.values())
 
     @property
     def kept_fractions(self) -> dict[str, float]:
@@ -253,10 +280,13 @@ class FisherMask:
         if not self.masks:
             return dict.fromkeys(trainable_parameters(self.model), 1.0)
         # A parameter without entries has nothing masked.
-        return {n: int(m.sum()) / m.numel() if m.numel() else 1.0 for n, m in self.masks.items()}
+        return {n: self._kept[n] / m.numel() if m.numel() else 1.0 for n, m in self.masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Options, refresh count and masks; plain values and tensors that load without pickle."""
+        """Options, refresh count and masks; plain values and tensors that load without pickle.
+
+        Masks of sharded parameters are DTensors, for `torch.distributed.checkpoint`.
+        """
         options = {name: getattr(self, name) for name in _OPTIONS}
         masks = {name: mask.clone() for name, mask in self.masks.items()}
         return {"version": 1, **options, "refreshes": self.refreshes, "masks": masks}
@@ -265,7 +295,8 @@ class FisherMask:
         """Go on from a saved state; nothing changes unless all of it fits.
 
         Args:
-            state: What `state_dict` returned, from a mask with the same options.
+            state: What `state_dict` returned, from a mask with the same options. Whole masks are
+                cut to the shards that the parameters are in.
 
         Raises:
             StateError: If the state is of another version, other options or another model.
@@ -290,11 +321,20 @@ class FisherMask:
         if masks:
             self._check_shapes(masks, "state")
         self._read_parameters()
-        self.masks = {
-            name: mask.to(self._parameters[name].device, torch.bool, copy=True)
-            for name, mask in masks.items()
-        }
+        self.masks = {name: self._placed(name, mask) for name, mask in masks.items()}
+        self._kept = kept_counts(self.masks)
         self.refreshes = refreshes
+
+    def _placed(self, name: str, mask: Tensor) -> Tensor:
+        """A copy of a mask where and as its parameter is."""
+        parameter = self._parameters[name]
+        if is_sharded(mask) and not is_sharded(parameter):
+            raise StateError(
+                "The state's masks are in shards, and the model is not: load it into a model with "
+                "fully_shard, or save it whole (mask.full_tensor())."
+            )
+        part = local(mask) if is_sharded(mask) else take_shard(mask, parameter)
+        return shard_like(part.to(parameter.device, copy=True), parameter)
 
     def _check_shapes(self, tensors: dict[str, Tensor], what: str) -> None:
         parameters = trainable_parameters(self.model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmask.errors import DataError, OptionError, StateError, check_choice
-from gradmask.fisher.diagonal import check_batches
+from gradmask.fisher.batch import check_batches
 from gradmask.fisher.likelihood import Loss, part
 from gradmask.fisher.sampling import random_samples
 from gradmask.influence import gradient_norms, influence

@@ -6,12 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from gradmask.distributed import Groups, local, shard_groups, shard_like, sum_over, take_shard
 from gradmask.errors import DataError, GradmaskWarning, OptionError, check_choice, check_keep
 from gradmask.kernels import count_digits
 
@@ -27,7 +28,8 @@ def kth_largest(tensors: Iterable[Tensor], k: int, group: ProcessGroup | None = 
     with the next 16 bits: exact, in two readings of float32 values.
 
     Args:
-        tensors: Non-negative tensors of any shapes, dtypes and devices.
+        tensors: Non-negative tensors of any shapes, dtypes and devices; or DTensors, which are
+            spread over the processes of their mesh.
         k: Rank, from 1 for the largest.
         group: Process group over which the entries are spread; every rank gets the same result.
 
@@ -37,10 +39,12 @@ def kth_largest(tensors: Iterable[Tensor], k: int, group: ProcessGroup | None = 
     Raises:
         DataError: If there are no values, or some are NaN, infinite or negative.
     """
-    values = [t.detach() for t in tensors if t.numel()]
+    tensors = list(tensors)
+    groups = _groups(tensors, group)
+    values = [part for t in tensors if (part := local(t.detach())).numel()]
     double = any(t.dtype == torch.float64 for t in values)
     own = torch.tensor([sum(t.numel() for t in values), double], device="cpu")
-    total, doubles = _over_ranks(own, group).tolist()
+    total, doubles = sum_over(own, groups).tolist()
     if not 1 <= k <= total:
         raise DataError(f"There is no {k}-th largest of {total} values.")
     dtype, integer = (torch.float64, torch.int64) if doubles else (torch.float32, torch.int32)
@@ -52,7 +56,7 @@ def kth_largest(tensors: Iterable[Tensor], k: int, group: ProcessGroup | None = 
         counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device="cpu")
         for tensor in values:
             count_digits(tensor.to(dtype).contiguous(), shift, None if first else prefix, counts)
-        counts = _over_ranks(counts, group)
+        counts = sum_over(counts, groups)
         if first and bool(counts[infinity >> shift :].any()):
             raise DataError(
                 "The Fisher diagonal holds NaN, infinite or negative values: training has "
@@ -65,13 +69,8 @@ def kth_largest(tensors: Iterable[Tensor], k: int, group: ProcessGroup | None = 
     return torch.tensor(prefix, dtype=integer, device="cpu").view(dtype)
 
 
-def _over_ranks(counts: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum of integers on the CPU over the ranks of a process group."""
-    if group is None:
-        return counts
-    moved = counts.cuda() if dist.get_backend(group) == "nccl" else counts
-    dist.all_reduce(moved, group=group)
-    return moved.cpu()
+def _groups(tensors: Iterable[Tensor], group: ProcessGroup | None) -> Groups:
+    return shard_groups(tensors) if group is None else (group,)
 
 
 def global_threshold(
@@ -98,8 +97,9 @@ def global_threshold(
 
 def kept_count(fisher: Mapping[str, Tensor], keep: float, group: ProcessGroup | None = None) -> int:
     """⌈keep · m⌉ for m entries in all, with `keep` as it is written: ⌈0.1 · 30⌉ is 3, not 4."""
-    own = torch.tensor([sum(t.numel() for t in fisher.values())], device="cpu")
-    return math.ceil(Fraction(str(float(keep))) * int(_over_ranks(own, group)))
+    own = torch.tensor([sum(local(t).numel() for t in fisher.values())], device="cpu")
+    total = sum_over(own, _groups(fisher.values(), group))
+    return math.ceil(Fraction(str(float(keep))) * int(total))
 
 
 def make_masks(
@@ -112,13 +112,15 @@ def make_masks(
 ) -> dict[str, Tensor]:
     """Masks M of equation 10 (True: the entry still learns), and the controls for it.
 
+    The masks of DTensors are those that the whole tensors would have, each in the same shards.
+
     Args:
         fisher: Diagonal of the Fisher information by parameter name.
         keep: Share of the entries that still learn, in (0, 1].
         strategy: `fisher`: M = 1 where a ≥ k (ties at k are kept). `random`: as many entries
             anywhere. `random_matched`: in every tensor as many as `fisher` keeps there, drawn at
             random. `inverse`: as many as `fisher` keeps, the lowest (ties drawn at random).
-        generator: CPU generator of the random draws.
+        generator: CPU generator of the random draws; in the same state on every rank.
         group: Process group whose ranks hold each a part of the entries (`fisher` only).
 
     Returns:
@@ -135,8 +137,8 @@ def make_masks(
     if strategy != "fisher" and group is not None:
         raise OptionError(f"strategy={strategy!r} draws within one process: leave group out.")
     if strategy == "random":
-        total = sum(t.numel() for t in fisher.values())
-        return _split(_draw(total, kept_count(fisher, keep), generator), fisher)
+        keys = _random_keys(fisher, generator)
+        return _largest(keys, kept_count(fisher, keep))
     threshold = global_threshold(fisher, keep, group)
     if float(threshold) == 0.0 and keep < 1.0:
         warnings.warn(
@@ -147,47 +149,61 @@ def make_masks(
             stacklevel=2,
         )
     masks = _compare(torch.ge, fisher, threshold)
+    if strategy == "fisher":
+        return masks
+    keys, counts = _random_keys(fisher, generator), kept_counts(masks)
     if strategy == "random_matched":
-        return {
-            name: _draw(m.numel(), int(m.sum()), generator).view(m.shape).to(m.device)
-            for name, m in masks.items()
-        }
-    if strategy == "inverse":
-        return _lowest(fisher, sum(int(m.sum()) for m in masks.values()), generator)
-    return masks
+        return {n: _largest({n: key}, counts[n])[n] for n, key in keys.items()}
+    return _lowest(fisher, sum(counts.values()), keys)
+
+
+def kept_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many entries of every mask are True, in all its shards together."""
+    own = torch.tensor([int(local(m).sum()) for m in masks.values()], device="cpu")
+    return dict(zip(masks, sum_over(own, shard_groups(masks.values())).tolist(), strict=True))
 
 
 def _compare(
-    relation: Callable[[Tensor, Tensor], Tensor], fisher: Mapping[str, Tensor], bound: Tensor
+    relation: Callable[[Tensor, Tensor], Tensor], values: Mapping[str, Tensor], bound: Tensor
 ) -> dict[str, Tensor]:
     """Compare in the bound's precision: PyTorch would round the bound to that of each tensor."""
-    return {name: relation(a.to(bound.dtype), bound.to(a.device)) for name, a in fisher.items()}
-
-
-def _draw(total: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """`count` of `total` entries, exactly, at random."""
-    chosen = torch.zeros(total, dtype=torch.bool, device="cpu")
-    chosen[torch.randperm(total, generator=generator, device="cpu")[:count]] = True
-    return chosen
-
-
-def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = flat.split([t.numel() for t in like.values()])
     return {
-        name: part.view(t.shape).to(t.device)
-        for (name, t), part in zip(like.items(), parts, strict=True)
+        name: shard_like(relation(local(a).to(bound.dtype), bound.to(a.device)), a)
+        for name, a in values.items()
     }
 
 
+def _random_keys(
+    like: Mapping[str, Tensor], generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """A random number for every entry, the same one however the tensors are sharded.
+
+    In float64, where the chance of equal ones is about m² / 2⁵⁴ for m entries, and only those at a
+    threshold would matter.
+    """
+    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu", "generator": generator}
+    return {
+        name: shard_like(take_shard(torch.rand(t.shape, **options), t).to(t.device), t)
+        for name, t in like.items()
+    }
+
+
+def _largest(values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The `count` largest entries."""
+    if not count:
+        return _compare(torch.gt, values, torch.tensor(math.inf, dtype=torch.float64, device="cpu"))
+    return _compare(torch.ge, values, kth_largest(values.values(), count))
+
+
 def _lowest(
-    fisher: Mapping[str, Tensor], count: int, generator: torch.Generator | None
+    fisher: Mapping[str, Tensor], count: int, keys: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The `count` smallest entries; zeros are many, so ties are broken at random, exactly."""
-    total = sum(t.numel() for t in fisher.values())
+    total = kept_count(fisher, 1.0)
     bound = kth_largest(fisher.values(), total - count + 1)
     masks, ties = _compare(torch.lt, fisher, bound), _compare(torch.eq, fisher, bound)
-    missing = count - sum(int(m.sum()) for m in masks.values())
-    flat = torch.cat([t.reshape(-1).cpu() for t in ties.values()])
-    chosen = torch.zeros_like(flat)
-    chosen[flat] = _draw(int(flat.sum()), missing, generator)
-    return {name: masks[name] | extra for name, extra in _split(chosen, fisher).items()}
+    missing = count - sum(kept_counts(masks).values())
+    # Keys of the ties, moved up by one from those of all others, which are 0.
+    keyed = {n: shard_like((local(keys[n]) + 1) * local(ties[n]), keys[n]) for n in ties}
+    chosen = _largest(keyed, missing)
+    return {n: shard_like(local(m) | local(chosen[n]), m) for n, m in masks.items()}

@@ -1,6 +1,6 @@
 import pytest
 
-from gradmask.fisher import diagonal, rules
+from gradmask.fisher import batch, rules
 
 
 @pytest.fixture(autouse=True)
@@ -12,7 +12,7 @@ def _repeatable(repeatable):
 def ways(monkeypatch):
     """How each parameter was measured: by a `rule`, `elementwise`, by `module` or by `sample`."""
     found = {}
-    monkeypatch.setattr(diagonal, "_report", found.update)
+    monkeypatch.setattr(batch, "_report", found.update)
     return found
 
 
@@ -24,7 +24,7 @@ def fallen(monkeypatch):
     def record(ways):
         names.update(name for name, way in ways.items() if way in ("module", "sample"))
 
-    monkeypatch.setattr(diagonal, "_report", record)
+    monkeypatch.setattr(batch, "_report", record)
     return names
 
 

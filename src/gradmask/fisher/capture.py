@@ -9,7 +9,7 @@ is changed, and all hooks go when the context ends.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmask.distributed import note_whole_parameters
 from gradmask.errors import ModelError
 from gradmask.fisher.calls import Call, differentiable, spans, square_together
 from gradmask.fisher.graph import Node, enclosed, leaves, lowest, selects, walk
@@ -25,6 +26,7 @@ from gradmask.fisher.operations import Layout, operation_calls
 
 Way = tuple[Any, ...]  # the kinds of the calls that explain a parameter
 Ways = dict[str, Way]
+Settle = Callable[[Iterable[str]], None]
 
 
 class Capture:
@@ -54,9 +56,10 @@ class Capture:
         self._calls: list[Call] = []
         self._owner: dict[str, list[Call]] = defaultdict(list)
         self._returned: list[tuple[Any, list[tuple[Call, int]]]] = []
-        self._handles: list[Any] = []
+        self._handles: list[Any] = note_whole_parameters(model, self._names)
         self._norms: dict[tuple[Call, int], Tensor] | None = None
         self._totals: dict[str, Tensor] | None = None
+        self._settle: Settle = lambda _: None
         self.handled: set[str] = set()
         self.selects = False
 
@@ -89,7 +92,7 @@ class Capture:
             ModelError: If the outputs do not depend on the parameters, or hide their graph.
         """
         self._observer.stop()
-        roots = {t.grad_fn for t in differentiable(outputs)}
+        roots = list(dict.fromkeys(t.grad_fn for t in differentiable(outputs)))
         if not roots:
             raise ModelError("The model's outputs do not depend on its trainable parameters.")
         order, parents = walk(roots)
@@ -98,7 +101,7 @@ class Capture:
         self.handled = self._parameters.keys() - reached.keys()
         self.selects = selects(order)
         for name, leaf in reached.items():
-            for calls in self._explanations(name, leaf, parents, roots):
+            for calls in self._explanations(name, leaf, parents, set(roots)):
                 if calls and self._permits(name, _way(calls)):
                     self._owner[name] = calls
                     self.handled.add(name)
@@ -191,6 +194,7 @@ class Capture:
             # Squared at once, so that the gradient need not be kept.
             if alone and self._totals is not None and call.add_squares(self._totals):
                 call.gradients[place] = None
+                self._settle(call.names.values())
 
     def _backward(self, term: Tensor) -> None:
         if not self._returned:
@@ -245,14 +249,21 @@ class Capture:
             self._owner.pop(name, None)
         self._keep_used_names()
 
-    def add_squares(self, terms: Iterable[Tensor], totals: dict[str, Tensor]) -> None:
+    def add_squares(
+        self,
+        terms: Iterable[Tensor],
+        totals: dict[str, Tensor],
+        settle: Settle = lambda _: None,
+    ) -> None:
         """Add, over samples and terms, the squared per-sample gradients of each handled name.
 
         Args:
             terms: Scalars, each a sum over the samples of that sample's own value.
             totals: `{name: tensor of the parameter's shape}`, changed in place.
+            settle: Told the names of totals that a term adds nothing more to, in an order that
+                depends on the model alone.
         """
-        self._totals = totals
+        self._totals, self._settle = totals, settle
         for term in terms:
             self._backward(term)
             with torch.no_grad():
@@ -283,6 +294,7 @@ class Capture:
         """What could not be squared at once."""
         for group in self._groups():
             square_together(group, totals, self._batch_size)
+            self._settle(dict.fromkeys(n for call in group for n in call.names.values()))
             for call in group:
                 call.gradients = [None] * len(call.edges)
 

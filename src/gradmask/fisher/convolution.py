@@ -46,8 +46,7 @@ def weight_gradient(module: _ConvNd, x: Tensor, g: Tensor, samples: int = 1) -> 
     gradients = torch.ops.aten.convolution_backward(
         g,
         x,
-        # Read for its shape only.
-        module.weight if samples == 1 else module.weight.new_empty(samples * shape[0], *shape[1:]),
+        g.new_empty(samples * shape[0], *shape[1:]),  # read for its shape only
         None,
         module.stride,
         (0,) * len(module.kernel_size) if _pads_itself(module) else module.padding,

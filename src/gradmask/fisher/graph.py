@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gradmask.errors import ModelError
@@ -10,11 +10,11 @@ from gradmask.errors import ModelError
 Node = Any  # torch.autograd.graph.Node, which has no public attributes to type
 
 
-def walk(roots: set[Node]) -> tuple[list[Node], dict[Node, list[Node]]]:
+def walk(roots: Sequence[Node]) -> tuple[list[Node], dict[Node, list[Node]]]:
     """All nodes below the roots, children before parents, and the parents of each.
 
     Args:
-        roots: Nodes of the model's outputs.
+        roots: Nodes of the model's outputs, each once.
 
     Returns:
         The nodes in order, and `{node: parents}`.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradmask.errors import DataError, OptionError
-from gradmask.fisher.diagonal import safe_ways, unpack
+from gradmask.fisher.batch import safe_ways, unpack
 from gradmask.fisher.likelihood import Loss, draw_directions, nll, part
 from gradmask.fisher.reference import call
 from gradmask.influence.distribution import Head, find_head

@@ -1,0 +1,116 @@
+"""The Fisher pass over parameters in shards (`fully_shard`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gradmask.distributed import (
+    Groups,
+    local,
+    reshard,
+    shard_like,
+    sum_over,
+    sum_to_shard,
+    together,
+)
+from gradmask.errors import DataError
+from gradmask.fisher.batch import DOING, Pass, unpacked
+from gradmask.fisher.reference import zero_squares
+
+
+class ShardSums(dict[str, Tensor]):
+    """Sums over the ranks of whole tensors, of which this rank keeps its part.
+
+    A whole tensor exists from when it is first asked for until it is settled, so that there is
+    never one of every parameter.
+
+    Args:
+        parameters: Sharded parameters by name.
+
+    Attributes:
+        parts: This rank's parts.
+        weight: Weight of what is settled.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self.weight = 1.0
+        self.parts = {
+            name: torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, torch.float32))
+            for name, p in parameters.items()
+        }
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = zero_squares(self._parameters[name])
+        return self[name]
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Add whole tensors over the ranks, and let go of them."""
+        for name in names:
+            whole = self.pop(name, None)
+            if whole is not None:
+                self.parts[name] += sum_to_shard(whole.mul_(self.weight), self._parameters[name])
+
+
+def sharded_sums(
+    single_pass: Pass, batches: Iterable[Any], device: torch.device, groups: Groups
+) -> tuple[dict[str, Tensor], int]:
+    """Add up squared per-sample gradients over the batches of all ranks.
+
+    A layer is gathered for all ranks at once, so all must run it equally often: a rank that has no
+    batch left repeats its last one with weight zero. A batch of one runs as two halves, because
+    with one sample the pass would take other ways than on the other ranks.
+
+    Args:
+        single_pass: The pass.
+        batches: Batches of this rank.
+        device: Where to run it.
+        groups: The ranks.
+
+    Returns:
+        Sums as DTensors, and the number of samples, over all ranks.
+    """
+    totals = ShardSums(single_pass.parameters)
+    count = 0
+    try:
+        for inputs, targets, own in _in_step(batches, device, groups):
+            samples = len(targets) if own else 0
+            totals.weight = float(own)
+            if len(targets) == 1:
+                totals.weight /= 2  # exact, as is the sum of two equal numbers
+                inputs, targets = tree_map(_twice, (inputs, targets))
+            single_pass.add(inputs, targets, totals, groups, totals.settle)
+            count += samples
+    finally:
+        reshard(single_pass.model)
+    parameters = single_pass.parameters
+    sums = {name: shard_like(part, parameters[name]) for name, part in totals.parts.items()}
+    return sums, int(sum_over(torch.tensor([count], device="cpu"), groups))
+
+
+def _twice(tensor: Any) -> Any:
+    return torch.cat([tensor] * 2) if isinstance(tensor, Tensor) and tensor.dim() else tensor
+
+
+def _in_step(
+    batches: Iterable[Any], device: torch.device, groups: Groups
+) -> Iterator[tuple[Any, Tensor, bool]]:
+    """Inputs and targets, and whether they are this rank's own and not a repetition."""
+    remaining = unpacked(batches, device)
+    last: tuple[Any, Tensor] | None = None
+    while True:
+        with together(groups, DOING):
+            batch = next(remaining, None)
+        if not sum_over(torch.tensor([batch is not None], dtype=torch.int32, device="cpu"), groups):
+            return
+        last = batch or last
+        with together(groups, DOING):
+            if last is None:
+                raise DataError("This rank has no samples: with fully_shard every rank needs some.")
+        yield *last, batch is not None

@@ -1,0 +1,46 @@
+"""Run a function in several processes that talk over gloo."""
+
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank(function, rank, world, folder, failures, args):
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+        )
+        function(rank, world, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
+
+
+def run_processes(function, world, folder, *args, expected=None, limit=120):
+    """Run `function(rank, world, *args)` in `world` processes and wait for them.
+
+    `expected` gives the exit codes where they are not all 0.
+    """
+    context = mp.get_context("spawn")
+    failures = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(function, r, world, folder, failures, args))
+        for r in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(limit)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    found = []
+    while not failures.empty():
+        found.append(failures.get())
+    assert codes == (expected or [0] * world), "\n".join(found) or f"exit codes {codes}"
+    return found
