@@ -289,7 +289,7 @@ def test_checkpoints_that_cannot_be_used(stopped, tmp_path, monkeypatch):
     for changed, version in ((state | {"version": 9}, 9), ([state], None)):
         with atomic_file(directory / NEWEST) as file:
             torch.save(changed, file)
-        refused(rf"of version {version}; this gradmask reads version 1")
+        refused(rf"of version {version}; this gradmask reads version 2")
     for name in (NEWEST, PREVIOUS):
         (directory / name).write_bytes(b"no checkpoint")
     refused(rf"{NEWEST} is damaged, and no other is sound")

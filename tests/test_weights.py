@@ -22,7 +22,7 @@ def model(width=3):
 def test_weights_come_back(tmp_path):
     ours, theirs = model(), model()
     ours(torch.randn(5, 2))
-    save_weights(tmp_path / "deep" / "w.pt", ours)
+    save_weights(tmp_path / "deep" / "w.pt", ours.state_dict())
     load_weights(tmp_path / "deep" / "w.pt", theirs)
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -34,7 +34,7 @@ def test_what_cannot_be_read(tmp_path):
     before = {name: t.clone() for name, t in ours.state_dict().items()}
     with pytest.raises(StateError, match=r"No weights at .*--save-every"):
         load_weights(path, ours)
-    save_weights(path, model(4))
+    save_weights(path, model(4).state_dict())
     with pytest.raises(StateError, match=r"another network: '0.bias' has shape \(4,\), expected"):
         load_weights(path, ours)
     whole = path.read_bytes()

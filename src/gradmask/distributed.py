@@ -121,15 +121,20 @@ def data_groups(model: nn.Module, group: ProcessGroup | None = None) -> Groups:
         return (group,)
     if isinstance(inner, DistributedDataParallel):
         return (inner.process_group,)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    return ()
+
+
+def warn_if_alone(groups: Groups) -> None:
+    """Warn if several processes run, and each would make a mask of its own."""
+    alone = not groups and dist.is_available() and dist.is_initialized()
+    if alone and dist.get_world_size() > 1:
         warnings.warn(
             f"{dist.get_world_size()} processes run, but this model is in neither "
-            "DistributedDataParallel nor fully_shard: every process measures and masks by itself. "
+            "DistributedDataParallel nor fully_shard: every process makes a mask of its own. "
             "Give the wrapped model, or group=torch.distributed.group.WORLD.",
             GradmaskWarning,
             stacklevel=3,
         )
-    return ()
 
 
 def _mesh_groups(parameters: Mapping[str, Tensor], sharded: Mapping[str, Tensor]) -> Groups:

@@ -19,6 +19,7 @@ from gradmask.distributed import (
     shard_like,
     take_shard,
     unwrapped,
+    warn_if_alone,
 )
 from gradmask.errors import OptimizerError, StateError, check_choice, check_keep, check_max_samples
 from gradmask.fisher.diagonal import fisher_diagonal
@@ -91,7 +92,7 @@ class FisherMask:
         check_max_samples(max_samples)
         trainable_parameters(model)  # refuses a model that has none
         self._wrapped, self._group = model, group
-        data_groups(model, group)  # refuses shards that cannot be measured
+        warn_if_alone(data_groups(model, group))  # refuses shards that cannot be measured
         self.model, self.scope, self.strategy = unwrapped(model), scope, strategy
         self.kind, self.loss = kind, loss
         # NumPy's numbers would neither load without pickle nor seed as Python's do.

@@ -12,7 +12,7 @@ from gradmask import __version__
 from gradmask.cli.bench import add_bench, bench_refresh, run_bench
 from gradmask.cli.options import read_options
 from gradmask.cli.terminal import terminal
-from gradmask.errors import GradmaskError, check_choice
+from gradmask.errors import GradmaskError, OptionError, check_choice
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
     from gradmask.experiments.reports.statistics import Results
@@ -81,15 +81,22 @@ def _run(words: list[str]) -> int:
     from gradmask.experiments.progress import Progress
     from gradmask.experiments.theorem.run import run_theorem
     from gradmask.experiments.training.budget import EpochsSpent
+    from gradmask.experiments.training.components import resolve_device
+    from gradmask.experiments.training.processes import joined
 
     config = read_options(words)
-    try:
-        if not isinstance(config, Comparison):
+    with joined(cuda=resolve_device(config.device).type == "cuda") as ours:
+        try:
+            if isinstance(config, Comparison):
+                results = run_comparison(config, Progress(terminal(quiet=not ours.main)))
+                return _show(config.output, results) if ours.main else 0
+            if ours.count > 1:
+                raise OptionError("This recipe runs in one process: start it without torchrun.")
             return _show_theorem(config.output, run_theorem(config, terminal()))
-        return _show(config.output, run_comparison(config, Progress(terminal())))
-    except EpochsSpent as spent:
-        print(f"gradmask: {spent}")
-        return _TRY_AGAIN
+        except EpochsSpent as spent:
+            if ours.main:
+                print(f"gradmask: {spent}")
+            return _TRY_AGAIN if ours.count == 1 else 0  # torchrun takes all others for failures
 
 
 def _report(directory: Path) -> int:

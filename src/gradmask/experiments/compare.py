@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import yaml
 import gradmask
 from gradmask import fisher_diagonal
 from gradmask.errors import GradmaskError, OptionError, StateError
+from gradmask.experiments.arms import parse_arm
 from gradmask.experiments.config import (
     EXTENDABLE,
     NOT_RESULTS,
@@ -38,6 +40,7 @@ from gradmask.experiments.reports.statistics import Results, summary_table
 from gradmask.experiments.training.budget import EpochBudget
 from gradmask.experiments.training.checkpoint import has_checkpoint, remove_checkpoints
 from gradmask.experiments.training.components import new_model, resolve_device
+from gradmask.experiments.training.processes import Processes, processes
 from gradmask.experiments.training.run import train_run
 
 RESULTS_VERSION = 1
@@ -64,16 +67,17 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
             these are checked before training starts.
         EpochsSpent: If `stop_after` epochs were trained and there is more to do.
     """
-    device, budget = resolve_device(config.device), EpochBudget(config.stop_after)
+    ours, budget = processes(), EpochBudget(config.stop_after)
+    device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
-    config, results = open_folder(config)
+    asked = config
+    config, results = ours.from_main(lambda: open_folder(asked), "opening the output folder")
     data = load_images(config, config.seeds[0])
+    _check_processes(config, len(data.train_labels), ours)
     _check_model(config, data)
-    config.output.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(config.output)
-    write_atomically(config.output / "config.yaml", to_yaml(config))
+    ours.from_main(lambda: _begin_folder(config), "opening the output folder")
     results |= {
         "config": to_plain(config),
         "environment": environment(device),
@@ -91,11 +95,34 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
             run = train_run(config, data, arm, seed, directory, progress.epoch, budget=budget)
             results["runs"].append(run)
             results["summary"] = summary_table(results)
-            save_results(config.output, results)
-            remove_checkpoints(directory)  # only now: until here they are all there is of the run
+            if ours.main:
+                save_results(config.output, results)
+                remove_checkpoints(directory)  # only now: they were all there is of the run
             progress.finish(run)
-    save_results(config.output, results)
+    if ours.main:
+        save_results(config.output, results)
     return results
+
+
+def _begin_folder(config: Comparison) -> None:
+    config.output.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(config.output)
+    write_atomically(config.output / "config.yaml", to_yaml(config))
+
+
+def _check_processes(config: Comparison, images: int, ours: Processes) -> None:
+    """What cannot be shared by several processes is refused before training starts."""
+    smallest = images // math.ceil(images / config.batch_size)
+    if smallest < ours.count:
+        raise OptionError(
+            f"A batch of {smallest} images cannot be shared by {ours.count} processes: use a "
+            "larger batch_size, or fewer processes."
+        )
+    if ours.count > 1 and config.engine == "fsdp":
+        if any(parse_arm(arm).strategy == "sam" for arm in config.arms):
+            raise OptionError("SAM needs whole gradients: use engine=ddp for arm 'sam'.")
+        if config.monitor:
+            raise OptionError("The influence monitor needs whole parameters: use engine=ddp.")
 
 
 def run_directory(folder: Path, arm: str, seed: int) -> Path:
@@ -252,8 +279,9 @@ def _missing(config: Comparison, results: Results, progress: Progress) -> Iterat
     every = [(arm, seed) for seed in config.seeds for arm in config.arms]
     missing = [pair for pair in every if pair not in done]
     progress.plan(missing, len(done), config.epochs)
-    for arm, seed in done:  # of a process that was killed before it could remove them
-        remove_checkpoints(run_directory(config.output, arm, seed))
+    if processes().main:
+        for arm, seed in done:  # of a process that was killed before it could remove them
+            remove_checkpoints(run_directory(config.output, arm, seed))
     for arm, seed in missing:
         progress.start(arm, seed, has_checkpoint(run_directory(config.output, arm, seed)))
         yield arm, seed

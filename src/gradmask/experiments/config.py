@@ -15,7 +15,7 @@ from gradmask.experiments.arms import MASKS, parse_arm
 # What may change between two visits to a folder: more arms and seeds are added to it.
 EXTENDABLE = ("arms", "seeds")
 # What may change as well, because no result depends on it.
-NOT_RESULTS = ("output", "device", "threads", "checkpoint_every", "stop_after")
+NOT_RESULTS = ("output", "device", "threads", "engine", "checkpoint_every", "stop_after")
 
 
 class Options(Protocol):
@@ -78,6 +78,8 @@ class Comparison:
         stop_after: Epochs to train in this visit, all runs together; the same command goes on
             (default: all).
         device: `auto`, `cpu`, `cuda`, ...
+        engine: What several processes (`torchrun`) share: `ddp`, the batches; `fsdp`, parameters
+            and optimizer state as well.
         threads: CPU threads (default: PyTorch's choice).
         output: Folder for results.
     """
@@ -118,6 +120,7 @@ class Comparison:
     checkpoint_every: int | None = None
     stop_after: int | None = None
     device: str = "auto"
+    engine: Literal["ddp", "fsdp"] = "ddp"
     threads: int | None = None
     output: Path = Path("runs/compare")
 
@@ -130,6 +133,7 @@ class Comparison:
         check_keep(self.keep)
         check_choice("scope", self.scope, ("gradient", "update"))
         check_choice("labels", self.labels, ("given", "random"))
+        check_choice("engine", self.engine, ("ddp", "fsdp"))
         for name in ("epochs", "batch_size", "stem_stride", "monitor_sources", "monitor_probe"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,8 +49,11 @@ def is_temporary(path: Path) -> bool:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove the unfinished files of processes that were killed as they wrote."""
-    for path in filter(is_temporary, folder.rglob("*")):
-        path.unlink()
+    for path in filter(is_temporary, list(folder.rglob("*"))):
+        if path.is_dir():  # of a checkpoint in shards
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:

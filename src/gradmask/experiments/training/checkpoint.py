@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradmask.distributed import together
 from gradmask.errors import GradmaskWarning, StateError
 from gradmask.experiments.config import EXTENDABLE, NOT_RESULTS, Comparison, to_plain
 from gradmask.experiments.data.images import ImageData
 from gradmask.experiments.files import atomic_file, read_tensors
-from gradmask.experiments.training.weights import check_shapes
+from gradmask.experiments.training.shards import read_plain, read_shards, save_shards
+from gradmask.experiments.training.state import RunState
+from gradmask.experiments.training.weights import check_shapes, shapes
 
-VERSION = 1
+VERSION = 2
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+SHARDS = ("checkpoint.shards", "checkpoint.shards.previous")
+READING = "reading a checkpoint"
 
 
 def describe_run(config: Comparison, data: ImageData, arm: str, seed: int) -> dict[str, Any]:
@@ -43,7 +49,93 @@ def describe_run(config: Comparison, data: ImageData, arm: str, seed: int) -> di
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether the folder of a run holds a checkpoint."""
-    return any((directory / name).exists() for name in (NEWEST, PREVIOUS))
+    return any((directory / name).exists() for name in (NEWEST, PREVIOUS, *SHARDS))
+
+
+def save_run(directory: Path, described: dict[str, Any], log: int, run: RunState) -> None:
+    """Write a checkpoint whole or not at all, and keep the one before it.
+
+    Every process must call it; where parameters are in shards each writes its own.
+
+    Args:
+        directory: The run's folder.
+        described: What `describe_run` returned.
+        log: Bytes of `metrics.jsonl` so far.
+        run: The run.
+    """
+    state = {"log": log, **run.state_dict()}
+    if run.in_shards:
+        newest, previous = (directory / name for name in SHARDS)
+        plain = {"version": VERSION, "run": described, **state}
+        plain["shapes"] = shapes(run.model.state_dict())
+        save_shards(newest, previous, plain, run.shards(), run.ours)
+    elif run.ours.main:
+        save_checkpoint(directory, described, state)
+
+
+def load_run(directory: Path, described: dict[str, Any], run: RunState) -> int | None:
+    """Go on from the newest checkpoint of a run that is not damaged.
+
+    Every process must call it.
+
+    Args:
+        directory: The run's folder.
+        described: What `describe_run` returned.
+        run: The run as it is before the first step.
+
+    Returns:
+        Bytes of `metrics.jsonl` at that time, or None if there is no checkpoint.
+
+    Raises:
+        StateError: If all checkpoints are damaged, or the newest sound one is of another version,
+            run or network, or of other processes. No file is changed then.
+    """
+    others = (NEWEST, PREVIOUS) if run.in_shards else SHARDS
+    with together(run.ours.groups, READING):
+        for name in others:
+            if (directory / name).exists():
+                engine = "ddp, or by one process" if run.in_shards else "fsdp, by several processes"
+                raise StateError(
+                    f"{directory / name} was written with engine={engine}: go on in that way, or "
+                    + _mend(directory)
+                )
+    if run.in_shards:
+        return _load_shards(directory, described, run)
+    state = run.ours.from_main(
+        lambda: load_checkpoint(directory, described, run.model) and {}, READING
+    )
+    with together(run.ours.groups, READING):  # the main process may have mended the folder
+        found = load_checkpoint(directory, described, run.model)
+        if (found is None) != (state is None):
+            raise StateError(f"{directory} is not the same folder on all machines: share it.")
+    if found is None:
+        return None
+    run.load_state_dict(found)
+    return int(found["log"])
+
+
+def _load_shards(directory: Path, described: dict[str, Any], run: RunState) -> int | None:
+    damaged: Path | None = None
+    for path in (directory / name for name in SHARDS):
+        if not run.ours.from_main(path.exists, READING):
+            continue
+        try:
+            plain = read_plain(path, run.ours)
+        except StateError:
+            damaged = damaged or path
+            continue
+        _check(path, plain, plain["shapes"], described, run.model)
+        tensors = run.empty_shards(plain)
+        read_shards(path, tensors)
+        run.load_state_dict(plain, tensors)
+        if damaged:
+            if run.ours.main:
+                _warn(damaged)
+            run.ours.from_main(lambda: shutil.rmtree(directory / SHARDS[0]), READING)
+        return int(plain["log"])
+    if damaged:
+        raise _none_sound(damaged)
+    return None
 
 
 def save_checkpoint(directory: Path, run: dict[str, Any], state: dict[str, Any]) -> None:
@@ -84,17 +176,14 @@ def load_checkpoint(
         except StateError:
             damaged = damaged or path
             continue
-        _check(path, state, run, model)
+        found = state.get("model") if isinstance(state, dict) else None
+        _check(path, state, shapes(found or {}), run, model)
         if damaged:
-            warnings.warn(
-                f"{damaged} is damaged: going on from the checkpoint before it.",
-                GradmaskWarning,
-                stacklevel=3,
-            )
+            _warn(damaged)
             os.replace(path, damaged)  # or the next checkpoint would keep the damaged one
         return dict(state)
     if damaged:
-        raise StateError(f"{damaged} is damaged, and no other is sound: {_mend(directory)}")
+        raise _none_sound(damaged)
     return None
 
 
@@ -102,9 +191,29 @@ def remove_checkpoints(directory: Path) -> None:
     """Remove the checkpoints of a run whose results are kept, or that is of no use any more."""
     for name in (PREVIOUS, NEWEST):
         (directory / name).unlink(missing_ok=True)
+    for name in reversed(SHARDS):
+        shutil.rmtree(directory / name, ignore_errors=True)
 
 
-def _check(path: Path, state: Any, run: dict[str, Any], model: nn.Module) -> None:
+def _warn(damaged: Path) -> None:
+    warnings.warn(
+        f"{damaged} is damaged: going on from the checkpoint before it.",
+        GradmaskWarning,
+        stacklevel=4,
+    )
+
+
+def _none_sound(damaged: Path) -> StateError:
+    return StateError(f"{damaged} is damaged, and no other is sound: {_mend(damaged.parent)}")
+
+
+def _check(
+    path: Path,
+    state: Any,
+    found_shapes: dict[str, list[int]],
+    run: dict[str, Any],
+    model: nn.Module,
+) -> None:
     mend = _mend(path.parent)
     version = state.get("version") if isinstance(state, dict) else None
     if version != VERSION:
@@ -117,7 +226,7 @@ def _check(path: Path, state: Any, run: dict[str, Any], model: nn.Module) -> Non
             raise StateError(
                 f"{path} is of another run, with {name}={found!r}, not {expected!r}: {mend}"
             )
-    check_shapes(path, state["model"], model, mend)
+    check_shapes(path, found_shapes, model, mend)
 
 
 def _mend(directory: Path) -> str:

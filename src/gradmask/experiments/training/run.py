@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from gradmask.experiments.data.transforms import augment_batch, channel_statisti
 from gradmask.experiments.training.budget import EpochBudget
 from gradmask.experiments.training.checkpoint import (
     describe_run,
-    load_checkpoint,
+    load_run,
     remove_checkpoints,
-    save_checkpoint,
+    save_run,
 )
 from gradmask.experiments.training.components import resolve_device
 from gradmask.experiments.training.log import RunLog
+from gradmask.experiments.training.processes import ALONE, Processes
 from gradmask.experiments.training.state import RunState, new_state
 from gradmask.experiments.training.weights import save_weights, weights_path
 from gradmask.seeding import derive_seed
@@ -47,18 +49,20 @@ class Batches:
         labels: Their labels.
         prepare: Turns uint8 images into the network's inputs.
         size: Images in a batch.
+        ours: Of every batch, the images of this process among those that measure together.
     """
 
     images: Tensor
     labels: Tensor
     prepare: Callable[[Tensor], Tensor]
     size: int = EVALUATION_BATCH
+    ours: Processes = ALONE
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `(inputs, labels)` batches; the last may be smaller."""
         parts = zip(self.images.split(self.size), self.labels.split(self.size), strict=True)
         for images, labels in parts:
-            yield self.prepare(images), labels
+            yield self.prepare(self.ours.part(images)), self.ours.part(labels)
 
 
 def train_run(
@@ -116,13 +120,13 @@ def train_run(
     train_set = Batches(data.train_images, data.train_labels, prepare, config.batch_size)
     run = new_state(config, data, arm, seed, train_set, steps)
     described = describe_run(config, data, arm, seed)
-    saved = load_checkpoint(directory, described, run.model) if checkpoints else None
+    ours = run.ours
 
     def save_if_due(now: bool = False) -> None:
         done = (run.epoch - 1) * steps + run.step
         if checkpoints and (now or done % (config.checkpoint_every or steps) == 0):
             run.seconds = time.perf_counter() - started
-            save_checkpoint(directory, described, {"log": log.position(), **run.state_dict()})
+            save_run(directory, described, log.position() if log else 0, run)
 
     def after_step() -> None:
         if run.monitor is not None:
@@ -131,18 +135,18 @@ def train_run(
             save_if_due()
 
     def write_record(record: Record | None) -> None:
-        if record is not None:
+        if record is not None and log:
             log.write(_in_epochs(record, steps))
 
     with (
-        RunLog(directory, saved["log"] if saved else 0) as log,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ExitStack() as stack,
     ):
-        torch.manual_seed(derive_seed(seed, "dropout"))
-        if saved:
-            run.load_state_dict(saved)
+        torch.manual_seed(derive_seed(seed, "dropout", *[ours.rank] * (ours.rank > 0)))
+        position = load_run(directory, described, run) if checkpoints else None
+        log = stack.enter_context(RunLog(directory, position or 0)) if ours.main else None
+        if position is not None:
             started -= run.seconds
-            del saved  # its tensors are as large as the run's own
             for row in run.rows:
                 on_epoch(row)
         elif run.monitor is not None:  # at the start as well
@@ -153,24 +157,28 @@ def train_run(
             row["train_loss"] = _train_epoch(run, config, data, prepare, steps, after_step)
             row["seconds"] = run.epoch_seconds
             if not math.isfinite(row["train_loss"]):
-                if checkpoints:  # going on from one would end here again
+                if checkpoints and ours.main:  # going on from one would end here again
                     remove_checkpoints(directory)
                 raise DataError(
                     f"The training loss of arm {arm!r}, seed {seed} is {row['train_loss']} in "
                     f"epoch {run.epoch}: training has diverged. Try a lower lr than {config.lr:g}."
                 )
-            row |= _evaluation(config, data, run.model, prepare)
+            ours.same_buffers(run.model)
+            row |= _evaluation(data, run.model, partial(Batches, prepare=prepare, ours=ours))
             row |= _mask_row(run.mask)  # the mask this epoch was trained with
             if run.mask is not None and run.epoch < config.epochs:
                 began = time.perf_counter()
-                run.mask.refresh(train_set)
+                run.mask.refresh(replace(train_set, ours=ours))
                 row["refresh_seconds"] = time.perf_counter() - began
             last = run.epoch == config.epochs
             if config.save_every and (run.epoch % config.save_every == 0 or last):
-                save_weights(weights_path(directory, run.epoch), run.model)
+                weights = run.weights()
+                if ours.main:
+                    save_weights(weights_path(directory, run.epoch), weights)
             observe(row, run.model, train_set)
             run.rows.append(row)
-            log.write(row)
+            if log:
+                log.write(row)
             run.next_epoch()
             budget.count()
             if not last:
@@ -201,24 +209,29 @@ def _train_epoch(
     indices = torch.randperm(len(data.train_labels), generator=order)
     batches = indices.to(data.train_labels.device).tensor_split(steps)  # no last batch of one
     run.model.train()
+    ours = run.ours
     for batch in batches[run.step :]:
-        inputs = prepare(augment_batch(config, data.train_images[batch], run.augmentation))
+        images = augment_batch(config, data.train_images[batch], run.augmentation)
+        inputs, labels = prepare(ours.part(images)), ours.part(data.train_labels[batch])
+        # Engines take the mean over the processes, whose parts of a batch may differ in size.
+        scale = len(labels) * ours.count / len(batch)
         run.optimizer.zero_grad()
-        loss = run.backward(run.model, partial(_loss, run.model, inputs, data.train_labels[batch]))
+        loss = run.backward(run.model, partial(_loss, run.trained, inputs, labels, scale))
         run.optimizer.step()
         run.schedule.step()
-        run.loss += loss * len(batch)
+        run.loss += loss * (len(batch) / ours.count)
         run.step += 1
         run.epoch_seconds = time.perf_counter() - started
         after_step()
     run.order = order
-    train_loss = run.loss.item() / len(indices)
+    train_loss = ours.sum(run.loss).item() / len(indices)
     run.epoch_seconds = time.perf_counter() - started
     return train_loss
 
 
-def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs), labels)
+def _loss(model: nn.Module, inputs: Tensor, labels: Tensor, scale: float) -> Tensor:
+    loss = F.cross_entropy(model(inputs), labels)
+    return loss if scale == 1.0 else loss * scale
 
 
 @torch.no_grad()
@@ -227,7 +240,7 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 
     Args:
         model: The network; it stays in eval mode.
-        batches: What to measure on.
+        batches: What to measure on; perhaps this process's part of it.
 
     Returns:
         Mean cross-entropy (nats) and share of right answers over the images.
@@ -239,21 +252,20 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
         logits = model(inputs)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
+    loss, correct = batches.ours.sum(loss), batches.ours.sum(correct)
     return loss.item() / len(batches.labels), correct.item() / len(batches.labels)
 
 
-def _evaluation(
-    config: Comparison, data: ImageData, model: nn.Module, prepare: Callable[[Tensor], Tensor]
-) -> Row:
+def _evaluation(data: ImageData, model: nn.Module, batches: Callable[..., Batches]) -> Row:
     """Validation and test, and the share of the wrong labels that were learnt by heart."""
     row: Row = {}
-    val = Batches(data.val_images, data.val_labels, prepare)
+    val = batches(data.val_images, data.val_labels)
     row["val_loss"], row["val_accuracy"] = evaluate(model, val)
-    test = Batches(data.test_images, data.test_labels, prepare)
+    test = batches(data.test_images, data.test_labels)
     row["test_loss"], row["test_accuracy"] = evaluate(model, test)
     wrong = data.train_labels != data.train_clean_labels
     if wrong.any():
-        noise = Batches(data.train_images[wrong], data.train_labels[wrong], prepare)
+        noise = batches(data.train_images[wrong], data.train_labels[wrong])
         _, row["memorised"] = evaluate(model, noise)
     return row
 

@@ -8,12 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gradmask import FisherMask, InfluenceMonitor
+from gradmask.distributed import is_sharded
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.images import ImageData
+from gradmask.experiments.training import processes
 from gradmask.experiments.training.components import (
     Backward,
     new_backward,
@@ -22,9 +30,11 @@ from gradmask.experiments.training.components import (
     new_monitor,
     new_optimizer,
 )
+from gradmask.experiments.training.processes import Processes
 from gradmask.seeding import seeded_generator
 
 _PARTS = ("model", "optimizer", "schedule", "mask", "monitor")
+_IN_SHARDS = ("model", "optimizer", "mask")  # with `fully_shard`
 _GENERATORS = ("order", "augmentation")
 _VALUES = ("lr", "epoch", "step", "rows", "seconds", "epoch_seconds")
 
@@ -35,6 +45,8 @@ class RunState:
 
     Attributes:
         model: The network.
+        trained: What is called in training: the network as the processes share it.
+        ours: This process among those that train.
         optimizer: Its optimizer.
         schedule: The learning-rate schedule.
         mask: The mask, if the arm has one.
@@ -42,7 +54,7 @@ class RunState:
         order: Generator of the images' order; during an epoch it stays as at the epoch's start.
         augmentation: Generator of the augmentation.
         backward: Makes the gradients.
-        loss: Sum of the training loss over the epoch's images so far, float64.
+        loss: Sum of the training loss over this process's images of the epoch so far, float64.
         lr: Learning rate at the start of the epoch.
         epoch: The epoch in progress, or the next one, counted from 1.
         step: Optimizer steps of the epoch so far.
@@ -52,6 +64,8 @@ class RunState:
     """
 
     model: nn.Module
+    trained: nn.Module
+    ours: Processes
     optimizer: Optimizer
     schedule: LRScheduler
     mask: FisherMask | None
@@ -75,24 +89,76 @@ class RunState:
         self.epoch_seconds = 0.0
         self.loss.zero_()
 
+    @property
+    def in_shards(self) -> bool:
+        """Whether every process has a part of each parameter."""
+        return any(is_sharded(p) for p in self.model.parameters())
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors that load without pickle; PyTorch's random states with them."""
-        parts = {name: getattr(self, name) for name in _PARTS}
+        """Plain values and tensors that load without pickle; PyTorch's random states with them.
+
+        Every process must call it. Without what is in shards, which `shards` gives.
+        """
+        names = [name for name in _PARTS if not (self.in_shards and name in _IN_SHARDS)]
+        parts = {name: getattr(self, name) for name in names}
         state = {name: p.state_dict() for name, p in parts.items() if p is not None}
+        if self.in_shards and self.mask is not None:
+            state["mask"] = self.mask.state_dict() | {"masks": {}}
         state |= {name: getattr(self, name).get_state() for name in _GENERATORS}
         state |= {name: getattr(self, name) for name in _VALUES}
-        state |= {"loss": self.loss, "random": torch.get_rng_state()}
+        own = {"loss": self.loss.cpu(), "random": torch.get_rng_state()}
         if self.loss.is_cuda:
-            state["cuda_random"] = torch.cuda.get_rng_state(self.loss.device)
+            own["cuda_random"] = torch.cuda.get_rng_state(self.loss.device)
+        return state | {"processes": self.ours.gather(own)}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers, whole, in the main process; every process must call it."""
+        if not self.in_shards:
+            return self.model.state_dict()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        return whole
+
+    def shards(self) -> dict[str, Any]:
+        """DTensors of network, optimizer and mask, in nested dicts."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if self.mask is not None and self.mask.masks:
+            state["masks"] = self.mask.state_dict()["masks"]
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def empty_shards(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What `shards` returned at the time of a saved state, to be filled with its values.
+
+        Args:
+            state: The state.
+        """
+        found = self.shards()
+        if self.mask is not None and state["mask"]["refreshes"]:
+            found["masks"] = {
+                name: torch.zeros_like(p, dtype=torch.bool)
+                for name, p in self.model.named_parameters()
+                if p.requires_grad
+            }
+        return found
+
+    def load_state_dict(self, state: dict[str, Any], shards: dict[str, Any] | None = None) -> None:
         """Go on from a saved state, PyTorch's random states included.
 
         Args:
-            state: What `state_dict` returned, in a run of the same options, arm and seed; the
-                device may be another.
+            state: What `state_dict` returned, in a run of the same options, arm and seed; device
+                and number of processes may be others.
+            shards: What `shards` returned then, if the parameters are in shards.
         """
+        if shards is not None:
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=shards["model"],
+                optim_state_dict=shards["optimizer"],
+            )
+            if self.mask is not None:
+                state["mask"]["masks"] = shards.get("masks", {})
         for name in _PARTS:
             if name in state:
                 getattr(self, name).load_state_dict(state[name])
@@ -100,10 +166,16 @@ class RunState:
             getattr(self, name).set_state(state[name])
         for name in _VALUES:
             setattr(self, name, state[name])
-        self.loss.copy_(state["loss"])
-        torch.set_rng_state(state["random"])
-        if self.loss.is_cuda and "cuda_random" in state:
-            torch.cuda.set_rng_state(state["cuda_random"], self.loss.device)
+        own = state["processes"]
+        if len(own) == self.ours.count:
+            self.loss.copy_(own[self.ours.rank]["loss"])
+        elif self.ours.main:
+            self.loss.copy_(torch.stack([part["loss"] for part in own]).sum())
+        if self.ours.rank < len(own):
+            own = own[self.ours.rank]
+            torch.set_rng_state(own["random"])
+            if self.loss.is_cuda and "cuda_random" in own:
+                torch.cuda.set_rng_state(own["cuda_random"], self.loss.device)
 
 
 def new_state(
@@ -129,12 +201,16 @@ def new_state(
     """
     device = data.train_images.device
     model = new_model(config, data, seed).to(device)
+    ours = processes.processes()
+    trained = processes.distribute(model, config.engine) if ours.count > 1 else model
     optimizer, schedule = new_optimizer(config, model, steps * config.epochs)
-    mask = new_mask(config, model, arm, seed)
+    mask = new_mask(config, trained, arm, seed)
     if mask is not None:
         mask.attach(optimizer)
     return RunState(
         model=model,
+        trained=trained,
+        ours=ours,
         optimizer=optimizer,
         schedule=schedule,
         mask=mask,

@@ -25,16 +25,16 @@ def saved_epochs(directory: Path) -> list[int]:
     return sorted(int(name.removeprefix("epoch-")) for name in names)
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
+def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write parameters and buffers atomically.
 
     Args:
         path: Where to write; its folder is made.
-        model: The network; on any device.
+        state: The network's `state_dict`; on any device.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        torch.save({name: t.cpu() for name, t in model.state_dict().items()}, file)
+        torch.save({name: t.cpu() for name, t in state.items()}, file)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -50,28 +50,36 @@ def load_weights(path: Path, model: nn.Module) -> None:
     if not path.is_file():
         raise StateError(f"No weights at {path}: train with --save-every to keep them.")
     state = read_tensors(path)
-    check_shapes(path, state, model, "build the network as it was trained.")
+    check_shapes(path, shapes(state), model, "build the network as it was trained.")
     model.load_state_dict(state)
 
 
-def check_shapes(path: Path, state: Mapping[str, Tensor], model: nn.Module, mend: str) -> None:
+def shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The shape of every tensor by name."""
+    return {name: list(tensor.shape) for name, tensor in state.items()}
+
+
+def check_shapes(path: Path, found: dict[str, list[int]], model: nn.Module, mend: str) -> None:
     """Check that parameters and buffers fit a network.
 
     Args:
         path: The file they were read from, for the message.
-        state: The parameters and buffers by name.
+        found: Their shapes by name.
         model: The network.
         mend: What to do if they do not, for the message.
 
     Raises:
         StateError: If a name or a shape differs.
     """
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
+    expected = shapes(model.state_dict())
     differing = sorted(k for k in expected | found if expected.get(k) != found.get(k))
     if differing:
         name = differing[0]
         raise StateError(
-            f"{path} is of another network: {name!r} has shape {found.get(name, 'none')}, "
-            f"expected {expected.get(name, 'none')} (of {len(differing)} that differ): {mend}"
+            f"{path} is of another network: {name!r} has shape {_words(found.get(name))}, "
+            f"expected {_words(expected.get(name))} (of {len(differing)} that differ): {mend}"
         )
+
+
+def _words(shape: list[int] | None) -> str:
+    return "none" if shape is None else str(tuple(shape))

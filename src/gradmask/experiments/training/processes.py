@@ -1,0 +1,152 @@
+"""Several processes that train one network together, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradmask.distributed import Groups, sum_over, together
+
+LIMIT = timedelta(minutes=10)  # a rank that waits for longer ends with an error
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: Its number, from 0.
+        count: How many they are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def groups(self) -> Groups:
+        """The group of all of them; none if there is one only."""
+        group = dist.group.WORLD if self.count > 1 else None
+        return () if group is None else (group,)
+
+    def part(self, batch: Tensor) -> Tensor:
+        """This process's part of a batch."""
+        return batch[self.rank :: self.count]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return sum_over(values, self.groups)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in order."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, work: Callable[[], Result], doing: str) -> Result:
+        """What the main process's work returns, on all of them; its error ends all of them.
+
+        Args:
+            work: Done on the main process only.
+            doing: What it does, for the message on the others.
+
+        Returns:
+            What `work` returned.
+
+        Raises:
+            DistributedError: On the other processes, if it failed.
+        """
+        with together(self.groups, doing):
+            result: list[Any] = [work() if self.main else None]
+        if self.count > 1:
+            dist.broadcast_object_list(result, src=0)
+        found: Result = result[0]
+        return found
+
+    def same_buffers(self, model: nn.Module) -> None:
+        """Give all processes the buffers of the main one: running statistics are each its own."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+ALONE = Processes()
+
+
+def processes() -> Processes:
+    """This process among those that have joined."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def joined(cuda: bool) -> Iterator[Processes]:
+    """Join the processes that `torchrun` has started; without it there is this one only.
+
+    Args:
+        cuda: Train on GPUs, each process on its own.
+
+    Yields:
+        This process among them.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone or dist.is_initialized():
+        yield processes()
+        return
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=LIMIT)
+    try:
+        yield processes()
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, engine: str) -> nn.Module:
+    """Prepare a network for training by all processes.
+
+    Args:
+        model: The network, on its device, with the same weights in every process.
+        engine: `ddp`: every process has all of it. `fsdp`: every process has a part of each
+            parameter (`fully_shard`, by the blocks of the network).
+
+    Returns:
+        What is called in training: the network in `DistributedDataParallel`, or itself.
+    """
+    if engine == "ddp":
+        device = next(model.parameters()).device
+        return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules with parameters that a Sequential runs or a list holds, the inner ones first."""
+    for module in reversed(list(model.modules())):
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            for child in module.children():
+                own = any(p.requires_grad for p in child.parameters())
+                if own and not isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+                    yield child
