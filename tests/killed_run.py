@@ -11,7 +11,7 @@ import torch
 
 from gradmask import cli
 from gradmask import mask as mask_module
-from gradmask.experiments.training import run as train
+from gradmask.experiments.data import batches as batches_module
 from gradmask.experiments.training.log import RunLog
 
 # What is counted: batches begun, batches read by a Fisher pass, files of tensors written, files
@@ -31,7 +31,7 @@ def run(words, moment=None, counts_file=None):
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def batch(*args, original=train.augment_batch):
+    def batch(*args, original=batches_module.augment_batch):
         if reached("batch"):
             die()
         return original(*args)
@@ -68,7 +68,7 @@ def run(words, moment=None, counts_file=None):
             die()
         original(self, row)
 
-    train.augment_batch, mask_module.fisher_diagonal = batch, fisher
+    batches_module.augment_batch, mask_module.fisher_diagonal = batch, fisher
     torch.save, os.replace, RunLog.write = save, rename, line
     cli._show = lambda *_: 0  # the report is no part of these tests
     with contextlib.redirect_stdout(io.StringIO()):

@@ -15,7 +15,7 @@ from gradmask.benchmarks.timing import interleave, ratio
 from gradmask.cli import main
 from gradmask.errors import OptionError
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.training.run import Batches
+from gradmask.experiments.data.batches import Batches
 
 
 def test_every_task_once_a_round_in_turn():

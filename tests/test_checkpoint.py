@@ -17,6 +17,7 @@ from gradmask.cli import main
 from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
 from gradmask.experiments.compare import read_results, run_comparison
 from gradmask.experiments.config import Comparison
+from gradmask.experiments.data import batches as batches_module
 from gradmask.experiments.data.images import load_images
 from gradmask.experiments.files import atomic_file, read_tensors
 from gradmask.experiments.progress import Progress
@@ -58,7 +59,7 @@ def run(config, directory, arm="fisher", **options):
 
 def run_until(batch, config, directory, arm="fisher"):
     """Interrupt the run at its so manieth batch."""
-    original, calls = train.augment_batch, []
+    original, calls = batches_module.augment_batch, []
 
     def counted(*args):
         calls.append(1)
@@ -67,7 +68,7 @@ def run_until(batch, config, directory, arm="fisher"):
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "augment_batch", counted)
+        patch.setattr(batches_module, "augment_batch", counted)
         return run(config, directory, arm)
 
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from gradmask.errors import DistributedError, GradmaskWarning, OptionError, StateError
 from gradmask.experiments.compare import run_comparison
 from gradmask.experiments.config import Comparison
+from gradmask.experiments.data import batches as batches_module
 from gradmask.experiments.progress import Progress
-from gradmask.experiments.training import run as training
 from gradmask.experiments.training.budget import EpochsSpent
 from gradmask.experiments.training.checkpoint import SHARDS
 from gradmask.experiments.training.weights import saved_epochs, weights_path
@@ -91,7 +91,7 @@ def test_as_in_one_process(world, single, tmp_path):
 
 def interrupted(rank, world, config, steps):
     """Stop after a budget of epochs, or at a step in the middle of one."""
-    original = training.augment_batch
+    original = batches_module.augment_batch
     count = 0
 
     def counted(*args):
@@ -101,10 +101,10 @@ def interrupted(rank, world, config, steps):
             raise KeyboardInterrupt
         return original(*args)
 
-    training.augment_batch = counted
+    batches_module.augment_batch = counted
     with pytest.raises((KeyboardInterrupt, EpochsSpent)):
         compare(config)
-    training.augment_batch = original
+    batches_module.augment_batch = original
 
 
 def go_on(rank, world, config):
@@ -186,7 +186,7 @@ def test_what_cannot_be_gone_on_from(engine, tmp_path):
 
 
 def die(rank, world, config):
-    original = training.augment_batch
+    original = batches_module.augment_batch
     count = 0
 
     def counted(*args):
@@ -196,7 +196,7 @@ def die(rank, world, config):
             os._exit(3)
         return original(*args)
 
-    training.augment_batch = counted
+    batches_module.augment_batch = counted
     compare(config)
 
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from gradmask import fisher_diagonal, make_masks
 from gradmask.experiments.compare import environment
 from gradmask.experiments.config import Comparison, to_plain
+from gradmask.experiments.data.batches import Batches
 from gradmask.experiments.data.images import load_images
 from gradmask.experiments.files import write_atomically, write_json
 from gradmask.experiments.reports.figures import STYLE, to_svg
 from gradmask.experiments.training.components import resolve_device
-from gradmask.experiments.training.run import Batches, Row, train_run
+from gradmask.experiments.training.run import Row, train_run
 from gradmask.seeding import seeded_generator
 
 SIZES = (250, 500, 1000, 2000, 4000, 8000, 16000)

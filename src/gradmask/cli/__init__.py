@@ -78,11 +78,11 @@ def _main(words: list[str]) -> int:
 def _run(words: list[str]) -> int:
     from gradmask.experiments.compare import run_comparison
     from gradmask.experiments.config import Comparison
+    from gradmask.experiments.processes import joined
     from gradmask.experiments.progress import Progress
     from gradmask.experiments.theorem.run import run_theorem
     from gradmask.experiments.training.budget import EpochsSpent
     from gradmask.experiments.training.components import resolve_device
-    from gradmask.experiments.training.processes import joined
 
     config = read_options(words)
     with joined(cuda=resolve_device(config.device).type == "cuda") as ours:

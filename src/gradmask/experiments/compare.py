@@ -27,20 +27,21 @@ from gradmask.experiments.config import (
     to_plain,
     to_yaml,
 )
+from gradmask.experiments.data.batches import Batches
 from gradmask.experiments.data.images import ImageData, load_images
-from gradmask.experiments.data.transforms import channel_statistics, normalize
+from gradmask.experiments.data.transforms import Normalize
 from gradmask.experiments.files import (
     is_temporary,
     remove_temporaries,
     write_atomically,
     write_json,
 )
+from gradmask.experiments.processes import Processes, processes
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.reports.statistics import Results, summary_table
 from gradmask.experiments.training.budget import EpochBudget
 from gradmask.experiments.training.checkpoint import has_checkpoint, remove_checkpoints
 from gradmask.experiments.training.components import new_model, resolve_device
-from gradmask.experiments.training.processes import Processes, processes
 from gradmask.experiments.training.run import train_run
 
 RESULTS_VERSION = 1
@@ -249,10 +250,11 @@ def _commit() -> str | None:
 
 def _check_model(config: Comparison, data: ImageData) -> None:
     """Measure two images, so that a model that cannot be masked is refused before training."""
-    inputs = normalize(data.train_images[:2], *channel_statistics(data.train_images))
+    prepare = Normalize.of(data.train_images)
+    inputs, labels = next(iter(Batches(data.train_images[:2], data.train_labels[:2], prepare)))
     try:
         model = new_model(config, data, config.seeds[0])
-        fisher_diagonal(model, [(inputs, data.train_labels[:2])], kind=config.fisher_kind)
+        fisher_diagonal(model, [(inputs, labels)], kind=config.fisher_kind)
     except GradmaskError:
         raise
     except (RuntimeError, AssertionError, ValueError) as error:  # most often of the image size

@@ -15,7 +15,15 @@ from gradmask.experiments.arms import MASKS, parse_arm
 # What may change between two visits to a folder: more arms and seeds are added to it.
 EXTENDABLE = ("arms", "seeds")
 # What may change as well, because no result depends on it.
-NOT_RESULTS = ("output", "device", "threads", "engine", "checkpoint_every", "stop_after")
+NOT_RESULTS = (
+    "output",
+    "device",
+    "threads",
+    "workers",
+    "engine",
+    "checkpoint_every",
+    "stop_after",
+)
 
 
 class Options(Protocol):
@@ -40,7 +48,13 @@ class Comparison:
         data: `digits` (embedded), a Hugging Face hub name, a parquet folder or an image folder.
         train_size: Take a seeded stratified part of the training images (default: all).
         classes: Take a seeded choice of the classes (default: all).
-        image_size: Resize images to this many pixels (needed when they differ in size).
+        image_size: Resize images to this many pixels (needed when they differ in size, and with
+            `streaming`).
+        streaming: Decode images when they are needed, for data that do not fit into memory:
+            random resized crops in training, the middle of each image to measure on.
+        workers: Processes that decode with `streaming` (default: one a processor, at most 8).
+        skip_damaged: With `streaming`, leave out images that cannot be decoded, found by decoding
+            all of them once (default: the first one ends the run, by name).
         label_noise: Share of training labels replaced by a different class, drawn once per seed.
         labels: `given`, or `random`: every training label drawn from all classes, once per seed.
         validation: Share of the training images held out to choose an epoch.
@@ -64,7 +78,8 @@ class Comparison:
         momentum: Momentum of `sgd`.
         nesterov: Nesterov momentum for `sgd`.
         weight_decay: Weight decay.
-        schedule: `onecycle`, `cosine` or `constant`, stepped after each batch.
+        schedule: `onecycle`, `cosine`, `constant` or `step` (a tenth after each third of the
+            epochs), stepped after each batch.
         monitor: Forms of influence to follow in training: `quadratic` (equation 4), `diagonal`
             (equation 9), `kl` (equation 3); default: none.
         monitor_fisher: Its Fisher information: `sampled` (cheap), `exact` or `empirical`.
@@ -88,6 +103,9 @@ class Comparison:
     train_size: int | None = None
     classes: int | None = None
     image_size: int | None = None
+    streaming: bool = False
+    workers: int | None = None
+    skip_damaged: bool = False
     label_noise: float = 0.0
     labels: Literal["given", "random"] = "given"
     validation: float = 0.1
@@ -109,7 +127,7 @@ class Comparison:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
-    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    schedule: Literal["onecycle", "cosine", "constant", "step"] = "onecycle"
     monitor: tuple[str, ...] = ()
     monitor_fisher: Literal["empirical", "sampled", "exact"] = "sampled"
     monitor_sources: int = 64
@@ -145,6 +163,16 @@ class Comparison:
                 raise OptionError(f"{name}={value!r} must be at least 1, or left out.")
         for method in self.monitor:
             check_choice("monitor", method, ("quadratic", "diagonal", "kl"))
+        if self.streaming and (self.image_size is None or self.data == "digits"):
+            raise OptionError(
+                "streaming needs an image_size, such as 224, and other data than digits."
+            )
+        if self.streaming and self.monitor:
+            raise OptionError("The influence monitor needs images in memory: leave streaming out.")
+        if (self.workers is not None or self.skip_damaged) and not self.streaming:
+            raise OptionError("workers and skip_damaged are options of streaming.")
+        if self.workers is not None and self.workers < 0:
+            raise OptionError(f"workers={self.workers} must be 0 or more.")
         if not 0.0 <= self.label_noise <= 1.0:
             raise OptionError(f"label_noise={self.label_noise!r} must be a share in [0, 1].")
         if self.label_noise and self.labels == "random":

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from gradmask.experiments.audit.detection import MEAN, MEAN_RANK, Detection, ranking
 from gradmask.experiments.audit.run import Audited
 from gradmask.experiments.audit.scores import FORMS
+from gradmask.experiments.data.sources import in_memory
 from gradmask.experiments.reports.figures import STYLE
 
 # Okabe and Ito's palette: told apart with any colour vision.
@@ -83,7 +84,7 @@ def contact_sheet(audited: Audited, seed: int) -> bytes:
         figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.44 / (lines * 1.4), 0.06, 0.62)
         for place, index in enumerate(first, start=1):
             axes = figure.add_subplot(lines, _COLUMNS, place)
-            image = run.data.train_images[index].permute(1, 2, 0).numpy()
+            image = in_memory(run.data.train_images)[index].permute(1, 2, 0).numpy()
             axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray")
             axes.set_axis_off()
             given, clean = (

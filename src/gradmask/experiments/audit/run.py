@@ -26,7 +26,7 @@ from gradmask.experiments.audit.scores import FORMS, KEPT, Measured, measure
 from gradmask.experiments.compare import read_results, run_directory
 from gradmask.experiments.config import Comparison, from_plain
 from gradmask.experiments.data.images import ImageData, load_images
-from gradmask.experiments.data.sources import stratified
+from gradmask.experiments.data.sources import in_memory, stratified
 from gradmask.experiments.data.transforms import channel_statistics, normalize
 from gradmask.experiments.files import atomic_file, read_tensors
 from gradmask.experiments.training.components import new_model, resolve_device
@@ -207,10 +207,11 @@ def _measure_epochs(
 ) -> Iterator[tuple[int, Measured]]:
     count = len(data.train_labels)
     probe, _ = stratified(data.train_labels, torch.arange(count), options.probe)
-    statistics = channel_statistics(data.train_images)
+    images = in_memory(data.train_images)
+    statistics = channel_statistics(images)
     model = new_model(config, data, seed)
     prepare = partial(normalize, mean=statistics[0].to(device), std=statistics[1].to(device))
-    images, labels = data.train_images.to(device), data.train_labels.to(device)
+    images, labels = images.to(device), data.train_labels.to(device)
     assert options.epochs is not None
     for epoch in options.epochs:
         weights = weights_path(run_directory(options.folder, options.arm, seed), epoch)

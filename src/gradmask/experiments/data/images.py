@@ -1,4 +1,4 @@
-"""The images of one run as uint8 tensors: splits, label noise."""
+"""The images of one run: splits, label noise."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from torch import Tensor
 
 from gradmask.errors import DataError
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.sources import SPLIT_SEED, Source, load_source, stratified
+from gradmask.experiments.data.sources import (
+    SPLIT_SEED,
+    Images,
+    Source,
+    load_source,
+    stored_source,
+    stratified,
+)
 from gradmask.seeding import seeded_generator
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images (uint8, NCHW) and labels (int64) of one run.
+    """Images (uint8, NCHW, in memory or stored) and labels (int64) of one run.
 
     Attributes:
         train_images: Training images.
@@ -29,17 +36,17 @@ class ImageData:
         class_names: Name of each label.
     """
 
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
     train_clean_labels: Tensor
-    val_images: Tensor
+    val_images: Images
     val_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     class_names: tuple[str, ...]
 
     def to(self, device: torch.device) -> ImageData:
-        """The same images and labels on another device."""
+        """The same images and labels on another device; stored images stay where they are."""
         tensors: dict[str, Any] = {
             k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)
         }
@@ -64,7 +71,9 @@ def load_images(config: Comparison, seed: int) -> ImageData:
     Raises:
         DataError: If the data cannot be found, decoded, or are fewer than asked for.
     """
-    source = load_source(config.data, config.image_size)
+    source = (
+        stored_source(config) if config.streaming else load_source(config.data, config.image_size)
+    )
     source = _choose_classes(source, config.classes)
     available = len(source.labels)
     train_size = available if config.train_size is None else config.train_size

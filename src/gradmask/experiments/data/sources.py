@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,12 +20,16 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from gradmask.errors import DataError
+from gradmask.errors import DataError, GradmaskWarning, OptionError
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data.stored import StoredImages, damaged, default_workers
+from gradmask.experiments.files import write_atomically
 
 # Classes, subset and held-out images must not change with the run's seed: all runs of a
 # comparison are then measured on the same images.
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
+Images: TypeAlias = Tensor | StoredImages
 
 
 @dataclass(frozen=True)
@@ -29,16 +37,16 @@ class Source:
     """Everything a data set holds, before any choice is made.
 
     Attributes:
-        images: Training images, uint8, NCHW.
+        images: Training images, uint8, NCHW, in memory or stored.
         labels: Their labels, int64.
         test_images: Test images of the same size.
         test_labels: Their labels.
         class_names: Name of each label.
     """
 
-    images: Tensor
+    images: Images
     labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     class_names: tuple[str, ...]
 
@@ -60,7 +68,64 @@ def load_source(name: str, image_size: int | None = None) -> Source:
     Raises:
         DataError: If the data cannot be found or decoded.
     """
-    return _digits(image_size) if name == "digits" else _stored(name, image_size)
+    if name == "digits":
+        return _digits(image_size)
+    return _source(name, lambda rows, column, where: _decoded(rows, column, image_size, where))
+
+
+def stored_source(config: Comparison) -> Source:
+    """Find all images of a data set, and leave them where they are.
+
+    Args:
+        config: Options of the comparison: `data`, `image_size`, `workers` and `skip_damaged`.
+
+    Returns:
+        Training and test images, as by `load_source`.
+
+    Raises:
+        DataError: If the data cannot be found.
+    """
+    workers = default_workers() if config.workers is None else config.workers
+    assert config.image_size is not None  # checked with the options
+    return _stored_source(config.data, config.image_size, workers, config.skip_damaged)
+
+
+@lru_cache(maxsize=1)  # every run of a comparison asks for the same
+def _stored_source(name: str, size: int, workers: int, skip_damaged: bool) -> Source:
+    def read(rows: Any, column: str, where: str) -> StoredImages:
+        import datasets
+
+        rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        images = StoredImages(rows, column, where, torch.arange(len(rows)), size, workers)
+        return images[_sound(images)] if skip_damaged else images
+
+    return _source(name, read)
+
+
+def _sound(images: StoredImages) -> Tensor:
+    """Places of the images that can be decoded; found once for a data set, and cached."""
+    path = _cache("damaged") / f"{_key(images.rows, images.column)}.json"
+    if not path.exists():
+        write_atomically(path, json.dumps(damaged(images)))
+    found = dict(json.loads(path.read_text(encoding="utf-8")))
+    if found:
+        first = next(iter(found.values())).split(". Mend it")[0]
+        warnings.warn(
+            f"{len(found)} damaged of {len(images)} images of {images.where} are left out. "
+            f"The first: {first}",
+            GradmaskWarning,
+            stacklevel=2,
+        )
+    return torch.tensor([row for row in range(len(images)) if row not in found])
+
+
+def in_memory(images: Images) -> Tensor:
+    """The images, or an OptionError if they are stored."""
+    if isinstance(images, StoredImages):
+        raise OptionError(
+            f"{images.where} is not in memory, as this needs it: leave streaming out."
+        )
+    return images
 
 
 def stratified(labels: Tensor, indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +166,7 @@ def _digits(image_size: int | None) -> Source:
     return _with_test_split(images, torch.from_numpy(targets).long(), names)
 
 
-def _stored(name: str, image_size: int | None) -> Source:
+def _source(name: str, read: Callable[[Any, str, str], Images]) -> Source:
     splits = _open(name)
     if "train" not in splits:
         raise DataError(f"{name} has no train split, only: {', '.join(splits)}.")
@@ -111,19 +176,24 @@ def _stored(name: str, image_size: int | None) -> Source:
     names = getattr(splits["train"].features[label_column], "names", None)
     known = np.unique(raw) if names is None else np.arange(len(names))
     class_names = tuple(str(value) for value in (known if names is None else names))
-    images = _decoded(splits["train"], image_column, image_size, f"{name} (train)")
-    labels = _label_indices(raw, known, f"{name} (train)")
+    images = read(splits["train"], image_column, f"{name} (train)")
+    labels = _of_images(_label_indices(raw, known, f"{name} (train)"), images)
     if test_name is None:
         return _with_test_split(images, labels, class_names)
     where = f"{name} ({test_name})"
     test_raw = np.asarray(splits[test_name][label_column])
-    test_images = _decoded(splits[test_name], image_column, image_size, where)
+    test_images = read(splits[test_name], image_column, where)
     if images.shape[1:] != test_images.shape[1:]:
         raise DataError(
             f"Images of {name} differ between train {tuple(images.shape[1:])} and {test_name} "
             f"{tuple(test_images.shape[1:])}: give one size with --image-size, and one colour mode."
         )
-    return Source(images, labels, test_images, _label_indices(test_raw, known, where), class_names)
+    test_labels = _of_images(_label_indices(test_raw, known, where), test_images)
+    return Source(images, labels, test_images, test_labels, class_names)
+
+
+def _of_images(labels: Tensor, images: Images) -> Tensor:
+    return labels[images.indices] if isinstance(images, StoredImages) else labels
 
 
 def _open(name: str) -> Any:
@@ -171,7 +241,7 @@ def _label_indices(raw: NDArray[Any], known: NDArray[Any], where: str) -> Tensor
 
 
 def _decoded(split: Any, column: str, image_size: int | None, where: str) -> Tensor:
-    key = hashlib.sha256(f"{split._fingerprint} {column} {image_size}".encode()).hexdigest()[:32]
+    key = _key(split, column, image_size)
     path = _cache("images") / f"{key}.npy"
     if not path.exists():
         temporary = path.with_name(f"{key}.{os.getpid()}.tmp")
@@ -180,6 +250,11 @@ def _decoded(split: Any, column: str, image_size: int | None, where: str) -> Ten
             np.save(file, array, allow_pickle=False)
         os.replace(temporary, path)  # another process sees the whole file or none
     return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def _key(split: Any, *options: Any) -> str:
+    words = " ".join(map(str, (split._fingerprint, *options)))
+    return hashlib.sha256(words.encode()).hexdigest()[:32]
 
 
 def _decode(split: Any, column: str, image_size: int | None, where: str) -> NDArray[np.uint8]:
@@ -216,7 +291,7 @@ def _cache(part: str) -> Path:
     return folder
 
 
-def _with_test_split(images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Source:
+def _with_test_split(images: Images, labels: Tensor, class_names: tuple[str, ...]) -> Source:
     count = len(labels)
     test, train = stratified(labels, torch.arange(count), round(TEST_SHARE * count))
     return Source(images[train], labels[train], images[test], labels[test], class_names)

@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from gradmask.experiments.config import Comparison
+from gradmask.experiments.data.sources import Images
+from gradmask.experiments.data.stored import StoredImages
+
+# Mean and standard deviation of ImageNet's channels, which its recipes use for all photographs.
+PHOTOGRAPHS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Turns uint8 images into inputs with `normalize`, on any device and in any process.
+
+    Attributes:
+        mean: Mean of each channel on the scale 0 to 1.
+        std: Standard deviation of each channel.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, images: Images) -> Normalize:
+        """With the statistics of training images; of those not in memory, with common ones."""
+        if isinstance(images, StoredImages):
+            return cls(*PHOTOGRAPHS)
+        mean, std = channel_statistics(images)
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Inputs of a network for uint8 images."""
+        return normalize(images, *_constants(self.mean, self.std, images.device))
+
+
+@lru_cache
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 def channel_statistics(train_images: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from gradmask.errors import DataError
 from gradmask.experiments.compare import environment, open_folder
 from gradmask.experiments.config import to_plain, to_yaml
+from gradmask.experiments.data.batches import Batches
 from gradmask.experiments.data.images import ImageData, load_images
+from gradmask.experiments.data.sources import in_memory
 from gradmask.experiments.files import remove_temporaries, write_atomically, write_json
 from gradmask.experiments.reports.statistics import Results
 from gradmask.experiments.theorem.config import TheoremCheck
@@ -20,7 +22,7 @@ from gradmask.experiments.theorem.numbers import measure, smooth_twin
 from gradmask.experiments.training.budget import EpochBudget
 from gradmask.experiments.training.checkpoint import remove_checkpoints
 from gradmask.experiments.training.components import new_model, resolve_device
-from gradmask.experiments.training.run import Batches, Row, train_run
+from gradmask.experiments.training.run import Row, train_run
 from gradmask.seeding import seeded_generator
 
 FILE = "theorem1.json"
@@ -148,6 +150,6 @@ def _samples(
         return batches.prepare(images[order].to(device)).double(), labels[order].to(device)
 
     return (
-        draw(data.train_images, data.train_labels, config.sources, "sources"),
-        draw(data.test_images, data.test_labels, config.probe, "probe"),
+        draw(in_memory(data.train_images), data.train_labels, config.sources, "sources"),
+        draw(in_memory(data.test_images), data.test_labels, config.probe, "probe"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gradmask.distributed import together
 from gradmask.errors import GradmaskWarning, StateError
 from gradmask.experiments.config import EXTENDABLE, NOT_RESULTS, Comparison, to_plain
 from gradmask.experiments.data.images import ImageData
+from gradmask.experiments.data.stored import StoredImages
 from gradmask.experiments.files import atomic_file, read_tensors
 from gradmask.experiments.training.shards import read_plain, read_shards, save_shards
 from gradmask.experiments.training.state import RunState
@@ -43,8 +45,19 @@ def describe_run(config: Comparison, data: ImageData, arm: str, seed: int) -> di
         "arm": arm,
         "seed": seed,
         "images": list(data.train_images.shape),
+        "contents": _contents(data),
         **{name: v for name, v in options if name not in (*EXTENDABLE, *NOT_RESULTS)},
     }
+
+
+def _contents(data: ImageData) -> str:
+    """A check sum of the training images and labels."""
+    if isinstance(data.train_images, StoredImages):
+        pixels = zlib.crc32(data.train_images.rows._fingerprint.encode())
+        pixels = zlib.crc32(data.train_images.indices.numpy().tobytes(), pixels)
+    else:
+        pixels = zlib.crc32(data.train_images.cpu().contiguous().numpy().data)
+    return f"{zlib.crc32(data.train_labels.cpu().numpy().data, pixels):08x}"
 
 
 def has_checkpoint(directory: Path) -> bool:

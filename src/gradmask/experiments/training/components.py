@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -132,6 +133,8 @@ def new_optimizer(
         )
     if config.schedule == "cosine":
         return optimizer, schedulers.CosineAnnealingLR(optimizer, steps)
+    if config.schedule == "step":
+        return optimizer, schedulers.StepLR(optimizer, math.ceil(steps / 3), gamma=0.1)
     return optimizer, schedulers.LambdaLR(optimizer, lambda _: 1.0)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from gradmask import FisherMask
 from gradmask.errors import DataError
 from gradmask.experiments.config import Comparison
+from gradmask.experiments.data.batches import Batches, fisher_batches, training_batches
 from gradmask.experiments.data.images import ImageData
-from gradmask.experiments.data.transforms import augment_batch, channel_statistics, normalize
+from gradmask.experiments.data.transforms import Normalize
 from gradmask.experiments.training.budget import EpochBudget
 from gradmask.experiments.training.checkpoint import (
     describe_run,
@@ -29,40 +30,12 @@ from gradmask.experiments.training.checkpoint import (
 )
 from gradmask.experiments.training.components import resolve_device
 from gradmask.experiments.training.log import RunLog
-from gradmask.experiments.training.processes import ALONE, Processes
 from gradmask.experiments.training.state import RunState, new_state
 from gradmask.experiments.training.weights import save_weights, weights_path
 from gradmask.seeding import derive_seed
 
 Row = dict[str, Any]
 Record = dict[str, float]
-
-EVALUATION_BATCH = 1024
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Images and labels as they are measured: in order, without augmentation.
-
-    Attributes:
-        images: uint8 images, NCHW.
-        labels: Their labels.
-        prepare: Turns uint8 images into the network's inputs.
-        size: Images in a batch.
-        ours: Of every batch, the images of this process among those that measure together.
-    """
-
-    images: Tensor
-    labels: Tensor
-    prepare: Callable[[Tensor], Tensor]
-    size: int = EVALUATION_BATCH
-    ours: Processes = ALONE
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `(inputs, labels)` batches; the last may be smaller."""
-        parts = zip(self.images.split(self.size), self.labels.split(self.size), strict=True)
-        for images, labels in parts:
-            yield self.prepare(self.ours.part(images)), self.ours.part(labels)
 
 
 def train_run(
@@ -113,8 +86,7 @@ def train_run(
     started = time.perf_counter()
     config = config.for_arm(arm)
     device = resolve_device(config.device)
-    mean, std = channel_statistics(data.train_images)
-    prepare = partial(normalize, mean=mean.to(device), std=std.to(device))
+    prepare = Normalize.of(data.train_images)
     data = data.to(device)
     steps = math.ceil(len(data.train_labels) / config.batch_size)
     train_set = Batches(data.train_images, data.train_labels, prepare, config.batch_size)
@@ -154,7 +126,11 @@ def train_run(
         while run.epoch <= config.epochs:
             budget.check()
             row = {"epoch": run.epoch, "lr": run.lr}
-            row["train_loss"] = _train_epoch(run, config, data, prepare, steps, after_step)
+            crops = (seed, "crops", run.epoch)
+            batches = partial(training_batches, config, data, crops=crops, prepare=prepare)
+            row["train_loss"] = _train_epoch(
+                run, batches, len(data.train_labels), steps, after_step
+            )
             row["seconds"] = run.epoch_seconds
             if not math.isfinite(row["train_loss"]):
                 if checkpoints and ours.main:  # going on from one would end here again
@@ -168,7 +144,7 @@ def train_run(
             row |= _mask_row(run.mask)  # the mask this epoch was trained with
             if run.mask is not None and run.epoch < config.epochs:
                 began = time.perf_counter()
-                run.mask.refresh(replace(train_set, ours=ours))
+                run.mask.refresh(fisher_batches(replace(train_set, ours=ours)))
                 row["refresh_seconds"] = time.perf_counter() - began
             last = run.epoch == config.epochs
             if config.save_every and (run.epoch % config.save_every == 0 or last):
@@ -193,9 +169,8 @@ def train_run(
 
 def _train_epoch(
     run: RunState,
-    config: Comparison,
-    data: ImageData,
-    prepare: Callable[[Tensor], Tensor],
+    batches_of: Callable[..., Iterable[tuple[Tensor, Tensor]]],
+    images: int,
     steps: int,
     after_step: Callable[[], None],
 ) -> float:
@@ -206,13 +181,12 @@ def _train_epoch(
     """
     started = time.perf_counter() - run.epoch_seconds
     order = run.order.clone_state()  # the run's own stays as it is, to draw the same when resumed
-    indices = torch.randperm(len(data.train_labels), generator=order)
-    batches = indices.to(data.train_labels.device).tensor_split(steps)  # no last batch of one
+    indices = torch.randperm(images, generator=order).to(run.loss.device)
+    batches = indices.tensor_split(steps)[run.step :]  # no last batch of one
     run.model.train()
     ours = run.ours
-    for batch in batches[run.step :]:
-        images = augment_batch(config, data.train_images[batch], run.augmentation)
-        inputs, labels = prepare(ours.part(images)), ours.part(data.train_labels[batch])
+    inputs_of = batches_of(batches=batches, augmentation=run.augmentation, ours=ours)
+    for batch, (inputs, labels) in zip(batches, inputs_of, strict=True):
         # Engines take the mean over the processes, whose parts of a batch may differ in size.
         scale = len(labels) * ours.count / len(batch)
         run.optimizer.zero_grad()
@@ -224,7 +198,7 @@ def _train_epoch(
         run.epoch_seconds = time.perf_counter() - started
         after_step()
     run.order = order
-    train_loss = ours.sum(run.loss).item() / len(indices)
+    train_loss = ours.sum(run.loss).item() / images
     run.epoch_seconds = time.perf_counter() - started
     return train_loss
 

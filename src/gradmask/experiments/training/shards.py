@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from gradmask.errors import StateError
 from gradmask.experiments.files import atomic_file, read_tensors
-from gradmask.experiments.training.processes import Processes
+from gradmask.experiments.processes import Processes
 
 RUN_FILE = "run.pt"
 

@@ -19,9 +19,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gradmask import FisherMask, InfluenceMonitor
 from gradmask.distributed import is_sharded
+from gradmask.experiments import processes
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.images import ImageData
-from gradmask.experiments.training import processes
+from gradmask.experiments.processes import Processes
 from gradmask.experiments.training.components import (
     Backward,
     new_backward,
@@ -30,7 +31,6 @@ from gradmask.experiments.training.components import (
     new_monitor,
     new_optimizer,
 )
-from gradmask.experiments.training.processes import Processes
 from gradmask.seeding import seeded_generator
 
 _PARTS = ("model", "optimizer", "schedule", "mask", "monitor")
@@ -199,7 +199,7 @@ def new_state(
     Returns:
         The state; the mask is attached to the optimizer.
     """
-    device = data.train_images.device
+    device = data.train_labels.device
     model = new_model(config, data, seed).to(device)
     ours = processes.processes()
     trained = processes.distribute(model, config.engine) if ours.count > 1 else model

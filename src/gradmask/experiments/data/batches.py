@@ -1,0 +1,132 @@
+"""Batches of images: for training, in random order and augmented; for measuring, as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gradmask.experiments.config import Comparison
+from gradmask.experiments.data.images import ImageData
+from gradmask.experiments.data.sources import Images
+from gradmask.experiments.data.stored import Key, Labelled, StoredImages, decoded
+from gradmask.experiments.data.transforms import augment_batch
+from gradmask.experiments.processes import ALONE, Processes
+from gradmask.seeding import derive_seed
+
+Prepare = Callable[[Tensor], Tensor]
+EVALUATION_BATCH = 1024
+EVALUATION_PIXELS = 1 << 24  # of a channel in a batch, at most
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Images and labels as they are measured: in order, without augmentation.
+
+    Attributes:
+        images: uint8 images, NCHW.
+        labels: Their labels.
+        prepare: Turns uint8 images into the network's inputs.
+        size: Images in a batch (default: 1,024, fewer of large ones).
+        ours: Of every batch, the images of this process among those that measure together.
+    """
+
+    images: Images
+    labels: Tensor
+    prepare: Prepare
+    size: int | None = None
+    ours: Processes = ALONE
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `(inputs, labels)` batches; the last may be smaller."""
+        pixels = self.images.shape[2:].numel()
+        size = self.size or min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // pixels))
+        labels = [self.ours.part(part) for part in self.labels.split(size)]
+        for images, part in zip(self._images(size), labels, strict=True):
+            yield self.prepare(images), part
+
+    def _images(self, size: int) -> Iterator[Tensor]:
+        if not isinstance(self.images, StoredImages):
+            yield from (self.ours.part(batch) for batch in self.images.split(size))
+            return
+        places = torch.arange(len(self.images)).split(size)
+        keys: Iterable[list[Key]] = (
+            [(i, None) for i in self.ours.part(p).tolist()] for p in places
+        )
+        for images in decoded(self.images, keys, self.labels.is_cuda):
+            yield images.to(self.labels.device, non_blocking=True)
+
+
+def fisher_batches(batches: Batches) -> Iterable[Any]:
+    """Images for a Fisher pass, of which a random part may be all that is decoded.
+
+    Args:
+        batches: The images.
+
+    Returns:
+        The same, or a `DataLoader` over this process's part of images that are stored.
+    """
+    if not isinstance(batches.images, StoredImages):
+        return batches
+    own = batches.ours.part(torch.arange(len(batches.labels)))
+    labels = batches.labels[own.to(batches.labels.device)].cpu()
+    return DataLoader(
+        Labelled(batches.images[own], labels),
+        batch_size=batches.size,
+        num_workers=batches.images.workers,
+        collate_fn=partial(_prepared, batches.prepare),
+    )
+
+
+def _prepared(prepare: Prepare, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*pairs, strict=True)
+    return prepare(torch.stack(images)), torch.stack(labels)
+
+
+def training_batches(
+    config: Comparison,
+    data: ImageData,
+    batches: Sequence[Tensor],
+    augmentation: torch.Generator,
+    crops: tuple[int | str, ...],
+    prepare: Prepare,
+    ours: Processes,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this process's part of each training batch, augmented.
+
+    Random numbers are those of the whole batch, whatever the number of processes. Those of a
+    stored image depend on `crops` and its place alone, so that workers may run ahead.
+
+    Args:
+        config: Options of the comparison.
+        data: The images.
+        batches: Places of each batch's images, on the device of the labels.
+        augmentation: Random numbers for images in memory.
+        crops: Seed of this epoch's random crops of stored images.
+        prepare: Turns uint8 images into the network's inputs.
+        ours: This process among those that train.
+
+    Yields:
+        Inputs and labels.
+    """
+    images, device = data.train_images, data.train_labels.device
+    if isinstance(images, StoredImages):
+        keys = (
+            [(i, derive_seed(*crops, i) if config.augment else None) for i in places]
+            for places in (ours.part(batch).tolist() for batch in batches)
+        )
+        stored = decoded(images, keys, device.type == "cuda")
+        for batch, found in zip(batches, stored, strict=True):
+            yield (
+                prepare(found.to(device, non_blocking=True)),
+                data.train_labels[ours.part(batch)],
+            )
+        return
+    for batch in batches:
+        augmented = augment_batch(config, images[batch], augmentation)
+        yield prepare(ours.part(augmented)), data.train_labels[ours.part(batch)]

@@ -1,0 +1,214 @@
+"""Images that stay where they are stored and are decoded by workers as they are needed."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as transforms
+
+from gradmask.errors import DataError
+
+CENTRE = 0.875  # 224 of 256 pixels, as in torchvision's reference recipe
+MOST_WORKERS = 8  # by default
+Key = tuple[int, int | None]  # place of an image, and the seed of its random crop
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images of a data set, each a file or bytes in it; indexed as a tensor (N, 3, size, size).
+
+    Attributes:
+        rows: The data set, with a column of undecoded images.
+        column: That column.
+        where: Name of the data set and split, for messages.
+        indices: Rows of the images, int64.
+        size: Height and width they are decoded to.
+        workers: Processes that decode; 0 for none but this one.
+    """
+
+    rows: Any
+    column: str
+    where: str
+    indices: Tensor
+    size: int
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, chosen: Any) -> StoredImages:
+        chosen = chosen.cpu() if isinstance(chosen, Tensor) else chosen
+        return replace(self, indices=self.indices[chosen])
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor they stand for."""
+        return torch.Size((len(self), 3, self.size, self.size))
+
+    def open(self, place: int) -> Image.Image:
+        """Decode one image in its own size, as RGB; an orientation in its EXIF is ignored.
+
+        Args:
+            place: Its place among these images.
+
+        Returns:
+            The image.
+
+        Raises:
+            DataError: If it is damaged; names the file, or its row in the data set.
+        """
+        row = int(self.indices[place])
+        stored = self.rows[row][self.column]
+        try:
+            source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+            with Image.open(source) as image:
+                return to_rgb(image)
+        except (OSError, ValueError, SyntaxError, TypeError) as error:
+            path = stored and stored["path"]
+            name = path if path and os.path.exists(path) else f"image {row} of {self.where}"
+            raise DataError(
+                f"Cannot decode {name}: {error}. Mend it, or leave damaged images out with "
+                "--skip_damaged true."
+            ) from error
+
+    def centre(self, place: int) -> Tensor:
+        """The middle of one image, for measuring: uint8 (3, size, size)."""
+        image = transforms.resize(self.open(place), [round(self.size / CENTRE)])
+        return _to_tensor(transforms.center_crop(image, [self.size, self.size]))
+
+    def cropped(self, place: int, seed: int) -> Tensor:
+        """A random part of one image, mirrored or not, for training: uint8 (3, size, size)."""
+        image = self.open(place)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            image = v2.RandomHorizontalFlip()(v2.RandomResizedCrop(self.size)(image))
+        return _to_tensor(image)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    tensor: Tensor = transforms.pil_to_tensor(image)
+    return tensor
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as RGB; 16-bit grey is scaled to 8 bits, where PIL alone would cut it off."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def default_workers() -> int:
+    """As many as there are processors for this process, up to eight."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return min(MOST_WORKERS, len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+class _Views(Dataset[Any]):
+    """What the workers make of an image; an error's message in place of one that is damaged."""
+
+    def __init__(self, images: StoredImages, make: Callable[[StoredImages, Key], Any]) -> None:
+        self.images, self.make = images, make
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> Any:
+        try:
+            return self.make(self.images, key)
+        except DataError as error:  # raised in a worker it would come with a trace back
+            return str(error)
+
+
+def _view(images: StoredImages, key: Key) -> Tensor:
+    place, seed = key
+    return images.centre(place) if seed is None else images.cropped(place, seed)
+
+
+def _damage(images: StoredImages, key: Key) -> str:
+    images.open(key[0])
+    return ""
+
+
+def _stack(views: list[Any]) -> Tensor | str:
+    return next((v for v in views if isinstance(v, str)), None) or torch.stack(views)
+
+
+def _as_list(views: list[Any]) -> list[Any]:
+    return views
+
+
+def decoded(images: StoredImages, batches: Iterable[list[Key]], pin: bool) -> Iterator[Tensor]:
+    """Decode batches of images in the workers.
+
+    Args:
+        images: The images.
+        batches: Which ones; with a seed a random crop, without one the middle.
+        pin: Put them where a GPU can fetch them while it computes.
+
+    Yields:
+        uint8 images (N, 3, size, size).
+
+    Raises:
+        DataError: If an image is damaged.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Views(images, _view),
+        batch_sampler=batches,  # any iterable will do
+        num_workers=images.workers,
+        collate_fn=_stack,
+        pin_memory=pin,
+    )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise DataError(batch)
+        yield batch
+
+
+def damaged(images: StoredImages) -> list[tuple[int, str]]:
+    """Decode every image once, and find those that are damaged.
+
+    Args:
+        images: The images.
+
+    Returns:
+        Row and message of each damaged image.
+    """
+    keys: list[Key] = [(place, None) for place in range(len(images))]
+    loader: DataLoader[Any] = DataLoader(
+        _Views(images, _damage),
+        sampler=keys,
+        batch_size=64,
+        num_workers=images.workers,
+        collate_fn=_as_list,
+    )
+    messages = (message for batch in loader for message in batch)
+    rows = zip(images.indices.tolist(), messages, strict=True)
+    return [(row, message) for row, message in rows if message]
+
+
+class Labelled(Dataset[tuple[Any, Tensor]]):
+    """Middles of images with their labels, for a `DataLoader` that reads a part of them.
+
+    Args:
+        images: The images.
+        labels: Their labels, on the CPU.
+    """
+
+    def __init__(self, images: StoredImages, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        return self.images.centre(place), self.labels[place]
