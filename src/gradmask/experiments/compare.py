@@ -41,7 +41,11 @@ from gradmask.experiments.progress import Progress
 from gradmask.experiments.reports.statistics import Results, summary_table
 from gradmask.experiments.training.budget import EpochBudget
 from gradmask.experiments.training.checkpoint import has_checkpoint, remove_checkpoints
-from gradmask.experiments.training.components import new_model, resolve_device
+from gradmask.experiments.training.components import (
+    check_speed_options,
+    new_model,
+    resolve_device,
+)
 from gradmask.experiments.training.run import train_run
 
 RESULTS_VERSION = 1
@@ -112,13 +116,14 @@ def _begin_folder(config: Comparison) -> None:
 
 
 def _check_processes(config: Comparison, images: int, ours: Processes) -> None:
-    """What cannot be shared by several processes is refused before training starts."""
+    """Refuse what several processes cannot share, or not in this way, before training starts."""
     smallest = images // math.ceil(images / config.batch_size)
     if smallest < ours.count:
         raise OptionError(
             f"A batch of {smallest} images cannot be shared by {ours.count} processes: use a "
             "larger batch_size, or fewer processes."
         )
+    check_speed_options(config, ours.count)
     if ours.count > 1 and config.engine == "fsdp":
         if any(parse_arm(arm).strategy == "sam" for arm in config.arms):
             raise OptionError("SAM needs whole gradients: use engine=ddp for arm 'sam'.")

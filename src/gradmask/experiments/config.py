@@ -73,6 +73,10 @@ class Comparison:
         epochs: Passes over the training images.
         seeds: One run per arm and seed; a seed fixes data, noise, weights and order.
         batch_size: Images in a training batch.
+        precision: Of training and evaluation: `float32`, or autocast to `bf16` or `fp16` (with
+            loss scaling). The Fisher information is always measured in float32.
+        channels_last: Memory layout that convolutions on GPUs prefer.
+        compile: Compile the network with `torch.compile`.
         optimizer: `sgd` or `adamw`.
         lr: Learning rate, the peak of the schedule.
         momentum: Momentum of `sgd`.
@@ -122,6 +126,9 @@ class Comparison:
     epochs: int = 30
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 128
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
@@ -152,6 +159,7 @@ class Comparison:
         check_choice("scope", self.scope, ("gradient", "update"))
         check_choice("labels", self.labels, ("given", "random"))
         check_choice("engine", self.engine, ("ddp", "fsdp"))
+        check_choice("precision", self.precision, ("float32", "bf16", "fp16"))
         for name in ("epochs", "batch_size", "stem_stride", "monitor_sources", "monitor_probe"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")

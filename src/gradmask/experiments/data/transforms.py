@@ -24,21 +24,25 @@ class Normalize:
     Attributes:
         mean: Mean of each channel on the scale 0 to 1.
         std: Standard deviation of each channel.
+        channels_last: Give the inputs this memory layout.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channels_last: bool = False
 
     @classmethod
-    def of(cls, images: Images) -> Normalize:
+    def of(cls, images: Images, channels_last: bool = False) -> Normalize:
         """With the statistics of training images; of those not in memory, with common ones."""
         if isinstance(images, StoredImages):
-            return cls(*PHOTOGRAPHS)
+            return cls(*PHOTOGRAPHS, channels_last)
         mean, std = channel_statistics(images)
-        return cls(tuple(mean.tolist()), tuple(std.tolist()))
+        return cls(tuple(mean.tolist()), tuple(std.tolist()), channels_last)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Inputs of a network for uint8 images."""
+        if self.channels_last:  # now, while a pixel is one byte
+            images = images.contiguous(memory_format=torch.channels_last)
         return normalize(images, *_constants(self.mean, self.std, images.device))
 
 

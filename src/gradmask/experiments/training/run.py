@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from gradmask.experiments.training.checkpoint import (
     remove_checkpoints,
     save_run,
 )
-from gradmask.experiments.training.components import resolve_device
+from gradmask.experiments.training.components import autocast, resolve_device
 from gradmask.experiments.training.log import RunLog
 from gradmask.experiments.training.state import RunState, new_state
 from gradmask.experiments.training.weights import save_weights, weights_path
@@ -86,7 +86,8 @@ def train_run(
     started = time.perf_counter()
     config = config.for_arm(arm)
     device = resolve_device(config.device)
-    prepare = Normalize.of(data.train_images)
+    prepare = Normalize.of(data.train_images, config.channels_last)
+    precision = autocast(config, device)
     data = data.to(device)
     steps = math.ceil(len(data.train_labels) / config.batch_size)
     train_set = Batches(data.train_images, data.train_labels, prepare, config.batch_size)
@@ -129,7 +130,7 @@ def train_run(
             crops = (seed, "crops", run.epoch)
             batches = partial(training_batches, config, data, crops=crops, prepare=prepare)
             row["train_loss"] = _train_epoch(
-                run, batches, len(data.train_labels), steps, after_step
+                run, batches, len(data.train_labels), steps, precision, after_step
             )
             row["seconds"] = run.epoch_seconds
             if not math.isfinite(row["train_loss"]):
@@ -140,7 +141,8 @@ def train_run(
                     f"epoch {run.epoch}: training has diverged. Try a lower lr than {config.lr:g}."
                 )
             ours.same_buffers(run.model)
-            row |= _evaluation(data, run.model, partial(Batches, prepare=prepare, ours=ours))
+            with precision:
+                row |= _evaluation(data, run.model, partial(Batches, prepare=prepare, ours=ours))
             row |= _mask_row(run.mask)  # the mask this epoch was trained with
             if run.mask is not None and run.epoch < config.epochs:
                 began = time.perf_counter()
@@ -172,6 +174,7 @@ def _train_epoch(
     batches_of: Callable[..., Iterable[tuple[Tensor, Tensor]]],
     images: int,
     steps: int,
+    precision: AbstractContextManager[Any],
     after_step: Callable[[], None],
 ) -> float:
     """Train what is left of an epoch.
@@ -190,8 +193,10 @@ def _train_epoch(
         # Engines take the mean over the processes, whose parts of a batch may differ in size.
         scale = len(labels) * ours.count / len(batch)
         run.optimizer.zero_grad()
-        loss = run.backward(run.model, partial(_loss, run.trained, inputs, labels, scale))
-        run.optimizer.step()
+        loss_of = partial(_loss, run.trained, inputs, labels, scale, precision)
+        loss = run.backward(run.model, loss_of, run.scaler.scale)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         run.schedule.step()
         run.loss += loss * (len(batch) / ours.count)
         run.step += 1
@@ -203,8 +208,15 @@ def _train_epoch(
     return train_loss
 
 
-def _loss(model: nn.Module, inputs: Tensor, labels: Tensor, scale: float) -> Tensor:
-    loss = F.cross_entropy(model(inputs), labels)
+def _loss(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    scale: float,
+    precision: AbstractContextManager[Any],
+) -> Tensor:
+    with precision:
+        loss = F.cross_entropy(model(inputs), labels)
     return loss if scale == 1.0 else loss * scale
 
 

@@ -30,10 +30,11 @@ from gradmask.experiments.training.components import (
     new_model,
     new_monitor,
     new_optimizer,
+    new_scaler,
 )
 from gradmask.seeding import seeded_generator
 
-_PARTS = ("model", "optimizer", "schedule", "mask", "monitor")
+_PARTS = ("model", "optimizer", "schedule", "scaler", "mask", "monitor")
 _IN_SHARDS = ("model", "optimizer", "mask")  # with `fully_shard`
 _GENERATORS = ("order", "augmentation")
 _VALUES = ("lr", "epoch", "step", "rows", "seconds", "epoch_seconds")
@@ -49,6 +50,7 @@ class RunState:
         ours: This process among those that train.
         optimizer: Its optimizer.
         schedule: The learning-rate schedule.
+        scaler: Loss scaling, which does nothing but for `fp16`.
         mask: The mask, if the arm has one.
         monitor: The influence monitor, if there is one.
         order: Generator of the images' order; during an epoch it stays as at the epoch's start.
@@ -68,6 +70,7 @@ class RunState:
     ours: Processes
     optimizer: Optimizer
     schedule: LRScheduler
+    scaler: torch.amp.GradScaler
     mask: FisherMask | None
     monitor: InfluenceMonitor | None
     order: torch.Generator
@@ -201,8 +204,12 @@ def new_state(
     """
     device = data.train_labels.device
     model = new_model(config, data, seed).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     ours = processes.processes()
     trained = processes.distribute(model, config.engine) if ours.count > 1 else model
+    if config.compile:
+        trained.compile()  # in place: names of parameters stay
     optimizer, schedule = new_optimizer(config, model, steps * config.epochs)
     mask = new_mask(config, trained, arm, seed)
     if mask is not None:
@@ -213,6 +220,7 @@ def new_state(
         ours=ours,
         optimizer=optimizer,
         schedule=schedule,
+        scaler=new_scaler(config, device),
         mask=mask,
         monitor=new_monitor(config, model, train_set, seed, steps),
         order=seeded_generator(seed, "order"),
