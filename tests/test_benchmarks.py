@@ -171,5 +171,16 @@ def test_commands(capsys, tmp_path):
     assert main(["bench", "threshold", "--entries", "6000", "--rounds", "1"]) == 0
     recipe = ["demo", "--epochs", "1", "--train-size", "100", "--output", str(tmp_path / "out")]
     assert main(["bench", "refresh", *recipe]) == 0
+    network = ["--model", "mlp", "--width", "4", "--rounds", "1"]
+    assert main(["bench", "loop", *network, "--steps", "2", "--batch-size", "10"]) == 0
+    assert main(["bench", "loading", "--images", "8", "--rounds", "1", "--workers", "0", "1"]) == 0
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("mlp", "float32 entries", "overlap with the mask"))
+    found = ("mlp", "float32 entries", "overlap with the mask", "our loop", "gradmask, 1 workers")
+    assert all(text in printed for text in found)
+
+
+@pytest.mark.slow
+def test_processes(capsys):
+    network = ["--model", "mlp", "--width", "4", "--rounds", "1"]
+    assert main(["bench", "processes", *network, "--steps", "4", "--batch-size", "50"]) == 0
+    assert "fsdp" in capsys.readouterr().out

@@ -160,9 +160,9 @@ def test_epoch_budget(config, tmp_path, monkeypatch):
     whole = run_comparison(change(config, output=tmp_path / "whole"), quiet())
     part = change(config, stop_after=2, checkpoint_every=10**6)
     trained = []
-    original = train._train_epoch
+    original = train.train_epoch
     monkeypatch.setattr(
-        train, "_train_epoch", lambda *args: trained.append(args[0].epoch) or original(*args)
+        train, "train_epoch", lambda *args: trained.append(args[0].epoch) or original(*args)
     )
     for epochs, finished in (([1, 2], 0), ([3, 1], 1)):
         with pytest.raises(EpochsSpent, match=r"after 2 epochs .*the same command goes on"):

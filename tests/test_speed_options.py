@@ -197,7 +197,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("arm", ["none", "fisher", "fisher:scope=update", "sam"])
 def test_no_step_waits_for_the_device(arm, precision, tmp_path, monkeypatch):
     counts = []
-    original = training._train_epoch
+    original = training.train_epoch
 
     def counted(*args):
         with Waits() as waits:
@@ -205,7 +205,7 @@ def test_no_step_waits_for_the_device(arm, precision, tmp_path, monkeypatch):
         counts.append(waits.count)
         return found
 
-    monkeypatch.setattr(training, "_train_epoch", counted)
+    monkeypatch.setattr(training, "train_epoch", counted)
     config = replace(CONFIG, precision=precision, epochs=2, batch_size=20)
     train(config, tmp_path, arm)
     assert counts == [1, 1]  # the epoch's loss

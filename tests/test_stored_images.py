@@ -6,6 +6,7 @@ from dataclasses import replace
 from io import StringIO
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
@@ -208,8 +209,9 @@ def test_parquet_with_bytes(tmp_path):
 
 def _error_of(images, rows):
     class Broken:
-        def __getitem__(self, row):
-            return {images.column: {"bytes": rows[row][images.column]["bytes"][:60], "path": None}}
+        data = pyarrow.table(
+            {images.column: [{"bytes": rows[0][images.column]["bytes"][:60], "path": None}]}
+        )
 
     with pytest.raises(DataError) as error:
         replace(images, rows=Broken()).centre(0)

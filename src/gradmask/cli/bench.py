@@ -45,7 +45,32 @@ def add_bench(commands: Any) -> None:
         if what == "fisher":
             kind.add_argument("--batches", type=int, default=8, help="batches in a pass")
             kind.add_argument("--no-peers", dest="peers", action="store_false")
+    _add_training(kinds)
     kinds.add_parser("refresh", help="how many samples a mask needs (options of `gradmask run`)")
+
+
+def _add_training(kinds: Any) -> None:
+    """Benchmarks of the training loop of `gradmask run`."""
+    for what, text in (
+        ("loop", "the training loop, against one written by hand"),
+        ("processes", "training by two processes, against one"),
+    ):
+        kind = kinds.add_parser(what, help=text)
+        kind.add_argument("--model", default="cifar_resnet18", help="a model of `gradmask run`")
+        kind.add_argument("--width", type=int, help="its width")
+        kind.add_argument("--batch-size", type=int, default=128, help="images in a batch")
+        kind.add_argument("--steps", type=int, default=8, help="batches in an epoch")
+        rounds = 7 if what == "loop" else 3
+        kind.add_argument("--rounds", type=int, default=rounds, help="times everything is timed")
+        if what == "loop":
+            kind.add_argument("--device", default="cpu")
+            kind.add_argument("--no-variants", dest="variants", action="store_false")
+    loading = kinds.add_parser("loading", help="decoding JPEGs, against torchvision's pipeline")
+    loading.add_argument("--images", type=int, default=512, help="JPEGs to make")
+    loading.add_argument("--image-size", type=int, default=224, help="size of the crops")
+    loading.add_argument("--batch-size", type=int, default=64, help="images in a batch")
+    loading.add_argument("--workers", type=int, nargs="+", default=(0, 1, 2))
+    loading.add_argument("--rounds", type=int, default=5, help="times everything is timed")
 
 
 def run_bench(parsed: argparse.Namespace) -> int:
@@ -53,6 +78,8 @@ def run_bench(parsed: argparse.Namespace) -> int:
     from gradmask.benchmarks.fisher import bench_fisher
     from gradmask.benchmarks.influence import bench_influence
     from gradmask.benchmarks.layers import bench_layers
+    from gradmask.benchmarks.loading import bench_loading
+    from gradmask.benchmarks.loop import bench_loop, bench_processes
     from gradmask.benchmarks.mask import bench_step, bench_threshold
 
     benches: dict[str, Callable[..., Any]] = {
@@ -61,6 +88,9 @@ def run_bench(parsed: argparse.Namespace) -> int:
         "influence": bench_influence,
         "step": bench_step,
         "threshold": bench_threshold,
+        "loop": bench_loop,
+        "processes": bench_processes,
+        "loading": bench_loading,
     }
     options = {k: v for k, v in vars(parsed).items() if k not in ("command", "what", "model")}
     model = [parsed.model] if "model" in parsed else []

@@ -6,13 +6,14 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
@@ -68,7 +69,7 @@ class StoredImages:
             DataError: If it is damaged; names the file, or its row in the data set.
         """
         row = int(self.indices[place])
-        stored = self.rows[row][self.column]
+        stored = self.rows.data[self.column][row].as_py()  # as `rows[row]`, without its overhead
         try:
             source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
             with Image.open(source) as image:
@@ -90,9 +91,13 @@ class StoredImages:
         """A random part of one image, mirrored or not, for training: uint8 (3, size, size)."""
         image = self.open(place)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            image = v2.RandomHorizontalFlip()(v2.RandomResizedCrop(self.size)(image))
-        return _to_tensor(image)
+            torch.default_generator.manual_seed(seed)  # this one only: `torch.manual_seed` is slow
+            return _to_tensor(_random_part(self.size)(image))
+
+
+@lru_cache
+def _random_part(size: int) -> v2.Transform:
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -140,7 +145,11 @@ def _damage(images: StoredImages, key: Key) -> str:
 
 
 def _stack(views: list[Any]) -> Tensor | str:
-    return next((v for v in views if isinstance(v, str)), None) or torch.stack(views)
+    failed = next((view for view in views if isinstance(view, str)), None)
+    if failed is not None:
+        return failed
+    stacked: Tensor = default_collate(views)  # straight into memory that the processes share
+    return stacked
 
 
 def _as_list(views: list[Any]) -> list[Any]:

@@ -129,7 +129,7 @@ def train_run(
             row = {"epoch": run.epoch, "lr": run.lr}
             crops = (seed, "crops", run.epoch)
             batches = partial(training_batches, config, data, crops=crops, prepare=prepare)
-            row["train_loss"] = _train_epoch(
+            row["train_loss"] = train_epoch(
                 run, batches, len(data.train_labels), steps, precision, after_step
             )
             row["seconds"] = run.epoch_seconds
@@ -169,7 +169,7 @@ def train_run(
     return result
 
 
-def _train_epoch(
+def train_epoch(
     run: RunState,
     batches_of: Callable[..., Iterable[tuple[Tensor, Tensor]]],
     images: int,
@@ -178,6 +178,14 @@ def _train_epoch(
     after_step: Callable[[], None],
 ) -> float:
     """Train what is left of an epoch.
+
+    Args:
+        run: The run, which is changed.
+        batches_of: `training_batches` with all but the batches, the generator and the processes.
+        images: Training images.
+        steps: Optimizer steps in an epoch.
+        precision: What the network runs in.
+        after_step: Called after each step.
 
     Returns:
         Mean training loss over all of the epoch's batches, as they were trained on.
