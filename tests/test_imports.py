@@ -19,6 +19,7 @@ CORE = [
     "influence",
     "monitor",
     "selection",
+    "mask_state",
     "mask",
     "__init__",
 ]

@@ -13,18 +13,17 @@ from torch.optim import Optimizer
 from gradmask.distributed import (
     check_same,
     data_groups,
-    is_sharded,
     local,
     reshard,
     shard_like,
-    take_shard,
     unwrapped,
     warn_if_alone,
 )
-from gradmask.errors import OptimizerError, StateError, check_choice, check_keep, check_max_samples
+from gradmask.errors import OptimizerError, check_choice, check_keep, check_max_samples
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.kernels import keep_where
+from gradmask.mask_state import check_shapes, check_state, placed
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed, seeded_generator
 from gradmask.selection import STRATEGIES, kept_counts, make_masks
@@ -193,7 +192,7 @@ class FisherMask:
             StateError: If names or shapes are not those of the model's trainable parameters.
             DataError: If values are NaN, infinite or negative (`random` reads only the shapes).
         """
-        self._check_shapes(fisher, "Fisher diagonal")
+        check_shapes(fisher, trainable_parameters(self.model), "Fisher diagonal")
         generator = seeded_generator(self.seed, "mask", self.refreshes)
         self.masks = make_masks(fisher, self.keep, strategy=self.strategy, generator=generator)
         self._kept = kept_counts(self.masks)
@@ -288,9 +287,8 @@ class FisherMask:
 
         Masks of sharded parameters are DTensors, for `torch.distributed.checkpoint`.
         """
-        options = {name: getattr(self, name) for name in _OPTIONS}
         masks = {name: mask.clone() for name, mask in self.masks.items()}
-        return {"version": 1, **options, "refreshes": self.refreshes, "masks": masks}
+        return {"version": 1, **self._options(), "refreshes": self.refreshes, "masks": masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; nothing changes unless all of it fits.
@@ -302,51 +300,14 @@ class FisherMask:
         Raises:
             StateError: If the state is of another version, other options or another model.
         """
-        if not isinstance(state, dict) or state.get("version") != 1:
-            raise StateError("This is not the state of a FisherMask that this version can read.")
-        missing = {*_OPTIONS, "refreshes", "masks"} - state.keys()
-        if missing:
-            raise StateError(f"The state lacks {', '.join(sorted(missing))}: the file is damaged.")
-        for name in _OPTIONS:
-            if state[name] != getattr(self, name):
-                raise StateError(
-                    f"The state was saved with {name}={state[name]!r}, but this mask has "
-                    f"{name}={getattr(self, name)!r}: build it with the same options."
-                )
-        masks, refreshes = state["masks"], state["refreshes"]
-        sound = type(refreshes) is int and refreshes >= 0 and isinstance(masks, dict)
-        if not sound or any(
-            not isinstance(m, Tensor) or m.dtype != torch.bool for m in masks.values()
-        ):
-            raise StateError("The state's masks or refresh count are damaged.")
+        check_state(state, self._options())
+        masks = state["masks"]
         if masks:
-            self._check_shapes(masks, "state")
+            check_shapes(masks, trainable_parameters(self.model), "state")
         self._read_parameters()
-        self.masks = {name: self._placed(name, mask) for name, mask in masks.items()}
+        self.masks = {name: placed(mask, self._parameters[name]) for name, mask in masks.items()}
         self._kept = kept_counts(self.masks)
-        self.refreshes = refreshes
+        self.refreshes = state["refreshes"]
 
-    def _placed(self, name: str, mask: Tensor) -> Tensor:
-        """A copy of a mask where and as its parameter is."""
-        parameter = self._parameters[name]
-        if is_sharded(mask) and not is_sharded(parameter):
-            raise StateError(
-                "The state's masks are in shards, and the model is not: load it into a model with "
-                "fully_shard, or save it whole (mask.full_tensor())."
-            )
-        part = local(mask) if is_sharded(mask) else take_shard(mask, parameter)
-        return shard_like(part.to(parameter.device, copy=True), parameter)
-
-    def _check_shapes(self, tensors: dict[str, Tensor], what: str) -> None:
-        parameters = trainable_parameters(self.model)
-        if tensors.keys() != parameters.keys():
-            odd = sorted(str(name) for name in tensors.keys() ^ parameters.keys())
-            raise StateError(
-                f"The {what} and the model's trainable parameters differ: {', '.join(odd[:5])}."
-            )
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise StateError(
-                    f"The {what} has shape {tuple(tensors[name].shape)} for {name!r}, the model "
-                    f"{tuple(parameter.shape)}."
-                )
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OPTIONS}
