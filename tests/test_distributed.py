@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from gradmask import FisherMask, fisher_diagonal
+from gradmask import FisherMask, fisher_diagonal, gradient_norms, influence
 from gradmask.errors import DataError, DistributedError, GradmaskWarning, ModelError, OptionError
 from gradmask.fisher.sharded import ShardSums
 
@@ -279,6 +279,14 @@ def check_errors(rank, world):
     fully_shard(part.block)
     with pytest.raises(ModelError, match="is not sharded"):
         FisherMask(part)
+    # Influence is measured by each process, on whole parameters.
+    options = {"step": 0.01, "method": "quadratic"}
+    found = influence(wrap("ddp", world), (x[:2], y[:2]), x[2:4], **options)
+    assert torch.equal(found, influence(net(), (x[:2], y[:2]), x[2:4], **options))
+    norms = gradient_norms(wrap("ddp", world), (x[:2], y[:2]))
+    assert torch.equal(norms, gradient_norms(net(), (x[:2], y[:2])))
+    with pytest.raises(ModelError, match="influence takes whole parameters"):
+        influence(wrap("fsdp", world), (x[:2], y[:2]), x[2:4], **options)
     # Parts of max_samples, one from each rank; each draws its own.
     drawn = []
 

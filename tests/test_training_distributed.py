@@ -153,6 +153,27 @@ def test_an_interrupted_run_ends_with_the_same_bits(engine, tmp_path):
         assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize(
+    ("engine", "before", "after"),
+    [("ddp", 2, 1), pytest.param("fsdp", 2, 3, marks=pytest.mark.slow)],
+)
+def test_the_number_of_processes_may_change(engine, before, after, single, tmp_path):
+    config = replace(CONFIG, arms=("fisher",), engine=engine, checkpoint_every=2)
+    config = replace(config, output=tmp_path / "out")
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    run_processes(interrupted, before, tmp_path / "before", config, 13)
+    if after == 1:
+        compare(config)
+    else:
+        run_processes(train, after, tmp_path / "after", config)
+    (weights, rows), expected = final(config), single["fisher"]
+    for name, tensor in expected[0].items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-5)
+    for row, other in zip(rows, expected[1], strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+
+
 def refuse(rank, world, config):
     directory = config.output / "runs" / "fisher-seed0"
     interrupted(rank, world, config, 13)

@@ -31,6 +31,28 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner.module if isinstance(inner, DistributedDataParallel) else model
 
 
+def with_whole_parameters(model: nn.Module) -> nn.Module:
+    """The model inside `DistributedDataParallel`, for what this process measures by itself.
+
+    Args:
+        model: The model, as it is trained.
+
+    Returns:
+        The model to call.
+
+    Raises:
+        ModelError: If its parameters are in shards.
+    """
+    model = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ModelError(
+                f"Parameter {name!r} is in shards, and influence takes whole parameters: measure "
+                "on a model without fully_shard, loaded from a checkpoint."
+            )
+    return model
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # slow to import, and needed by few

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmask.distributed import with_whole_parameters
 from gradmask.errors import OptionError, check_choice
 from gradmask.fisher.likelihood import KINDS, LOSSES, Loss, directional
 from gradmask.influence.forms import diagonal_forms, quadratic_forms
@@ -77,10 +78,12 @@ def influence(
 
     Raises:
         OptionError: If an option is unknown, out of range or does not fit the others.
-        ModelError: If the model has nothing to train or mixes samples by batch statistics.
+        ModelError: If the model has nothing to train, mixes samples by batch statistics, or is in
+            shards.
         DataError: If there are no samples, labels are out of range, or the loss is not finite.
     """
     _check_options(step, method, fisher, loss, pairwise, memory)
+    model = with_whole_parameters(model)
     parameters = trainable_parameters(model)
     labelled = fisher == "empirical"
     with measuring(model, parameters.values()):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmask.distributed import with_whole_parameters
 from gradmask.errors import check_choice
 from gradmask.fisher.calls import full_precision
 from gradmask.fisher.likelihood import LOSSES, Loss
@@ -34,12 +35,14 @@ def gradient_norms(
 
     Raises:
         OptionError: If an option is unknown or out of range.
-        ModelError: If the model has nothing to train or mixes samples by batch statistics.
+        ModelError: If the model has nothing to train, mixes samples by batch statistics, or is in
+            shards.
         DataError: If there are no samples, labels are out of range, or the loss is not finite.
     """
     if isinstance(loss, str):
         check_choice("loss", loss, LOSSES)
     check_memory(memory)
+    model = with_whole_parameters(model)
     parameters = trainable_parameters(model)
     with measuring(model, parameters.values()):
         # The samples stand in for the probe set too, which a norm does without.

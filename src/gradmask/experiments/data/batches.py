@@ -105,7 +105,7 @@ def training_batches(
     Args:
         config: Options of the comparison.
         data: The images.
-        batches: Places of each batch's images, on the device of the labels.
+        batches: Places of each batch's images, on the CPU.
         augmentation: Random numbers for images in memory.
         crops: Seed of this epoch's random crops of stored images.
         prepare: Turns uint8 images into the network's inputs.
@@ -115,18 +115,20 @@ def training_batches(
         Inputs and labels.
     """
     images, device = data.train_images, data.train_labels.device
+    # To the device all at once: a copy in each step would have to be waited for.
+    places = torch.cat(list(batches)).to(device).split([len(batch) for batch in batches])
     if isinstance(images, StoredImages):
         keys = (
-            [(i, derive_seed(*crops, i) if config.augment else None) for i in places]
-            for places in (ours.part(batch).tolist() for batch in batches)
+            [(i, derive_seed(*crops, i) if config.augment else None) for i in part]
+            for part in (ours.part(batch).tolist() for batch in batches)
         )
         stored = decoded(images, keys, device.type == "cuda")
-        for batch, found in zip(batches, stored, strict=True):
+        for batch, found in zip(places, stored, strict=True):
             yield (
                 prepare(found.to(device, non_blocking=True)),
                 data.train_labels[ours.part(batch)],
             )
         return
-    for batch in batches:
+    for batch in places:
         augmented = augment_batch(config, images[batch], augmentation)
         yield prepare(ours.part(augmented)), data.train_labels[ours.part(batch)]

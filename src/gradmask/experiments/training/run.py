@@ -192,8 +192,9 @@ def train_epoch(
     """
     started = time.perf_counter() - run.epoch_seconds
     order = run.order.clone_state()  # the run's own stays as it is, to draw the same when resumed
-    indices = torch.randperm(images, generator=order).to(run.loss.device)
-    batches = indices.tensor_split(steps)[run.step :]  # no last batch of one
+    batches = torch.randperm(images, generator=order).tensor_split(steps)[
+        run.step :
+    ]  # no last batch of one
     run.model.train()
     ours = run.ours
     inputs_of = batches_of(batches=batches, augmentation=run.augmentation, ours=ours)
