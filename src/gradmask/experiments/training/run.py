@@ -192,9 +192,8 @@ def train_epoch(
     """
     started = time.perf_counter() - run.epoch_seconds
     order = run.order.clone_state()  # the run's own stays as it is, to draw the same when resumed
-    batches = torch.randperm(images, generator=order).tensor_split(steps)[
-        run.step :
-    ]  # no last batch of one
+    places = torch.randperm(images, generator=order)
+    batches = places.tensor_split(steps)[run.step :]  # no last batch of one
     run.model.train()
     ours = run.ours
     inputs_of = batches_of(batches=batches, augmentation=run.augmentation, ours=ours)
