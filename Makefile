@@ -49,6 +49,9 @@ bench: $(READY) ## measure speed and memory, with other libraries beside
 	$(BIN)/gradmask bench influence --rounds 1
 	$(BIN)/gradmask bench step
 	$(BIN)/gradmask bench threshold
+	$(BIN)/gradmask bench loop --steps 3
+	$(BIN)/gradmask bench loading
+	$(BIN)/gradmask bench processes
 
 clean: ## remove the environment and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist

@@ -19,6 +19,7 @@ from gradmask.experiments.compare import run_comparison
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import batches as batches_module
 from gradmask.experiments.progress import Progress
+from gradmask.experiments.training import run as training
 from gradmask.experiments.training.budget import EpochsSpent
 from gradmask.experiments.training.checkpoint import SHARDS
 from gradmask.experiments.training.weights import saved_epochs, weights_path
@@ -87,6 +88,29 @@ def test_as_in_one_process(world, single, tmp_path):
         results = json.loads((config.output / "results.json").read_text())
         assert len(results["runs"]) == len(config.arms)
         assert not list(config.output.rglob("*checkpoint*"))
+
+
+def watch_buffers(rank, world, config):
+    """Every process evaluates, and measures its part of the Fisher information, in one network."""
+    original = training.evaluate
+    seen = []
+
+    def watched(model, batches):
+        statistics = torch.cat([b.flatten().double() for b in model.buffers()])
+        everywhere = [torch.empty_like(statistics) for _ in range(world)]
+        dist.all_gather(everywhere, statistics)
+        seen.append(all(torch.equal(other, statistics) for other in everywhere))
+        return original(model, batches)
+
+    training.evaluate = watched
+    compare(config)
+    assert len(seen) == 4
+    assert all(seen)
+
+
+def test_running_statistics_are_the_same_everywhere(tmp_path):
+    config = replace(CONFIG, model="small_cnn", width=4, arms=("fisher",), epochs=2)
+    run_processes(watch_buffers, 2, tmp_path, replace(config, output=tmp_path / "out"))
 
 
 def interrupted(rank, world, config, steps):

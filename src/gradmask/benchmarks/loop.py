@@ -147,7 +147,7 @@ def bench_processes(
     *,
     width: int | None = None,
     batch_size: int = 128,
-    steps: int = 8,
+    steps: int = 4,
     rounds: int = 3,
     counts: tuple[int, ...] = (1, 2),
 ) -> Table:
@@ -193,10 +193,11 @@ def bench_processes(
 
 def _parquet(folder: Path, count: int) -> Path:
     """Random images as a data set on the disk."""
-    from datasets import ClassLabel, Dataset, Features
+    from datasets import ClassLabel, Dataset, Features, disable_progress_bars
     from datasets import Image as ImageFeature
     from PIL import Image
 
+    disable_progress_bars()
     folder.mkdir()
     data = random_images(count)
     features = Features({"image": ImageFeature(), "label": ClassLabel(num_classes=CLASSES)})

@@ -59,7 +59,8 @@ def _add_training(kinds: Any) -> None:
         kind.add_argument("--model", default="cifar_resnet18", help="a model of `gradmask run`")
         kind.add_argument("--width", type=int, help="its width")
         kind.add_argument("--batch-size", type=int, default=128, help="images in a batch")
-        kind.add_argument("--steps", type=int, default=8, help="batches in an epoch")
+        steps = 8 if what == "loop" else 4
+        kind.add_argument("--steps", type=int, default=steps, help="batches in an epoch")
         rounds = 7 if what == "loop" else 3
         kind.add_argument("--rounds", type=int, default=rounds, help="times everything is timed")
         if what == "loop":
