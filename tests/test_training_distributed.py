@@ -70,7 +70,7 @@ def single(tmp_path_factory):
     return {arm: final(config, arm) for arm in config.arms}
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_as_in_one_process(world, single, tmp_path):
     configs = [
         replace(CONFIG, output=tmp_path / "ddp"),
