@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import random
@@ -277,6 +278,12 @@ def test_checkpoints_that_cannot_be_used(stopped, tmp_path, monkeypatch):
         data = load_images(change(stopped, train_size=100), 0)
         patch.setattr(sys.modules[__name__], "load_images", lambda *_: data)
         refused(r"another run, with images=\[135, .*not \[90")
+    for name in ("train_images", "train_labels"):  # of the same shape
+        with monkeypatch.context() as patch:
+            data = load_images(stopped, 0)
+            changed = dataclasses.replace(data, **{name: getattr(data, name) ^ 1})
+            patch.setattr(sys.modules[__name__], "load_images", lambda *_, found=changed: found)
+            refused(r"another run, with contents='\w{8}', not '\w{8}'")
     with monkeypatch.context() as patch:
         layers = (nn.Flatten(), nn.Linear(64, 10))
         patch.setattr(components, "build_model", lambda *_: nn.Sequential(*layers))

@@ -130,6 +130,14 @@ def test_channels_last(plain, tmp_path, monkeypatch):
     assert epochs[-1]["kept"] == pytest.approx(plain[0][-1]["kept"], abs=1e-3)
 
 
+def test_inputs_are_channels_last():
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    plain, last = (Normalize.of(images, channels_last=c)(images) for c in (False, True))
+    assert torch.equal(plain, last)
+    assert plain.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_fisher_and_mask_of_a_channels_last_model():
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)

@@ -159,6 +159,24 @@ def test_training_batches_depend_on_the_seed_alone(folder, augment):
         assert torch.equal(y, data.train_labels[batch])
 
 
+def test_every_image_of_every_epoch_has_a_seed_of_its_own(folder, monkeypatch):
+    config = config_of(folder)
+    data = load_images(config, 0)
+    seen = []
+
+    def record(images, keys, pin):
+        seen.extend(seed for batch in keys for _, seed in batch)
+        return iter([])
+
+    monkeypatch.setattr(batches_module, "decoded", record)
+    places = [torch.arange(len(data.train_labels))]
+    for crops in ((0, "crops", 1), (0, "crops", 2), (1, "crops", 1)):
+        options = {"crops": crops, "prepare": lambda x: x, "ours": ALONE}
+        with pytest.raises(ValueError, match="shorter"):
+            next(training_batches(config, data, places, torch.Generator(), **options))
+    assert len(set(seen)) == len(seen) == 3 * len(data.train_labels)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_truncated_file_is_named(folder, workers):
     path = truncate(folder)
