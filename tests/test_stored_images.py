@@ -225,6 +225,23 @@ def test_parquet_with_bytes(tmp_path):
     assert "image 0 of" in str(_error_of(data.test_images, rows))
 
 
+def test_a_test_split_without_labels_is_passed_over(tmp_path):
+    """As ImageNet has it on the hub: the labels of its test images are -1."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+    from test_data import pictures
+
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b", "c"])})
+    (tmp_path / "p").mkdir()
+    for split, labels in (("train", [0, 1, 2] * 4), ("validation", [2, 0]), ("test", [-1] * 5)):
+        images = [Image.fromarray(array) for array in pictures(len(labels), 30)]
+        rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
+        rows.to_parquet(tmp_path / "p" / f"{split}-0.parquet")
+    for options in ({"streaming": True, "workers": 0}, {}):
+        config = Comparison(data=str(tmp_path / "p"), image_size=24, validation=0.25, **options)
+        assert load_images(config, 0).test_labels.tolist() == [2, 0]
+
+
 def _error_of(images, rows):
     class Broken:
         data = pyarrow.table(

@@ -29,6 +29,7 @@ from gradmask.experiments.files import write_atomically
 # comparison are then measured on the same images.
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
+SPLITS = ("train", "test", "validation")
 Images: TypeAlias = Tensor | StoredImages
 
 
@@ -57,8 +58,8 @@ def load_source(name: str, image_size: int | None = None) -> Source:
     The cache lies in `~/.cache/gradmask`, or where the environment variable `GRADMASK_CACHE` says.
 
     Args:
-        name: `digits`, a folder of parquet files named `train*` and `test*`, a folder of images
-            by class, or a name on the Hugging Face hub.
+        name: `digits`, a folder of parquet files named `train*` and `test*` (or `validation*`), a
+            folder of images by class, or a name on the Hugging Face hub.
         image_size: Resize images to this many pixels.
 
     Returns:
@@ -170,8 +171,10 @@ def _source(name: str, read: Callable[[Any, str, str], Images]) -> Source:
     splits = _open(name)
     if "train" not in splits:
         raise DataError(f"{name} has no train split, only: {', '.join(splits)}.")
-    test_name = next((split for split in ("test", "validation") if split in splits), None)
     image_column, label_column = _columns(name, splits["train"].features)
+    test_name = next(
+        (s for s in ("test", "validation") if _labelled(splits, s, label_column)), None
+    )
     raw = np.asarray(splits["train"][label_column])
     names = getattr(splits["train"].features[label_column], "names", None)
     known = np.unique(raw) if names is None else np.arange(len(names))
@@ -192,6 +195,14 @@ def _source(name: str, read: Callable[[Any, str, str], Images]) -> Source:
     return Source(images, labels, test_images, test_labels, class_names)
 
 
+def _labelled(splits: Any, split: str, label_column: str) -> bool:
+    """Whether a split is there with its labels; those of ImageNet's test images are all -1."""
+    if split not in splits:
+        return False
+    labels = np.asarray(splits[split][label_column])
+    return not (np.issubdtype(labels.dtype, np.number) and len(labels) and (labels == -1).all())
+
+
 def _of_images(labels: Tensor, images: Images) -> Tensor:
     return labels[images.indices] if isinstance(images, StoredImages) else labels
 
@@ -205,7 +216,7 @@ def _open(name: str) -> Any:
     elif not path.is_dir():
         raise DataError(f"No folder at {path}: data must be a folder, a hub name or 'digits'.")
     elif any(path.glob("*.parquet")):
-        found = {s: sorted(map(str, path.glob(f"{s}*.parquet"))) for s in ("train", "test")}
+        found = {s: sorted(map(str, path.glob(f"{s}*.parquet"))) for s in SPLITS}
         files = {split: paths for split, paths in found.items() if paths}
         options = {"path": "parquet", "data_files": files, "cache_dir": str(_cache("datasets"))}
         if "train" not in files:
