@@ -177,6 +177,22 @@ def test_every_image_of_every_epoch_has_a_seed_of_its_own(folder, monkeypatch):
     assert len(set(seen)) == len(seen) == 3 * len(data.train_labels)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_random_state(folder, workers):
+    """Or a run with dropout would go on otherwise than if it had not been interrupted."""
+    config = config_of(folder, workers=workers)
+    data = load_images(config, 0)
+    state = torch.get_rng_state()
+    places = [torch.arange(len(data.train_labels))]
+    options = {"crops": (0,), "prepare": lambda x: x, "ours": ALONE}
+    list(training_batches(config, data, places, torch.Generator(), **options))
+    every = Batches(data.train_images, data.train_labels, lambda x: x)
+    list(every)
+    list(fisher_batches(replace(every, size=4)))
+    stored.damaged(data.val_images)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_truncated_file_is_named(folder, workers):
     path = truncate(folder)

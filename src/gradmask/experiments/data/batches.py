@@ -79,6 +79,7 @@ def fisher_batches(batches: Batches) -> Iterable[Any]:
         Labelled(batches.images[own], labels),
         batch_size=batches.size,
         num_workers=batches.images.workers,
+        generator=torch.Generator(),
         collate_fn=partial(_prepared, batches.prepare),
     )
 

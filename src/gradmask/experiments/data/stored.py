@@ -174,6 +174,7 @@ def decoded(images: StoredImages, batches: Iterable[list[Key]], pin: bool) -> It
         _Views(images, _view),
         batch_sampler=batches,  # any iterable will do
         num_workers=images.workers,
+        generator=torch.Generator(),  # or it draws from the one of dropout, once for each loader
         collate_fn=_stack,
         pin_memory=pin,
     )
@@ -198,6 +199,7 @@ def damaged(images: StoredImages) -> list[tuple[int, str]]:
         sampler=keys,
         batch_size=64,
         num_workers=images.workers,
+        generator=torch.Generator(),
         collate_fn=_as_list,
     )
     messages = (message for batch in loader for message in batch)
