@@ -447,3 +447,17 @@ def test_killed_runs_end_with_the_same_bits(server, tmp_path):
 @pytest.mark.timeout(3600)
 def test_fifty_killed_runs_end_with_the_same_bits(server, tmp_path):
     kill_and_compare(server, 50, tmp_path)
+
+
+def test_another_device_has_its_own_kind_of_optimizer(stopped, tmp_path, monkeypatch):
+    made = []
+    original = train.new_state
+
+    def fused(*args):
+        made.append(original(*args))
+        made[-1].optimizer.param_groups[0]["fused"] = True
+        return made[-1]
+
+    monkeypatch.setattr(train, "new_state", fused)
+    run(stopped, tmp_path / "run")
+    assert made[-1].optimizer.param_groups[0]["fused"] is True

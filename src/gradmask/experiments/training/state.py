@@ -162,9 +162,12 @@ class RunState:
             )
             if self.mask is not None:
                 state["mask"]["masks"] = shards.get("masks", {})
+        fused = [group["fused"] for group in self.optimizer.param_groups]
         for name in _PARTS:
             if name in state:
                 getattr(self, name).load_state_dict(state[name])
+        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = own  # as this device has it, not the one that saved
         for name in _GENERATORS:
             getattr(self, name).set_state(state[name])
         for name in _VALUES:
