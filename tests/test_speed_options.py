@@ -14,7 +14,7 @@ from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.images import load_images
 from gradmask.experiments.data.transforms import Normalize
 from gradmask.experiments.training import run as training
-from gradmask.experiments.training.components import check_speed_options, new_model
+from gradmask.experiments.training.components import check_together, new_model
 from gradmask.experiments.training.run import train_run
 from gradmask.experiments.training.weights import load_weights, saved_epochs, weights_path
 
@@ -177,7 +177,7 @@ def test_compilation_that_cannot_work_is_refused_at_once(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda *_: broken)
     with pytest.raises(OptionError, match=r"compile cannot work here: no compiler found$"):
-        check_speed_options(replace(CONFIG, compile=True), 1)
+        check_together(replace(CONFIG, compile=True), 1)
 
 
 @pytest.mark.parametrize("name", ["compile", "channels_last", "precision"])
@@ -185,7 +185,7 @@ def test_not_with_shards(name):
     value = "fp16" if name == "precision" else True
     config = replace(CONFIG, engine="fsdp", **{name: value})
     with pytest.raises(OptionError, match="engine=fsdp"):
-        check_speed_options(config, 2)
+        check_together(config, 2)
 
 
 class Waits(TorchDispatchMode):

@@ -27,8 +27,13 @@ Groups: TypeAlias = tuple[ProcessGroup, ...]
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `DistributedDataParallel`, whose own forward pass waits for other ranks."""
+    replicated = _replicated(model)
+    return model if replicated is None else replicated.module
+
+
+def _replicated(model: nn.Module) -> DistributedDataParallel | None:
     inner = getattr(model, "_orig_mod", model)  # of torch.compile
-    return inner.module if isinstance(inner, DistributedDataParallel) else model
+    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 def with_whole_parameters(model: nn.Module) -> nn.Module:
@@ -132,7 +137,6 @@ def data_groups(model: nn.Module, group: ProcessGroup | None = None) -> Groups:
         ModelError: If parameters are sharded in a way that cannot be measured.
         OptionError: If a group is given with a sharded model.
     """
-    inner = getattr(model, "_orig_mod", model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sharded = {name: p for name, p in parameters.items() if is_sharded(p)}
     if sharded:
@@ -141,9 +145,8 @@ def data_groups(model: nn.Module, group: ProcessGroup | None = None) -> Groups:
         return _mesh_groups(parameters, sharded)
     if group is not None:
         return (group,)
-    if isinstance(inner, DistributedDataParallel):
-        return (inner.process_group,)
-    return ()
+    replicated = _replicated(model)
+    return () if replicated is None else (replicated.process_group,)
 
 
 def warn_if_alone(groups: Groups) -> None:
@@ -251,6 +254,9 @@ def note_whole_parameters(model: nn.Module, names: dict[int, str]) -> list[Any]:
     Returns:
         Handles of the hooks that do it.
     """
+    units = _units(model)
+    if not units:
+        return []
     reshard(model)  # a forward pass without a backward pass leaves the outermost layers whole
     places = [
         (module, key, names[id(p)])
@@ -258,7 +264,6 @@ def note_whole_parameters(model: nn.Module, names: dict[int, str]) -> list[Any]:
         for key, p in module._parameters.items()
         if p is not None and id(p) in names
     ]
-
     if missing := set(names.values()) - {name for *_, name in places}:
         raise ModelError(f"Parameter {min(missing)!r} is whole where its shard was expected.")
 
@@ -266,7 +271,7 @@ def note_whole_parameters(model: nn.Module, names: dict[int, str]) -> list[Any]:
         names.update({id(module._parameters[key]): name for module, key, name in places})
 
     # First in line: before they are let go after the forward pass.
-    return [unit.register_forward_hook(note, prepend=True) for unit in _units(model)]
+    return [unit.register_forward_hook(note, prepend=True) for unit in units]
 
 
 def _units(model: nn.Module) -> list[Any]:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,6 @@ import yaml
 import gradmask
 from gradmask import fisher_diagonal
 from gradmask.errors import GradmaskError, OptionError, StateError
-from gradmask.experiments.arms import parse_arm
 from gradmask.experiments.config import (
     EXTENDABLE,
     NOT_RESULTS,
@@ -42,7 +42,7 @@ from gradmask.experiments.reports.statistics import Results, summary_table
 from gradmask.experiments.training.budget import EpochBudget
 from gradmask.experiments.training.checkpoint import has_checkpoint, remove_checkpoints
 from gradmask.experiments.training.components import (
-    check_speed_options,
+    check_together,
     new_model,
     resolve_device,
 )
@@ -50,6 +50,7 @@ from gradmask.experiments.training.run import train_run
 
 RESULTS_VERSION = 1
 RESULTS_FILE = "results.json"
+OPENING = "opening the output folder"
 Options = TypeVar("Options", bound=RunOptions)
 
 
@@ -77,12 +78,11 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
-    asked = config
-    config, results = ours.from_main(lambda: open_folder(asked), "opening the output folder")
+    config, results = ours.from_main(partial(open_folder, config), OPENING)
     data = load_images(config, config.seeds[0])
     _check_processes(config, len(data.train_labels), ours)
     _check_model(config, data)
-    ours.from_main(lambda: _begin_folder(config), "opening the output folder")
+    ours.from_main(partial(_begin_folder, config), OPENING)
     results |= {
         "config": to_plain(config),
         "environment": environment(device),
@@ -123,12 +123,7 @@ def _check_processes(config: Comparison, images: int, ours: Processes) -> None:
             f"A batch of {smallest} images cannot be shared by {ours.count} processes: use a "
             "larger batch_size, or fewer processes."
         )
-    check_speed_options(config, ours.count)
-    if ours.count > 1 and config.engine == "fsdp":
-        if any(parse_arm(arm).strategy == "sam" for arm in config.arms):
-            raise OptionError("SAM needs whole gradients: use engine=ddp for arm 'sam'.")
-        if config.monitor:
-            raise OptionError("The influence monitor needs whole parameters: use engine=ddp.")
+    check_together(config, ours.count)
 
 
 def run_directory(folder: Path, arm: str, seed: int) -> Path:

@@ -19,7 +19,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def zero_squares(parameter: nn.Parameter) -> Tensor:
+def zero_squares(parameter: Tensor) -> Tensor:
     """Zeros of a parameter's shape, contiguous, in its precision but at least float32."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)

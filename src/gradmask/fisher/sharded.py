@@ -41,10 +41,7 @@ class ShardSums(dict[str, Tensor]):
         super().__init__()
         self._parameters = parameters
         self.weight = 1.0
-        self.parts = {
-            name: torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, torch.float32))
-            for name, p in parameters.items()
-        }
+        self.parts = {name: zero_squares(local(p)) for name, p in parameters.items()}
 
     def __missing__(self, name: str) -> Tensor:
         self[name] = zero_squares(self._parameters[name])

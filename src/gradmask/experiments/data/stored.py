@@ -156,6 +156,21 @@ def _as_list(views: list[Any]) -> list[Any]:
     return views
 
 
+def _in_workers(
+    images: StoredImages,
+    make: Callable[[StoredImages, Key], Any],
+    collate: Callable[[list[Any]], Any],
+    **options: Any,
+) -> DataLoader[Any]:
+    return DataLoader(
+        _Views(images, make),
+        num_workers=images.workers,
+        generator=torch.Generator(),  # or it draws from the one of dropout, once for each loader
+        collate_fn=collate,
+        **options,
+    )
+
+
 def decoded(images: StoredImages, batches: Iterable[list[Key]], pin: bool) -> Iterator[Tensor]:
     """Decode batches of images in the workers.
 
@@ -170,15 +185,8 @@ def decoded(images: StoredImages, batches: Iterable[list[Key]], pin: bool) -> It
     Raises:
         DataError: If an image is damaged.
     """
-    loader: DataLoader[Any] = DataLoader(
-        _Views(images, _view),
-        batch_sampler=batches,  # any iterable will do
-        num_workers=images.workers,
-        generator=torch.Generator(),  # or it draws from the one of dropout, once for each loader
-        collate_fn=_stack,
-        pin_memory=pin,
-    )
-    for batch in loader:
+    # Any iterable will do for the sampler.
+    for batch in _in_workers(images, _view, _stack, batch_sampler=batches, pin_memory=pin):
         if isinstance(batch, str):
             raise DataError(batch)
         yield batch
@@ -194,14 +202,7 @@ def damaged(images: StoredImages) -> list[tuple[int, str]]:
         Row and message of each damaged image.
     """
     keys: list[Key] = [(place, None) for place in range(len(images))]
-    loader: DataLoader[Any] = DataLoader(
-        _Views(images, _damage),
-        sampler=keys,
-        batch_size=64,
-        num_workers=images.workers,
-        generator=torch.Generator(),
-        collate_fn=_as_list,
-    )
+    loader = _in_workers(images, _damage, _as_list, sampler=keys, batch_size=64)
     messages = (message for batch in loader for message in batch)
     rows = zip(images.indices.tolist(), messages, strict=True)
     return [(row, message) for row, message in rows if message]

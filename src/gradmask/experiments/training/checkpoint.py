@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,16 @@ def load_run(directory: Path, described: dict[str, Any], run: RunState) -> int |
                 )
     if run.in_shards:
         return _load_shards(directory, described, run)
-    state = run.ours.from_main(
-        lambda: load_checkpoint(directory, described, run.model) and {}, READING
-    )
-    with together(run.ours.groups, READING):  # the main process may have mended the folder
+    found: dict[str, Any] | None = None
+
+    def read() -> bool:
+        nonlocal found
         found = load_checkpoint(directory, described, run.model)
-        if (found is None) != (state is None):
+        return found is not None
+
+    there = run.ours.from_main(read, READING)  # first: it may mend the folder
+    with together(run.ours.groups, READING):
+        if not run.ours.main and read() != there:
             raise StateError(f"{directory} is not the same folder on all machines: share it.")
     if found is None:
         return None
@@ -128,27 +133,43 @@ def load_run(directory: Path, described: dict[str, Any], run: RunState) -> int |
 
 
 def _load_shards(directory: Path, described: dict[str, Any], run: RunState) -> int | None:
+    ours = run.ours
+    path, plain, damaged = _newest_sound(
+        [directory / name for name in SHARDS],
+        lambda path: ours.from_main(path.exists, READING),
+        lambda path: read_plain(path, ours),
+    )
+    if path is None:
+        return None
+    _check(path, plain, plain["shapes"], described, run.model)
+    tensors = run.empty_shards(plain)
+    read_shards(path, tensors)
+    run.load_state_dict(plain, tensors)
+    if damaged:
+        if ours.main:
+            _warn(damaged)
+        ours.from_main(lambda: shutil.rmtree(directory / SHARDS[0]), READING)
+    return int(plain["log"])
+
+
+def _newest_sound(
+    paths: Sequence[Path], exists: Callable[[Path], bool], read: Callable[[Path], Any]
+) -> tuple[Path | None, Any, Path | None]:
+    """The first checkpoint that can be read, its contents, and a damaged one before it.
+
+    Without any checkpoint all are None; if all are damaged, a StateError.
+    """
     damaged: Path | None = None
-    for path in (directory / name for name in SHARDS):
-        if not run.ours.from_main(path.exists, READING):
+    for path in paths:
+        if not exists(path):  # as the newest, if its process was killed between two renames
             continue
         try:
-            plain = read_plain(path, run.ours)
+            return path, read(path), damaged
         except StateError:
             damaged = damaged or path
-            continue
-        _check(path, plain, plain["shapes"], described, run.model)
-        tensors = run.empty_shards(plain)
-        read_shards(path, tensors)
-        run.load_state_dict(plain, tensors)
-        if damaged:
-            if run.ours.main:
-                _warn(damaged)
-            run.ours.from_main(lambda: shutil.rmtree(directory / SHARDS[0]), READING)
-        return int(plain["log"])
     if damaged:
-        raise _none_sound(damaged)
-    return None
+        raise StateError(f"{damaged} is damaged, and no other is sound: {_mend(damaged.parent)}")
+    return None, None, None
 
 
 def save_checkpoint(directory: Path, run: dict[str, Any], state: dict[str, Any]) -> None:
@@ -180,24 +201,16 @@ def load_checkpoint(
         StateError: If all checkpoints are damaged, or the newest sound one is of another version,
             run or network. No file is changed then.
     """
-    damaged: Path | None = None
-    for path in (directory / NEWEST, directory / PREVIOUS):
-        if not path.exists():  # as the newest, if its process was killed between two renames
-            continue
-        try:
-            state = read_tensors(path)
-        except StateError:
-            damaged = damaged or path
-            continue
-        found = state.get("model") if isinstance(state, dict) else None
-        _check(path, state, shapes(found or {}), run, model)
-        if damaged:
-            _warn(damaged)
-            os.replace(path, damaged)  # or the next checkpoint would keep the damaged one
-        return dict(state)
+    paths = [directory / NEWEST, directory / PREVIOUS]
+    path, state, damaged = _newest_sound(paths, Path.exists, read_tensors)
+    if path is None:
+        return None
+    found = state.get("model") if isinstance(state, dict) else None
+    _check(path, state, shapes(found or {}), run, model)
     if damaged:
-        raise _none_sound(damaged)
-    return None
+        _warn(damaged)
+        os.replace(path, damaged)  # or the next checkpoint would keep the damaged one
+    return dict(state)
 
 
 def remove_checkpoints(directory: Path) -> None:
@@ -214,10 +227,6 @@ def _warn(damaged: Path) -> None:
         GradmaskWarning,
         stacklevel=4,
     )
-
-
-def _none_sound(damaged: Path) -> StateError:
-    return StateError(f"{damaged} is damaged, and no other is sound: {_mend(damaged.parent)}")
 
 
 def _check(

@@ -85,7 +85,7 @@ def new_scaler(config: Comparison, device: torch.device) -> torch.amp.GradScaler
     return torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
 
-def check_speed_options(config: Comparison, count: int) -> None:
+def check_together(config: Comparison, count: int) -> None:
     """Refuse ways to train that cannot work together, or here.
 
     Args:
@@ -101,6 +101,10 @@ def check_speed_options(config: Comparison, count: int) -> None:
                 raise OptionError(f"{name} does not work with engine=fsdp: leave one out.")
         if config.precision == "fp16":
             raise OptionError("fp16 does not work with engine=fsdp: use bf16.")
+        if any(parse_arm(arm).strategy == "sam" for arm in config.arms):
+            raise OptionError("SAM needs whole gradients: use engine=ddp for arm 'sam'.")
+        if config.monitor:
+            raise OptionError("The influence monitor needs whole parameters: use engine=ddp.")
     if config.compile:
         try:
             torch.compile(torch.neg)(torch.ones(2, device=resolve_device(config.device)))

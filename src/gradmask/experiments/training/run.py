@@ -88,11 +88,11 @@ def train_run(
     device = resolve_device(config.device)
     prepare = Normalize.of(data.train_images, config.channels_last)
     precision = autocast(config, device)
+    described = describe_run(config, data, arm, seed)  # before the images are on the device
     data = data.to(device)
     steps = math.ceil(len(data.train_labels) / config.batch_size)
     train_set = Batches(data.train_images, data.train_labels, prepare, config.batch_size)
     run = new_state(config, data, arm, seed, train_set, steps)
-    described = describe_run(config, data, arm, seed)
     ours = run.ours
 
     def save_if_due(now: bool = False) -> None:
