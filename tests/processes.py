@@ -1,5 +1,7 @@
 """Run a function in several processes that talk over gloo."""
 
+import os
+import sys
 import traceback
 
 import torch
@@ -9,6 +11,7 @@ import torch.multiprocessing as mp
 
 def _rank(function, rank, world, folder, failures, args):
     torch.set_num_threads(1)
+    status = 0
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
@@ -18,7 +21,11 @@ def _rank(function, rank, world, folder, failures, args):
         dist.destroy_process_group()
     except BaseException:
         failures.put(f"rank {rank}:\n{traceback.format_exc()}")
-        raise
+        status = 1
+    # Not through Python's shutdown, in which gloo's threads may abort: see `gradmask.cli.__main__`.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run_processes(function, world, folder, *args, expected=None, limit=120):
