@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmask import FisherMask, fisher_diagonal
 from gradmask.errors import OptionError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.images import load_images
-from gradmask.experiments.data.transforms import Normalize
+from gradmask.experiments.data.transforms import Normalize, augment
 from gradmask.experiments.training import run as training
 from gradmask.experiments.training.components import check_together, new_model
 from gradmask.experiments.training.run import train_run
@@ -165,7 +166,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 def test_compiled(tmp_path):
     config = replace(CONFIG, model="mlp", width=16)
     plain = train(config, tmp_path / "plain")
+    counters["stats"].clear()
     epochs, weights = train(replace(config, compile=True), tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] > 1  # one tells whether compilation works here
     assert epochs[-1]["train_loss"] == pytest.approx(plain[0][-1]["train_loss"], rel=1e-3)
     for name, expected in plain[1].items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-2, atol=1e-3)
@@ -189,7 +192,7 @@ def test_not_with_shards(name):
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations whose result the processor must wait for."""
+    """Counts operations whose result the processor must wait for, and copies to a device."""
 
     def __init__(self):
         super().__init__()
@@ -197,8 +200,11 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-        self.count += any(name == function._overloadpacket.__name__ for name in waits)
-        return function(*args, **(kwargs or {}))
+        name, options = function._overloadpacket.__name__, kwargs or {}
+        self.count += name in waits
+        if name == "_to_copy" and not options.get("non_blocking"):
+            self.count += options.get("device", args[0].device) != args[0].device
+        return function(*args, **options)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -223,7 +229,41 @@ def test_waits_are_counted():
     with Waits() as waits:
         torch.ones(2).sum().item()
         assert torch.ones(1) == 1
+        torch.ones(1).to("meta", non_blocking=True)
+        torch.ones(1).double()
     assert waits.count == 2
+    with waits:
+        torch.ones(1).to("meta", torch.float64)
+    assert waits.count == 3
+
+
+def test_augmentation_does_not_wait_for_the_device():
+    images = torch.empty(4, 3, 8, 8, dtype=torch.uint8, device="meta")
+    with Waits() as waits:
+        augment(images, torch.Generator())
+    assert waits.count == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+@pytest.mark.parametrize("arm", ["none", "fisher", "fisher:scope=update", "sam"])
+def test_no_step_waits_for_a_gpu(arm, precision, tmp_path, monkeypatch):
+    """CUDA itself tells; the first step of an epoch may wait (copies, lazy state)."""
+    original = training.train_epoch
+
+    def checked(run, batches_of, images, steps, precision, after_step):
+        def after():
+            after_step()
+            torch.cuda.set_sync_debug_mode("default" if run.step == steps else "error")
+
+        return original(run, batches_of, images, steps, precision, after)
+
+    monkeypatch.setattr(training, "train_epoch", checked)
+    try:
+        train(replace(CONFIG, precision=precision, device="cuda"), tmp_path, arm)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_constants_are_made_once():

@@ -18,10 +18,12 @@ from gradmask.errors import DistributedError, GradmaskWarning, OptionError, Stat
 from gradmask.experiments.compare import run_comparison
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import batches as batches_module
+from gradmask.experiments.data.images import load_images
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.training import run as training
 from gradmask.experiments.training.budget import EpochsSpent
 from gradmask.experiments.training.checkpoint import SHARDS
+from gradmask.experiments.training.state import new_state
 from gradmask.experiments.training.weights import saved_epochs, weights_path
 
 pytestmark = pytest.mark.skipif(
@@ -150,6 +152,19 @@ def go_on(rank, world, config):
                 compare(ours)
         else:
             compare(ours)
+
+    check_kind_of_optimizer(config)
+
+
+def check_kind_of_optimizer(config):
+    """It stays as this device has it, whatever the checkpoint says."""
+    first, second = (
+        new_state(config, load_images(config, 0), "fisher", 0, [], 10) for _ in range(2)
+    )
+    second.optimizer.param_groups[0]["fused"] = True
+    shards = first.shards() if first.in_shards else None
+    second.load_state_dict(first.state_dict(), shards)
+    assert second.optimizer.param_groups[0]["fused"] is True
 
 
 def names(config):

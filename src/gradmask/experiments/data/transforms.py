@@ -104,18 +104,24 @@ def augment(
         Images of the same shape.
     """
     count, _, height, width = images.shape
-    top, left = torch.randint(
-        2 * padding + 1, (2, count), generator=generator, device=generator.device
-    ).to(images.device)
+    drawn_on = generator.device
+    places = torch.randint(2 * padding + 1, (2, count), generator=generator, device=drawn_on)
+    top, left = _without_waiting(places, images.device)
     padded = transforms.pad(images, [padding] * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: N, C, top, left, H, W
     images = windows[torch.arange(count, device=images.device), :, top, left]
     if not flip:
         return images
-    mirrored = torch.rand(count, generator=generator, device=generator.device) < 0.5
-    return torch.where(
-        mirrored.to(images.device)[:, None, None, None], transforms.horizontal_flip(images), images
-    )
+    drawn = torch.rand(count, generator=generator, device=drawn_on)
+    mirrored = _without_waiting(drawn, images.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], transforms.horizontal_flip(images), images)
+
+
+def _without_waiting(values: Tensor, device: torch.device) -> Tensor:
+    """Values on a device; the processor goes on while they are copied."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()  # a copy of other memory is waited for
+    return values.to(device, non_blocking=True)
 
 
 def augment_batch(config: Comparison, images: Tensor, generator: torch.Generator) -> Tensor:

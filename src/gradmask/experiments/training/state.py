@@ -153,6 +153,8 @@ class RunState:
                 and number of processes may be others.
             shards: What `shards` returned then, if the parameters are in shards.
         """
+        # As this device has it, not the one that saved; `set_state_dict` replaces it as well.
+        fused = [group["fused"] for group in self.optimizer.param_groups]
         if shards is not None:
             set_state_dict(
                 self.model,
@@ -162,12 +164,11 @@ class RunState:
             )
             if self.mask is not None:
                 state["mask"]["masks"] = shards.get("masks", {})
-        fused = [group["fused"] for group in self.optimizer.param_groups]
         for name in _PARTS:
             if name in state:
                 getattr(self, name).load_state_dict(state[name])
         for group, own in zip(self.optimizer.param_groups, fused, strict=True):
-            group["fused"] = own  # as this device has it, not the one that saved
+            group["fused"] = own
         for name in _GENERATORS:
             getattr(self, name).set_state(state[name])
         for name in _VALUES:
