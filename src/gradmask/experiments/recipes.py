@@ -96,6 +96,8 @@ _TABLE1 = (
     "inverse:keep=0.75",
     "fisher:keep=0.25:scope=update",
     "fisher:keep=0.75:scope=update",
+    "random_matched:keep=0.25:scope=update",
+    "random_matched:keep=0.75:scope=update",
     "sam",
 )
 
