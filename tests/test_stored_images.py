@@ -1,6 +1,9 @@
 """Images decoded as they are needed: what they look like, damaged ones, stopping and going on."""
 
 import json
+import multiprocessing
+import os
+import shutil
 import warnings
 from dataclasses import replace
 from io import StringIO
@@ -201,6 +204,78 @@ def test_a_truncated_file_is_named(folder, workers):
     with pytest.raises(DataError, match=rf"Cannot decode {path}: .*--skip_damaged true") as error:
         compare(config)
     assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_file_is_named_in_a_fisher_pass(folder, workers, monkeypatch):
+    path = truncate(folder)
+    config = config_of(folder, workers=workers, epochs=2, arms=("fisher",), seeds=(0,))
+    config = replace(config, output=folder.parent / "out", fisher_samples=None)
+    train = stored.StoredImages.cropped
+    monkeypatch.setattr(  # the training batches go well
+        stored.StoredImages, "cropped", lambda self, i, seed: train(self, 0, seed)
+    )
+    with pytest.raises(DataError, match=rf"^Cannot decode {path}: .*true\.$"):
+        compare(config)
+
+
+def bomb(folder):
+    """A few hundred bytes that say they are 60,000 x 60,000 pixels."""
+    path = folder / "train" / "ant" / "train_00.JPEG"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = (60_000).to_bytes(2, "big") * 2
+    path.write_bytes(data)
+    return path
+
+
+def test_a_header_that_claims_too_many_pixels(folder):
+    path = bomb(folder)
+    with pytest.raises(DataError, match=rf"Cannot decode {path}: .*decompression bomb"):
+        stored_source(config_of(folder)).images.centre(0)
+    with pytest.raises(DataError, match=r"Cannot decode image 0 of .*decompression bomb"):
+        load_images(Comparison(data=str(folder), image_size=24), 0)
+    sources._stored_source.cache_clear()
+    with pytest.warns(GradmaskWarning, match="1 damaged of 36"):
+        assert len(stored_source(config_of(folder, skip_damaged=True)).images) == 35
+
+
+def die(self, place, seed=None):
+    os._exit(1)
+
+
+@pytest.mark.parametrize("moment", ["cropped", "centre"])
+def test_a_lost_worker_ends_the_run_by_name(folder, moment, monkeypatch):
+    monkeypatch.setattr(stored.StoredImages, moment, die)
+    config = config_of(folder, workers=1, epochs=2, arms=("fisher",), seeds=(0,))
+    with pytest.raises(DataError, match=r"lost or cannot start .*try fewer --workers"):
+        compare(replace(config, output=folder.parent / "out"))
+
+
+def test_a_worker_that_cannot_start(folder, monkeypatch):
+    def start(self):
+        raise OSError(12, "Cannot allocate memory")
+
+    images = stored_source(config_of(folder)).images
+    monkeypatch.setattr(multiprocessing.Process, "start", start)
+    with pytest.raises(DataError, match=r"Cannot allocate memory.*try fewer --workers"):
+        stored.damaged(images)
+
+
+def test_other_errors_stay_as_they_are():
+    for error in (RuntimeError("shapes differ"), DataError("diverged"), OSError("disk full")):
+        with pytest.raises(type(error), match=str(error)), stored.worker_errors():
+            raise error
+
+
+def test_images_outside_the_folders_of_classes(folder):
+    stray = folder / "train" / "stray.JPEG"
+    shutil.copy(next((folder / "train" / "ant").iterdir()), stray)
+    message = rf"has no label column.*train/CLASS/NAME.*same depth: {stray} does not\.$"
+    for options in ({"streaming": True, "workers": 0}, {}):
+        config = Comparison(data=str(folder), image_size=24, **options)
+        with pytest.raises(DataError, match=message):
+            load_images(config, 0)
 
 
 def test_damaged_files_are_left_out_on_request(folder, monkeypatch):

@@ -22,7 +22,12 @@ from torchvision.transforms.v2 import functional as transforms
 
 from gradmask.errors import DataError, GradmaskWarning, OptionError
 from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.stored import StoredImages, damaged, default_workers
+from gradmask.experiments.data.stored import (
+    UNREADABLE,
+    StoredImages,
+    damaged,
+    default_workers,
+)
 from gradmask.experiments.files import write_atomically
 
 # Classes, subset and held-out images must not change with the run's seed: all runs of a
@@ -239,8 +244,23 @@ def _columns(name: str, features: Any) -> tuple[str, str]:
     labels = [key for key in ("label", "fine_label") if key in features] + classes
     if not images or not labels:
         kind = "image" if not images else "label"
-        raise DataError(f"{name} has no {kind} column. Its columns: {', '.join(features)}.")
+        mend = _outside_classes(Path(name).expanduser()) if not labels else ""
+        raise DataError(f"{name} has no {kind} column. Its columns: {', '.join(features)}.{mend}")
     return images[0], labels[0]
+
+
+def _outside_classes(folder: Path) -> str:
+    """How images must lie in a folder, and the first that does not; empty for other data."""
+    if not folder.is_dir() or any(folder.glob("*.parquet")):
+        return ""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    depths = {len(path.parts) for path in files}
+    outside = next((path for path in files if len(path.parts) == min(depths)), None)
+    where = f": {outside} does not" if len(depths) > 1 else ""
+    return (
+        " Every image must lie in the folder of its class, train/CLASS/NAME, with two classes "
+        f"at least, all at the same depth{where}."
+    )
 
 
 def _label_indices(raw: NDArray[Any], known: NDArray[Any], where: str) -> Tensor:
@@ -274,7 +294,7 @@ def _decode(split: Any, column: str, image_size: int | None, where: str) -> NDAr
         try:
             image = split[index][column]
             image = image if image.mode == "L" else image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, AttributeError) as error:  # None has no mode
+        except (*UNREADABLE, AttributeError) as error:  # None has no mode
             raise DataError(f"Cannot decode image {index} of {where}: {error}") from error
         if image_size is not None:
             image = image.resize((image_size, image_size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
@@ -21,6 +22,8 @@ from gradmask.errors import DataError
 
 CENTRE = 0.875  # 224 of 256 pixels, as in torchvision's reference recipe
 MOST_WORKERS = 8  # by default
+# What PIL raises for a damaged image; a damaged header may claim billions of pixels.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 Key = tuple[int, int | None]  # place of an image, and the seed of its random crop
 
 
@@ -74,7 +77,7 @@ class StoredImages:
             source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
             with Image.open(source) as image:
                 return to_rgb(image)
-        except (OSError, ValueError, SyntaxError, TypeError) as error:
+        except (*UNREADABLE, TypeError) as error:
             path = stored and stored["path"]
             name = path if path and os.path.exists(path) else f"image {row} of {self.where}"
             raise DataError(
@@ -119,7 +122,7 @@ def default_workers() -> int:
 
 
 class _Views(Dataset[Any]):
-    """What the workers make of an image; an error's message in place of one that is damaged."""
+    """What the workers make of an image."""
 
     def __init__(self, images: StoredImages, make: Callable[[StoredImages, Key], Any]) -> None:
         self.images, self.make = images, make
@@ -128,10 +131,7 @@ class _Views(Dataset[Any]):
         return len(self.images)
 
     def __getitem__(self, key: Key) -> Any:
-        try:
-            return self.make(self.images, key)
-        except DataError as error:  # raised in a worker it would come with a trace back
-            return str(error)
+        return self.make(self.images, key)
 
 
 def _view(images: StoredImages, key: Key) -> Tensor:
@@ -140,16 +140,11 @@ def _view(images: StoredImages, key: Key) -> Tensor:
 
 
 def _damage(images: StoredImages, key: Key) -> str:
-    images.open(key[0])
+    try:
+        images.open(key[0])
+    except DataError as error:
+        return str(error)
     return ""
-
-
-def _stack(views: list[Any]) -> Tensor | str:
-    failed = next((view for view in views if isinstance(view, str)), None)
-    if failed is not None:
-        return failed
-    stacked: Tensor = default_collate(views)  # straight into memory that the processes share
-    return stacked
 
 
 def _as_list(views: list[Any]) -> list[Any]:
@@ -157,18 +152,47 @@ def _as_list(views: list[Any]) -> list[Any]:
 
 
 def _in_workers(
-    images: StoredImages,
-    make: Callable[[StoredImages, Key], Any],
-    collate: Callable[[list[Any]], Any],
-    **options: Any,
-) -> DataLoader[Any]:
-    return DataLoader(
+    images: StoredImages, make: Callable[[StoredImages, Key], Any], **options: Any
+) -> Iterator[Any]:
+    loader = DataLoader(
         _Views(images, make),
         num_workers=images.workers,
         generator=torch.Generator(),  # or it draws from the one of dropout, once for each loader
-        collate_fn=collate,
         **options,
     )
+    with worker_errors():
+        try:
+            batches = iter(loader)
+        except OSError as error:
+            raise _lost(error) from error
+        yield from batches
+
+
+def _lost(error: Exception) -> DataError:
+    return DataError(
+        f"A process that decodes images was lost or cannot start ({error}). It may be out of "
+        "memory or shared memory: try fewer --workers, or 0 to decode without any."
+    )
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Give errors of a `DataLoader`'s workers as this process would: no trace back, and a mend.
+
+    Raises:
+        DataError: A worker's own, by its message alone; or if a worker was lost.
+    """
+    try:
+        yield
+    except DataError as error:
+        _, caught, text = str(error).rpartition(f"{DataError.__module__}.DataError: ")
+        if not caught:
+            raise
+        raise DataError(text.strip()) from error
+    except RuntimeError as error:  # at any moment, not only while a batch is waited for
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise _lost(error) from error
 
 
 def decoded(images: StoredImages, batches: Iterable[list[Key]], pin: bool) -> Iterator[Tensor]:
@@ -183,13 +207,10 @@ def decoded(images: StoredImages, batches: Iterable[list[Key]], pin: bool) -> It
         uint8 images (N, 3, size, size).
 
     Raises:
-        DataError: If an image is damaged.
+        DataError: If an image is damaged, or a worker is lost.
     """
     # Any iterable will do for the sampler.
-    for batch in _in_workers(images, _view, _stack, batch_sampler=batches, pin_memory=pin):
-        if isinstance(batch, str):
-            raise DataError(batch)
-        yield batch
+    return _in_workers(images, _view, batch_sampler=batches, pin_memory=pin)
 
 
 def damaged(images: StoredImages) -> list[tuple[int, str]]:
@@ -202,8 +223,8 @@ def damaged(images: StoredImages) -> list[tuple[int, str]]:
         Row and message of each damaged image.
     """
     keys: list[Key] = [(place, None) for place in range(len(images))]
-    loader = _in_workers(images, _damage, _as_list, sampler=keys, batch_size=64)
-    messages = (message for batch in loader for message in batch)
+    batches = _in_workers(images, _damage, sampler=keys, batch_size=64, collate_fn=_as_list)
+    messages = (message for batch in batches for message in batch)
     rows = zip(images.indices.tolist(), messages, strict=True)
     return [(row, message) for row, message in rows if message]
 

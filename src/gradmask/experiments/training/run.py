@@ -20,6 +20,7 @@ from gradmask.errors import DataError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.batches import Batches, fisher_batches, training_batches
 from gradmask.experiments.data.images import ImageData
+from gradmask.experiments.data.stored import worker_errors
 from gradmask.experiments.data.transforms import Normalize
 from gradmask.experiments.training.budget import EpochBudget
 from gradmask.experiments.training.checkpoint import (
@@ -113,6 +114,7 @@ def train_run(
 
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        worker_errors(),
         ExitStack() as stack,
     ):
         torch.manual_seed(derive_seed(seed, "dropout", *[ours.rank] * (ours.rank > 0)))
