@@ -3,9 +3,9 @@ import torch
 
 from gradmask.errors import OptionError
 from gradmask.experiments.arms import STRATEGIES, arm_colours, arm_title, controls, parse_arm
-from gradmask.experiments.compare import run_directory
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.images import load_images
+from gradmask.experiments.folder import run_directory
 from gradmask.experiments.training.components import new_mask, new_model
 
 

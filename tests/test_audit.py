@@ -25,10 +25,11 @@ from gradmask.experiments.audit.detection import (
 from gradmask.experiments.audit.report import audit_verdicts
 from gradmask.experiments.audit.run import Audit, run_audit
 from gradmask.experiments.audit.scores import FORMS, Measured, measure
-from gradmask.experiments.compare import run_comparison, run_directory
+from gradmask.experiments.compare import run_comparison
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.images import load_images
 from gradmask.experiments.data.transforms import channel_statistics, normalize
+from gradmask.experiments.folder import run_directory
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.training.components import new_model
 from gradmask.experiments.training.weights import load_weights, weights_path

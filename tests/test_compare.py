@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,10 +9,11 @@ import yaml
 from rich.console import Console
 
 from gradmask.errors import GradmaskError, ModelError, OptionError, StateError
-from gradmask.experiments import compare
-from gradmask.experiments.compare import read_results, run_comparison, to_plain
-from gradmask.experiments.config import Comparison
+from gradmask.experiments import compare, folder
+from gradmask.experiments.compare import run_comparison
+from gradmask.experiments.config import Comparison, to_plain
 from gradmask.experiments.data.images import load_images
+from gradmask.experiments.folder import read_results
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.recipes import RECIPES
 from gradmask.experiments.training import components
@@ -130,6 +133,48 @@ def test_folder_of_something_else_is_refused(config):
     assert [p.name for p in config.output.iterdir()] == ["thesis.tex"]
     with pytest.raises(OptionError, match="is a file"):
         run_comparison(change(config, output=config.output / "thesis.tex"), quiet())
+
+
+def test_another_process_is_kept_out(config, monkeypatch):
+    """Its unfinished files would be removed, and its results overwritten."""
+    run_comparison(config, quiet())
+    before = {p: p.read_bytes() for p in config.output.rglob("*") if p.is_file()}
+    code = (
+        "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); "
+        "lock.acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, str(config.output / folder.LOCK)]
+    more = change(config, seeds=(0, 1, 2))
+    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.1)
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(StateError, match=r"Another process writes into .* another --output"):
+            run_comparison(more, quiet())
+        other.kill()
+    assert before == {p: p.read_bytes() for p in config.output.rglob("*") if p.is_file()}
+    assert len(run_comparison(more, quiet())["runs"]) == 6
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_refused_run_leaves_no_folder(config, exists):
+    if exists:
+        config.output.mkdir()
+    with pytest.raises(OptionError, match="colour images"):
+        run_comparison(change(config, model="resnet18", width=None), quiet())
+    assert config.output.exists() == exists
+    assert not list(config.output.glob("*"))
+
+
+def test_what_runs_were_made_with_stays(config, monkeypatch):
+    first = run_comparison(config, quiet())
+    monkeypatch.setattr(compare, "environment", lambda _: {"commit": "younger"})
+    same = run_comparison(config, quiet())
+    assert same["environment"] == first["environment"]
+    more = run_comparison(change(config, seeds=(0, 1, 2)), quiet())
+    assert more["environment"] == {"commit": "younger"}
+    for run in more["runs"]:
+        commit = "younger" if run["seed"] == 2 else first["environment"]["commit"]
+        assert run["commit"] == commit
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from rich.console import Console
 
 from gradmask.experiments.arms import MASKS
 from gradmask.experiments.arms import STRATEGIES as ALL
-from gradmask.experiments.compare import read_results, run_comparison
+from gradmask.experiments.compare import run_comparison
 from gradmask.experiments.config import Comparison
+from gradmask.experiments.folder import read_results
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.reports.comparison import print_summary, write_report
 from gradmask.experiments.reports.statistics import METRICS, compare_arms

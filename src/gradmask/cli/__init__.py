@@ -100,7 +100,7 @@ def _run(words: list[str]) -> int:
 
 
 def _report(directory: Path) -> int:
-    from gradmask.experiments.compare import read_results
+    from gradmask.experiments.folder import read_results
     from gradmask.experiments.theorem.run import FILE
 
     if (directory / FILE).is_file():

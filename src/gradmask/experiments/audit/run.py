@@ -23,12 +23,12 @@ from gradmask.experiments.audit.detection import (
     usual,
 )
 from gradmask.experiments.audit.scores import FORMS, KEPT, Measured, measure
-from gradmask.experiments.compare import read_results, run_directory
 from gradmask.experiments.config import Comparison, from_plain
 from gradmask.experiments.data.images import ImageData, load_images
 from gradmask.experiments.data.sources import in_memory, stratified
 from gradmask.experiments.data.transforms import channel_statistics, normalize
 from gradmask.experiments.files import atomic_file, read_tensors
+from gradmask.experiments.folder import read_results, run_directory
 from gradmask.experiments.training.components import new_model, resolve_device
 from gradmask.experiments.training.weights import load_weights, saved_epochs, weights_path
 

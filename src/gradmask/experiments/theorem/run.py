@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,12 +11,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from gradmask.errors import DataError
-from gradmask.experiments.compare import environment, open_folder
+from gradmask.experiments.compare import environment
 from gradmask.experiments.config import to_plain, to_yaml
 from gradmask.experiments.data.batches import Batches
 from gradmask.experiments.data.images import ImageData, load_images
 from gradmask.experiments.data.sources import in_memory
 from gradmask.experiments.files import remove_temporaries, write_atomically, write_json
+from gradmask.experiments.folder import open_folder
 from gradmask.experiments.reports.statistics import Results
 from gradmask.experiments.theorem.config import TheoremCheck
 from gradmask.experiments.theorem.numbers import measure, smooth_twin
@@ -49,13 +51,17 @@ def run_theorem(config: TheoremCheck, console: Console) -> Results:
             are checked before training starts.
         EpochsSpent: If `stop_after` epochs were trained and there is more to do.
     """
-    device, budget = resolve_device(config.device), EpochBudget(config.stop_after)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
-    config, results = open_folder(config, FILE, _EXTENDABLE)
+    with ExitStack() as stack:
+        config, results = open_folder(config, stack, FILE, _EXTENDABLE)
+        return _run_missing(config, results, console)
+
+
+def _run_missing(config: TheoremCheck, results: Results, console: Console) -> Results:
+    device, budget = resolve_device(config.device), EpochBudget(config.stop_after)
     _check(config)
-    config.output.mkdir(parents=True, exist_ok=True)
     remove_temporaries(config.output)
     write_atomically(config.output / "config.yaml", to_yaml(config))
     results["config"] = to_plain(config)
