@@ -19,8 +19,9 @@ from gradmask.experiments.training.log import RunLog
 KINDS = ("batch", "fisher", "write", "rename", "line")
 
 
-def run(words, moment=None, counts_file=None):
+def run(words, moment=None, counts_file=None, environment=None):
     """Run the command line; `moment` is a kind, its number, and the share written by then."""
+    os.environ.update(environment or {})
     kind, number, share = moment or (None, 0, 0.0)
     counts = Counter()
 
@@ -45,7 +46,10 @@ def run(words, moment=None, counts_file=None):
 
         return original(model, batches(), **options)
 
-    def save(value, file, original=torch.save):
+    def save(value, file, original=torch.save, **options):
+        if options:  # to pickle a tensor for another process
+            original(value, file, **options)
+            return
         buffer = io.BytesIO()
         original(value, buffer)
         whole = buffer.getvalue()

@@ -430,7 +430,8 @@ def assert_same_comparison(ours: Path, theirs: Path):
     found = [timeless(json.loads((f / "results.json").read_text())) for f in (ours, theirs)]
     for results in found:
         results["config"].pop("output")
-        results["environment"].pop("commit")  # "dirty" once somebody edits a file meanwhile
+        for part in (results["environment"], *results["runs"]):
+            part.pop("commit")  # "dirty" once somebody edits a file meanwhile
     assert found[0] == found[1]
     for directory in (theirs / "runs").iterdir():
         assert_same_files(ours / "runs" / directory.name, directory)

@@ -180,10 +180,9 @@ def spoil(path):
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_an_interrupted_run_ends_with_the_same_bits(engine, tmp_path):
-    config = replace(
-        CONFIG, arms=("fisher",), engine=engine, optimizer="adamw", lr=0.01, checkpoint_every=2
-    )
-    config = replace(config, output=tmp_path)
+    config = replace(CONFIG, arms=("fisher",), engine=engine, optimizer="adamw", lr=0.01)
+    # With running statistics, of which every process has its own.
+    config = replace(config, model="small_cnn", width=4, checkpoint_every=2, output=tmp_path)
     run_processes(go_on, 2, tmp_path, config)
     expected, expected_rows = final(replace(config, output=tmp_path / "whole"))
     for name in ("step", "damage", "budget"):

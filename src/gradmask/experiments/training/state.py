@@ -124,6 +124,7 @@ class RunState:
 
     def shards(self) -> dict[str, Any]:
         """DTensors of network, optimizer and mask, in nested dicts."""
+        self.ours.same_buffers(self.model)  # or those of any process might be saved
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         if self.mask is not None and self.mask.masks:
