@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradmask.benchmarks import forms, influence, workloads
+from gradmask import fisher_diagonal
+from gradmask.benchmarks import fisher, forms, influence, peers, workloads
 from gradmask.benchmarks.fisher import bench_fisher
 from gradmask.benchmarks.influence import bench_influence, difference
 from gradmask.benchmarks.layers import bench_layers
@@ -55,6 +56,28 @@ def test_fisher():
     table = bench_fisher("small_cnn", batch_size=16, batches=1, rounds=1, peers=False)
     assert cells(table, 0) == ["plain forward + backward", "gradmask"]
     assert all(float(cell) > 0 for column in (1, 2, 3) for cell in cells(table, column))
+    assert "overlap" not in table.title
+
+
+def test_fisher_in_other_precision(monkeypatch):
+    monkeypatch.setattr(fisher, "peak_megabytes", lambda *arguments: 1.0)
+    seen = []
+
+    def watched(model, data):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return fisher_diagonal(model, data)
+
+    monkeypatch.setattr(fisher, "fisher_diagonal", watched)
+    table = bench_fisher("mlp", batch_size=8, batches=1, rounds=1, precision="bf16", peers=False)
+    assert seen == [True, True, True, False]  # once to warm up, timed, two masks
+    assert 0.5 < float(table.title.split("overlap ")[1].split(",")[0]) <= 1.0
+
+
+def test_precision_without_tf32():
+    assert torch.backends.cudnn.allow_tf32  # PyTorch's own setting
+    task = peers.in_precision(lambda: torch.backends.cudnn.allow_tf32, "cpu", "float32")
+    assert task() is False
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_influence(monkeypatch):

@@ -10,9 +10,10 @@ from statistics import median
 import torch
 from rich.table import Table
 
-from gradmask import fisher_diagonal
+from gradmask import fisher_diagonal, make_masks
 from gradmask.benchmarks.memory import peak_megabytes
-from gradmask.benchmarks.peers import PEERS, Diagonal, loop, ours, plain
+from gradmask.benchmarks.peers import PEERS, Diagonal, in_precision, loop, ours, plain
+from gradmask.benchmarks.refresh import overlap
 from gradmask.benchmarks.timing import interleave, ratio
 from gradmask.benchmarks.workloads import make
 
@@ -28,6 +29,7 @@ def bench_fisher(
     rounds: int = 7,
     device: str = "cpu",
     shape: Sequence[int] | None = None,
+    precision: str = "float32",
     peers: bool = True,
 ) -> Table:
     """Time `fisher_diagonal` on several batches, and what it is compared with.
@@ -40,6 +42,8 @@ def bench_fisher(
         rounds: Times everything is timed.
         device: Device to measure on.
         shape: Shape of one sample (default: the workload's own).
+        precision: What everything is timed in: `float32` (without TF32), or autocast to `bf16`
+            or `fp16`. Then the title says how far the mask of a quarter agrees with float32's.
         peers: Compare with other libraries, as far as they are installed.
 
     Returns:
@@ -51,9 +55,12 @@ def bench_fisher(
     model, inputs, targets = make(name, batch_size, device, shape)
     data = [(inputs, targets)] * batches
     step = plain(model, inputs, targets)
+    pass_of_ours = in_precision(lambda: fisher_diagonal(model, data), device, precision)
     tasks: dict[str, Callable[[], object]] = {
-        "plain forward + backward": lambda: [step() for _ in range(batches)],
-        "gradmask": lambda: fisher_diagonal(model, data),
+        "plain forward + backward": in_precision(
+            lambda: [step() for _ in range(batches)], device, precision
+        ),
+        "gradmask": pass_of_ours,
     }
     # Checked in float64: in float32 one activation that rounds to the other side of zero shows.
     few = copy.deepcopy(model).double(), inputs[:CHECKED].double(), targets[:CHECKED]
@@ -67,7 +74,7 @@ def bench_fisher(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 notes[peer] = _error(prepare(*few)(), expected)
-                task = prepare(model, inputs, targets)
+                task = in_precision(prepare(model, inputs, targets), device, precision)
                 task()
                 tasks[peer] = task
         except Exception as error:
@@ -78,6 +85,10 @@ def bench_fisher(
         for way, totals in interleave(tasks, rounds, device).items()
     }
     size = f"batch {len(inputs)}, {device}, {torch.get_num_threads()} threads"
+    if precision != "float32":
+        exact = in_precision(lambda: fisher_diagonal(model, data), device, "float32")
+        masks = [make_masks(fisher, 0.25) for fisher in (pass_of_ours(), exact())]
+        size += f", {precision}: mask overlap {overlap(*masks):.3f}"
     table = Table(title=f"{name}, {size}, torch {torch.__version__}")
     for title in ("", "ms / batch", "÷ plain", "peak MB", "error, or why not"):
         table.add_column(title, justify="left" if title in ("", "error, or why not") else "right")
@@ -87,7 +98,7 @@ def bench_fisher(
             continue
         ms = 1e3 * median(seconds[way])
         times = ratio(seconds, way, "plain forward + backward")
-        memory = peak_megabytes(name, way, len(inputs), device, shape)
+        memory = peak_megabytes(name, way, len(inputs), device, shape, precision)
         table.add_row(way, f"{ms:.1f}", f"{times:.2f}", f"{memory:.0f}", note)
     return table
 

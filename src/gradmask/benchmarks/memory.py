@@ -24,7 +24,12 @@ TASKS = {
 
 
 def peak_megabytes(
-    workload: str, task: str, batch_size: int, device: str, shape: Sequence[int] | None = None
+    workload: str,
+    task: str,
+    batch_size: int,
+    device: str,
+    shape: Sequence[int] | None = None,
+    precision: str = "float32",
 ) -> float:
     """Peak memory of a task above what the model, the batch and the libraries take.
 
@@ -34,12 +39,22 @@ def peak_megabytes(
         batch_size: Samples in the batch.
         device: Device to measure on.
         shape: Shape of one sample (default: the workload's own).
+        precision: `float32`, or autocast to `bf16` or `fp16`.
 
     Returns:
         Megabytes: resident memory of the process on a CPU, allocated memory on CUDA; NaN if the
         task failed.
     """
-    words = [sys.executable, "-m", __spec__.name, workload, task, str(batch_size), device]
+    words = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        workload,
+        task,
+        str(batch_size),
+        device,
+        precision,
+    ]
     words += map(str, shape or ())
     # Freed memory goes back to the system, so that what is resident is what is used.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -50,12 +65,14 @@ def peak_megabytes(
         return float("nan")
 
 
-def _main(workload: str, task: str, batch_size: str, device: str, *shape: str) -> None:
+def _main(
+    workload: str, task: str, batch_size: str, device: str, precision: str, *shape: str
+) -> None:
     small = TASKS[task](*make("mlp", 2, device))
-    small()  # loads what is loaded at first use
+    peers.in_precision(small, device, precision)()  # loads what is loaded at first use
     model, inputs, targets = make(workload, int(batch_size), device, [int(size) for size in shape])
     run = TASKS[task](model, inputs, targets)
-    print(peak_of(run, device))
+    print(peak_of(peers.in_precision(run, device, precision), device))
 
 
 def peak_of(run: Callable[[], object], device: str) -> float:

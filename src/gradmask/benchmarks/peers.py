@@ -11,6 +11,7 @@ import copy
 import logging
 from collections.abc import Callable
 from statistics import median
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,31 @@ from gradmask.benchmarks.timing import interleave
 
 Diagonal = dict[str, Tensor]
 Task = Callable[[], Diagonal]
+Result = TypeVar("Result")
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def in_precision(task: Callable[[], Result], device: str, precision: str) -> Callable[[], Result]:
+    """A task in float32 without TF32, which PyTorch allows in convolutions, or under autocast.
+
+    Args:
+        task: The task.
+        device: Device it runs on.
+        precision: `float32`, `bf16` or `fp16`.
+
+    Returns:
+        The task to run.
+    """
+    dtype = PRECISIONS[precision]
+
+    def run() -> Result:
+        with (
+            torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
+            return task()
+
+    return run
 
 
 def plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:

@@ -44,6 +44,7 @@ def add_bench(commands: Any) -> None:
                 kind.add_argument(option, type=int, default=default, help=text)
         if what == "fisher":
             kind.add_argument("--batches", type=int, default=8, help="batches in a pass")
+            kind.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
             kind.add_argument("--no-peers", dest="peers", action="store_false")
     _add_training(kinds)
     kinds.add_parser("refresh", help="how many samples a mask needs (options of `gradmask run`)")
