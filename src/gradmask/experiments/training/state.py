@@ -212,11 +212,11 @@ def new_state(
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     ours = processes.processes()
-    trained = processes.distribute(model, config.engine) if ours.count > 1 else model
-    if config.compile:
-        trained.compile()  # in place: names of parameters stay
+    shared = processes.distribute(model, config.engine) if ours.count > 1 else model
+    # Not `shared.compile()`, which older versions of torch ignore for an nn.Sequential.
+    trained: Any = torch.compile(shared) if config.compile else shared
     optimizer, schedule = new_optimizer(config, model, steps * config.epochs)
-    mask = new_mask(config, trained, arm, seed)
+    mask = new_mask(config, shared, arm, seed)
     if mask is not None:
         mask.attach(optimizer)
     return RunState(
