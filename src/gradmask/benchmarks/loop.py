@@ -24,12 +24,14 @@ from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.batches import Batches, training_batches
 from gradmask.experiments.data.images import ImageData
 from gradmask.experiments.data.transforms import Normalize, augment
+from gradmask.experiments.training.checkpoint import describe_run, save_run
 from gradmask.experiments.training.components import (
     autocast,
     new_model,
     new_optimizer,
     resolve_device,
 )
+from gradmask.experiments.training.log import RunLog
 from gradmask.experiments.training.run import train_epoch
 from gradmask.experiments.training.state import new_state
 from gradmask.seeding import seeded_generator
@@ -68,12 +70,15 @@ def bench_loop(
     data = random_images(steps * batch_size).to(resolve_device(device))
     tasks: dict[str, Callable[[], Any]] = {"plain loop": plain_loop(config, data, rounds * steps)}
     tasks["our loop"] = our_loop(config, data, "none", rounds)
+    folder = TemporaryDirectory()
+    tasks["with log and checkpoint"] = our_loop(config, data, "none", rounds, Path(folder.name))
     if variants:
         tasks["with a mask"] = our_loop(config, data, "fisher", rounds)
         tasks["with a mask, scope update"] = our_loop(config, data, "fisher:scope=update", rounds)
         tasks["channels last"] = our_loop(replace(config, channels_last=True), data, "none", rounds)
         tasks["bf16"] = our_loop(replace(config, precision="bf16"), data, "none", rounds)
-    seconds = interleave(tasks, rounds, device)
+    with folder:
+        seconds = interleave(tasks, rounds, device)
     table = Table(title=f"{model}, batch {batch_size} of 32 x 32, {device}")
     for title in ("", "step, ms", "÷ plain loop"):
         table.add_column(title, justify="left" if not title else "right")
@@ -93,8 +98,21 @@ def random_images(count: int) -> ImageData:
     return ImageData(images, labels, labels, *few, *few, names)
 
 
-def our_loop(config: Comparison, data: ImageData, arm: str, epochs: int) -> Callable[[], float]:
-    """An epoch of the loop that `gradmask run` trains with."""
+def our_loop(
+    config: Comparison, data: ImageData, arm: str, epochs: int, folder: Path | None = None
+) -> Callable[[], float]:
+    """An epoch of the loop that `gradmask run` trains with.
+
+    Args:
+        config: Options.
+        data: Images.
+        arm: The arm.
+        epochs: Epochs that will be timed.
+        folder: Write the log and a checkpoint there after each epoch.
+
+    Returns:
+        Trains an epoch, and returns its mean loss.
+    """
     config = replace(config, epochs=epochs + 1).for_arm(arm)  # one to warm up
     prepare = Normalize.of(data.train_images, config.channels_last)
     steps = len(data.train_labels) // config.batch_size
@@ -105,10 +123,16 @@ def our_loop(config: Comparison, data: ImageData, arm: str, epochs: int) -> Call
         run.mask.refresh(part)
     batches = partial(training_batches, config, data, crops=(0,), prepare=prepare)
     precision = autocast(config, data.train_labels.device)
+    log = RunLog(folder) if folder else None
+    described = describe_run(config, data, arm, 0)
 
     def epoch() -> float:
         loss = train_epoch(run, batches, len(data.train_labels), steps, precision, lambda: None)
+        if log and folder:
+            log.write({"epoch": run.epoch, "train_loss": loss})
         run.next_epoch()
+        if log and folder:
+            save_run(folder, described, log.position(), run)
         return loss
 
     return epoch
