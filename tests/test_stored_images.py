@@ -24,6 +24,7 @@ from gradmask.experiments.config import Comparison
 from gradmask.experiments.data import batches as batches_module
 from gradmask.experiments.data import sources, stored
 from gradmask.experiments.data.batches import Batches, fisher_batches, training_batches
+from gradmask.experiments.data.folders import image_folder
 from gradmask.experiments.data.images import load_images
 from gradmask.experiments.data.sources import stored_source
 from gradmask.experiments.data.stored import to_rgb
@@ -268,14 +269,57 @@ def test_other_errors_stay_as_they_are():
             raise error
 
 
-def test_images_outside_the_folders_of_classes(folder):
-    stray = folder / "train" / "stray.JPEG"
-    shutil.copy(next((folder / "train" / "ant").iterdir()), stray)
-    message = rf"has no label column.*train/CLASS/NAME.*same depth: {stray} does not\.$"
+def move(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+
+
+def stray(folder, split="train"):
+    move(next((folder / split / "ant").iterdir()), folder / split / "stray.JPEG")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (stray, r"train/stray\.JPEG has no label\. Every image must lie .*train/CLASS/NAME"),
+        (lambda folder: stray(folder, "val"), r"val/stray\.JPEG has no label"),
+        (lambda f: move(f / "train" / "ant", f / "train" / "wasp"), "class .* not in train: ant"),
+        (lambda f: move(f / "train", f / "trains"), "no folder train, only: validation"),
+        (lambda f: [move(f / s / "bee", f / f"b{s}") for s in ("train", "val")], None),
+        (lambda f: [shutil.rmtree(f / "train" / c) for c in CLASSES[1:]], "holds 1 folder of cl"),
+        (lambda f: [shutil.rmtree(f / "train" / c) for c in CLASSES], "holds no folders of class"),
+        (lambda f: [shutil.rmtree(f / "val" / c) for c in CLASSES], "val has no images"),
+    ],
+)
+def test_folders_that_are_not_by_class(change, message, folder):
+    change(folder)
     for options in ({"streaming": True, "workers": 0}, {}):
         config = Comparison(data=str(folder), image_size=24, **options)
+        sources._stored_source.cache_clear()
+        if message is None:
+            assert load_images(config, 0).class_names == ("ant", "cow")
+            continue
         with pytest.raises(DataError, match=message):
             load_images(config, 0)
+
+
+def test_what_a_folder_of_images_holds(folder):
+    """Splits by their usual names, deeper folders, other files, a test split without labels."""
+    (folder / "train" / ".cache").mkdir()
+    (folder / "train" / "notes.txt").write_text("ours")
+    move(folder / "train" / "ant" / "train_00.JPEG", folder / "train" / "ant" / "b" / "c.png")
+    (folder / "test").mkdir()
+    shutil.copy(folder / "val" / "bee" / "val_01.JPEG", folder / "test" / "unknown.JPEG")
+    splits = image_folder(folder)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 36, "validation": 9}
+    assert splits["train"]["label"] == [0] * 12 + [1] * 12 + [2] * 12
+    assert splits["train"].features["label"].names == list(CLASSES)
+    assert splits["train"][0]["image"].size  # opened by its path
+    assert {s: len(rows) for s, rows in image_folder(folder / "train").items()} == {"train": 36}
+    before = splits["train"]._fingerprint
+    assert image_folder(folder)["train"]._fingerprint == before
+    (folder / "train" / "bee" / "train_01.JPEG").touch()
+    assert image_folder(folder)["train"]._fingerprint != before
 
 
 def test_damaged_files_are_left_out_on_request(folder, monkeypatch):

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from gradmask.errors import DataError, GradmaskWarning, OptionError
 from gradmask.experiments.config import Comparison
+from gradmask.experiments.data.folders import image_folder
 from gradmask.experiments.data.stored import (
     UNREADABLE,
     StoredImages,
@@ -227,8 +228,7 @@ def _open(name: str) -> Any:
         if "train" not in files:
             raise DataError(f"{path} holds parquet files, but none is named train*.parquet.")
     else:
-        cache = str(_cache("datasets"))
-        options = {"path": "imagefolder", "data_dir": str(path), "cache_dir": cache}
+        return image_folder(path)
     try:
         return datasets.load_dataset(**options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -244,23 +244,8 @@ def _columns(name: str, features: Any) -> tuple[str, str]:
     labels = [key for key in ("label", "fine_label") if key in features] + classes
     if not images or not labels:
         kind = "image" if not images else "label"
-        mend = _outside_classes(Path(name).expanduser()) if not labels else ""
-        raise DataError(f"{name} has no {kind} column. Its columns: {', '.join(features)}.{mend}")
+        raise DataError(f"{name} has no {kind} column. Its columns: {', '.join(features)}.")
     return images[0], labels[0]
-
-
-def _outside_classes(folder: Path) -> str:
-    """How images must lie in a folder, and the first that does not; empty for other data."""
-    if not folder.is_dir() or any(folder.glob("*.parquet")):
-        return ""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    depths = {len(path.parts) for path in files}
-    outside = next((path for path in files if len(path.parts) == min(depths)), None)
-    where = f": {outside} does not" if len(depths) > 1 else ""
-    return (
-        " Every image must lie in the folder of its class, train/CLASS/NAME, with two classes "
-        f"at least, all at the same depth{where}."
-    )
 
 
 def _label_indices(raw: NDArray[Any], known: NDArray[Any], where: str) -> Tensor:
