@@ -25,7 +25,7 @@ LIMIT = 60  # seconds in which all must have ended
 
 
 def start(server, folder, engine, moments=(None, None), counts_file=None):
-    """Two processes as `torchrun` starts them, the second without a file for its counts."""
+    """Two processes as `torchrun` starts them; each kills itself at its moment, if it has one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -122,16 +122,15 @@ def our_loop(
         part = replace(train_set, images=train_set.images[:64], labels=train_set.labels[:64])
         run.mask.refresh(part)
     batches = partial(training_batches, config, data, crops=(0,), prepare=prepare)
-    precision = autocast(config, data.train_labels.device)
+    precision = autocast(config.precision, data.train_labels.device)
     log = RunLog(folder) if folder else None
     described = describe_run(config, data, arm, 0)
 
     def epoch() -> float:
         loss = train_epoch(run, batches, len(data.train_labels), steps, precision, lambda: None)
-        if log and folder:
-            log.write({"epoch": run.epoch, "train_loss": loss})
         run.next_epoch()
         if log and folder:
+            log.write({"epoch": run.epoch - 1, "train_loss": loss})
             save_run(folder, described, log.position(), run)
         return loss
 

@@ -45,17 +45,8 @@ def peak_megabytes(
         Megabytes: resident memory of the process on a CPU, allocated memory on CUDA; NaN if the
         task failed.
     """
-    words = [
-        sys.executable,
-        "-m",
-        __spec__.name,
-        workload,
-        task,
-        str(batch_size),
-        device,
-        precision,
-    ]
-    words += map(str, shape or ())
+    words = [sys.executable, "-m", __spec__.name, workload, task]
+    words += map(str, (batch_size, device, precision, *(shape or ())))
     # Freed memory goes back to the system, so that what is resident is what is used.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     found = subprocess.run(words, capture_output=True, text=True, env=environment)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from gradmask import fisher_diagonal
 from gradmask.benchmarks.timing import interleave
+from gradmask.experiments.training.components import autocast
 
 Diagonal = dict[str, Tensor]
 Task = Callable[[], Diagonal]
 Result = TypeVar("Result")
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def in_precision(task: Callable[[], Result], device: str, precision: str) -> Callable[[], Result]:
@@ -37,11 +37,10 @@ def in_precision(task: Callable[[], Result], device: str, precision: str) -> Cal
     Returns:
         The task to run.
     """
-    dtype = PRECISIONS[precision]
 
     def run() -> Result:
         with (
-            torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None),
+            autocast(precision, torch.device(device)),
             torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
         ):
             return task()

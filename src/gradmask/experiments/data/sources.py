@@ -23,12 +23,7 @@ from torchvision.transforms.v2 import functional as transforms
 from gradmask.errors import DataError, GradmaskWarning, OptionError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.folders import image_folder
-from gradmask.experiments.data.stored import (
-    UNREADABLE,
-    StoredImages,
-    damaged,
-    default_workers,
-)
+from gradmask.experiments.data.stored import UNREADABLE, StoredImages, damaged, default_workers
 from gradmask.experiments.files import write_atomically
 
 # Classes, subset and held-out images must not change with the run's seed: all runs of a

@@ -74,9 +74,9 @@ def _plain_backward(
     return value.detach()
 
 
-def autocast(config: Comparison, device: torch.device) -> torch.autocast:
+def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The precision that a network runs in; float32 changes nothing."""
-    dtype = _AUTOCAST.get(config.precision)
+    dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 

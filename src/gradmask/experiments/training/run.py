@@ -88,7 +88,7 @@ def train_run(
     config = config.for_arm(arm)
     device = resolve_device(config.device)
     prepare = Normalize.of(data.train_images, config.channels_last)
-    precision = autocast(config, device)
+    precision = autocast(config.precision, device)
     described = describe_run(config, data, arm, seed)  # before the images are on the device
     data = data.to(device)
     steps = math.ceil(len(data.train_labels) / config.batch_size)
