@@ -7,9 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from gradmask.kernels.library import load, pointer
+from gradmask.kernels.gate import DIGIT, check_digits, pointer
+from gradmask.kernels.library import load
 
-DIGIT = 16  # bits of a digit
 _WORDS = {
     torch.float32: ("uint32_t", ctypes.c_uint32),
     torch.float64: ("uint64_t", ctypes.c_uint64),
@@ -29,8 +29,11 @@ def count_digits(values: Tensor, shift: int, prefix: int | None, counts: Tensor)
             are found in the last of the bins when the digit is the highest.
 
     Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape, stride, device or number is, or counts lies in the values' memory.
         MemoryError: If there is no memory for the counts of a thread.
     """
+    check_digits(values, shift, prefix, counts)
     word, number = _WORDS[values.dtype]
     library = load("count_digits.c", Word=word) if values.device.type == "cpu" else None
     if library is None:

@@ -10,23 +10,23 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
-import shutil
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
 
-from torch import Tensor
+from gradmask.kernels.cache import find, find_folder, is_safe, store, sweep
+from gradmask.kernels.compiler import find_compiler, machine, run
 
 logger = logging.getLogger("gradmask")
 
-_SECONDS = 60  # a compiler that takes longer hangs
+_BUILD = "gradmask-build-"
+_told: set[str] = set()
 
 
 @cache
 def load(source: str, **macros: str) -> ctypes.CDLL | None:
-    """Compile a C source of this package, unless that is done already, and load it.
+    """Load a C source of this package, compiled now or earlier.
 
     Args:
         source: File name beside this module.
@@ -38,65 +38,35 @@ def load(source: str, **macros: str) -> ctypes.CDLL | None:
     if os.environ.get("GRADMASK_KERNELS") == "0":
         return None
     try:
-        compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc")), None)
-        if compiler is None:
-            raise OSError("no C compiler was found")
-        return ctypes.CDLL(str(_build(compiler, Path(__file__).with_name(source), macros)))
+        return _load(find_compiler(), Path(__file__).with_name(source), macros)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        logger.info("%s is not used, PyTorch does its work, slower: %s", source, reason.strip())
+        # One broken compiler fails at every source: that is told once.
+        level = logging.DEBUG if _told else logging.INFO
+        _told.add(source)
+        message = "%s is not used, PyTorch does its work, slower: %s"
+        logger.log(level, message, source, reason.strip())
         return None
 
 
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    """Where a tensor's first element lies."""
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _build(compiler: str, source: Path, macros: dict[str, str]) -> Path:
+def _load(compiler: str, source: Path, macros: dict[str, str]) -> ctypes.CDLL:
     command = [compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-c"]
     command += [f"-D{name}={value}" for name, value in sorted(macros.items())]
-    version = _output([compiler, "--version"])
-    key = "\0".join([source.read_text(encoding="utf-8"), *command, version, _processor()])
-    folder = _folder()
-    library = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            compiled, linked = (str(Path(temporary) / name) for name in ("built.o", "built.so"))
-            _output([*command, str(source), "-o", compiled])
-            # Not linked with OpenMP: its functions are those of the library that PyTorch has
-            # loaded, since two pools of threads would compete.
-            _output([compiler, "-shared", compiled, "-o", linked])
-            os.replace(linked, library)  # another process may have been as quick
-    return library
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
-    return done.stdout
-
-
-def _processor() -> str:
-    """What `-march=native` depends on: a home directory may be shared by unlike machines."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    kind = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
-    return "\n".join([platform.platform(), platform.processor(), *kind[:2]])
-
-
-def _folder() -> Path:
-    root = os.environ.get("GRADMASK_CACHE")
-    folder = (Path(root) if root else Path.home() / ".cache" / "gradmask") / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # no home directory, or a read-only one
-        pass
-    return _private_folder()
-
-
-@cache
-def _private_folder() -> Path:
-    """A folder of this process alone: one that others may write to could hold anything."""
-    return Path(tempfile.mkdtemp(prefix="gradmask-"))
+    key = "\0".join([source.read_text(encoding="utf-8"), *command, machine(compiler)])
+    name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = find_folder()
+    library = find(folder, name) if folder else None
+    if library is not None:
+        return ctypes.CDLL(str(library))
+    sweep(Path(tempfile.gettempdir()), _BUILD)
+    with tempfile.TemporaryDirectory(prefix=_BUILD, ignore_cleanup_errors=True) as temporary:
+        place = Path(temporary).resolve()
+        if not is_safe(place):
+            raise OSError(f"others can change {place.parent}: point TMPDIR to a folder of your own")
+        compiled, linked = place / "built.o", place / "built.so"
+        run([*command, str(source), "-o", str(compiled)], folder)
+        # Not linked with OpenMP: its functions are those of the library that PyTorch has
+        # loaded, since two pools of threads would compete.
+        run([compiler, "-shared", str(compiled), "-o", str(linked)], folder)
+        stored = store(folder, name, linked.read_bytes()) if folder else None
+        return ctypes.CDLL(str(stored or linked))  # stays loaded without its file

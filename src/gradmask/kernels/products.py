@@ -10,20 +10,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gradmask.kernels.library import load, pointer
-
-_REALS = {torch.float32: "float", torch.float64: "double"}
+from gradmask.kernels.gate import REALS, Contraction, check_products, is_plain, pointer
+from gradmask.kernels.library import load
 
 
 def can_add_squared_products(*tensors: Tensor) -> bool:
     """Whether `add_squared_products` works for tensors like these on this machine."""
     dtype, device = tensors[0].dtype, tensors[0].device
-    if any(t.device != device or t.dtype != dtype for t in tensors):
+    if any(t.device != device or t.dtype != dtype or not is_plain(t) for t in tensors):
         return False
     if device.type == "cuda":
         return dtype == torch.float32 and _triton() is not None
-    known = device.type == "cpu" and dtype in _REALS
-    return known and load("squared_products.c", Real=_REALS[dtype]) is not None
+    known = device.type == "cpu" and dtype in REALS
+    return known and load("squared_products.c", Real=REALS[dtype]) is not None
 
 
 def _triton() -> ModuleType | None:
@@ -52,17 +51,20 @@ def add_squared_products(
         offsets: D integers, likewise.
 
     Raises:
-        ValueError: If shapes do not fit each other, or a place lies outside of `x`.
+        TypeError: If a dtype is not one that the kernel has, or places are not int64.
+        ValueError: If shapes, strides or devices do not fit each other, a place lies outside of a
+            sample, the total overlaps what is read, or there is no kernel for these here.
         MemoryError: If there is no memory for a copy of one sample's `g`.
     """
-    if not _fit(total, g, x, positions, offsets):
+    work = check_products(total, g, x, positions, offsets, written=True)
+    if work is None:
         return
-    if g.is_cuda:
+    if g.is_cuda and can_add_squared_products(total, g, x):
         triton_products = _triton()
         assert triton_products is not None
-        triton_products.add_squared_products(total, g, x, positions, offsets)
-        return
-    _run(total, g, x, positions, offsets, None)
+        triton_products.add_squared_products(work)
+    else:
+        _run(work, None)
 
 
 def weigh_squared_products(
@@ -83,43 +85,22 @@ def weigh_squared_products(
         Shape (N,), in float64.
 
     Raises:
-        ValueError: If shapes do not fit each other, or a place lies outside of `x`.
+        TypeError: As `add_squared_products`.
+        ValueError: Likewise.
         MemoryError: If there is no memory for a copy of one sample's `g`.
     """
-    values = torch.zeros(len(g), dtype=torch.float64)
-    if _fit(weights, g, x, positions, offsets):
-        _run(weights, g, x, positions, offsets, values)
+    work = check_products(weights, g, x, positions, offsets, written=False)
+    values = torch.zeros(len(g), dtype=torch.float64, device="cpu")
+    if work is not None:
+        _run(work, values)
     return values
 
 
-def _fit(matrix: Tensor, g: Tensor, x: Tensor, positions: Tensor, offsets: Tensor) -> bool:
-    """Refuse what does not fit; False if there is nothing to do."""
-    samples, outputs, places = g.shape
-    if matrix.shape != (outputs, len(offsets)) or not matrix.is_contiguous():
-        shape = outputs, len(offsets)
-        raise ValueError(f"the total, or weights, must be contiguous and of shape {shape}")
-    if len(positions) != places or len(x) != samples:
-        raise ValueError("g, x and positions do not fit each other")
-    if not (matrix.numel() and g.numel()):
-        return False
-    extent = sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True))
-    first, last = (int(f(positions)) + int(f(offsets)) for f in (torch.min, torch.max))
-    if first < 0 or last > extent:
-        raise ValueError("positions and offsets reach beyond a sample")
-    return True
-
-
-def _run(
-    matrix: Tensor,
-    g: Tensor,
-    x: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    values: Tensor | None,
-) -> None:
-    library = load("squared_products.c", Real=_REALS[g.dtype])
-    assert library is not None
-    positions, offsets = positions.contiguous(), offsets.contiguous()
+def _run(work: Contraction, values: Tensor | None) -> None:
+    matrix, g, x, positions, offsets = work
+    library = load("squared_products.c", Real=REALS[g.dtype]) if g.is_cpu else None
+    if library is None:
+        raise ValueError(f"there is no kernel for {g.dtype} on {g.device} here")
     arguments = [
         *map(ctypes.c_int64, (*g.shape[:2], len(offsets), g.shape[2])),
         pointer(g),

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from gradmask.kernels.gate import Row, check_kept, pointers
 from gradmask.kernels.library import load
-
-_WORDS = {2: "uint16_t", 4: "uint32_t", 8: "uint64_t"}
-
-Triple = tuple[Tensor, Tensor, Tensor | None]
 
 
 def keep_where(
@@ -27,39 +23,37 @@ def keep_where(
         tensors: Tensors of any types and devices, changed in place.
         masks: For each a bool tensor of its shape and device: True where it stays as it is.
         others: For each a tensor of its shape, type and device (default: zeros).
+
+    Raises:
+        TypeError: If something is no tensor, or of another type. Nothing is changed yet.
+        ValueError: If numbers, shapes or devices differ, or a tensor overlaps itself; likewise.
     """
-    native: dict[ctypes.CDLL, list[Triple]] = defaultdict(list)
-    replacements = others if others is not None else [None] * len(tensors)
-    for triple in zip(tensors, masks, replacements, strict=True):
-        library = _library(*triple)
-        if library is not None:
-            native[library].append(triple)
-        elif triple[2] is None:
-            triple[0].masked_fill_(~triple[1], 0)
+    columns = [tensors, masks] if others is None else [tensors, masks, others]
+    for word, rows in check_kept(*columns).items():
+        library = load("keep_where.c", Word=word) if word else None
+        if library is None:
+            for row in rows:
+                _keep_where(*row)
         else:
-            triple[0].copy_(torch.where(triple[1], triple[0], triple[2]))
-    for library, triples in native.items():
-        count = len(triples)
-        columns = list(zip(*triples, strict=True))[: 2 if others is None else 3]
-        addresses = [(ctypes.c_void_p * count)(*(t.data_ptr() for t in c)) for c in columns]
-        library.keep_where(
-            ctypes.c_int64(count),
-            (ctypes.c_int64 * count)(*(t.numel() for t, _, _ in triples)),
-            *addresses,
-            *([None] if others is None else []),
-            ctypes.c_int(torch.get_num_threads()),
-        )
-        torch.autograd.graph.increment_version(list(columns[0]))
+            _keep_natively(library, rows)
 
 
-def _library(tensor: Tensor, mask: Tensor, other: Tensor | None) -> ctypes.CDLL | None:
-    """The kernel, if it can take these: on the CPU, dense, entries in the same order."""
-    word = _WORDS.get(tensor.element_size())
-    alike = [mask] if other is None else [mask, other]
-    dense = tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+def _keep_where(tensor: Tensor, mask: Tensor, other: Tensor | None = None) -> None:
+    if other is None:
+        tensor.masked_fill_(~mask, 0)
+    else:
+        tensor.copy_(torch.where(mask, tensor, other))
+
+
+def _keep_natively(library: ctypes.CDLL, rows: Sequence[Row]) -> None:
+    count = len(rows)
+    tensors, masks, *others = zip(*rows, strict=True)
+    library.keep_where(
+        ctypes.c_int64(count),
+        (ctypes.c_int64 * count)(*map(Tensor.numel, tensors)),
+        pointers(tensors),
+        pointers(masks),
+        pointers(others[0]) if others else None,
+        ctypes.c_int(torch.get_num_threads()),
     )
-    plain = dense and all(t.stride() == tensor.stride() for t in alike)
-    if not plain or tensor.device.type != "cpu" or word is None:
-        return None
-    return load("keep_where.c", Word=word)
+    torch.autograd.graph.increment_version(tensors)

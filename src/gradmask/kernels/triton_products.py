@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradmask.kernels.gate import Contraction
+
 BLOCK_OUTPUTS, BLOCK_INPUTS, BLOCK_POSITIONS = 64, 64, 32
 _WAVES = 4  # programs for each multiprocessor: the samples are split until there are that many
 
@@ -24,9 +26,10 @@ def squares(
     precision: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of outputs by inputs, over one of the splits of the samples."""
-    k = tl.program_id(0) * block_k + tl.arange(0, block_k)
-    d = tl.program_id(1) * block_d + tl.arange(0, block_d)
-    split, splits = tl.program_id(2), tl.num_programs(2)
+    # In 64 bits: a place in a tensor of 8 GiB does not fit into 32.
+    k = tl.program_id(0).to(tl.int64) * block_k + tl.arange(0, block_k)
+    d = tl.program_id(1).to(tl.int64) * block_d + tl.arange(0, block_d)
+    split, splits = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     in_k, in_d = k < outputs, d < inputs
     offset = tl.load(offsets + d, mask=in_d, other=0)
     total = tl.zeros((block_k, block_d), tl.float32)
@@ -34,7 +37,7 @@ def squares(
         product = tl.zeros((block_k, block_d), tl.float32)
         rows, patches = g + n * g_sample, x + n * x_sample
         for start in range(0, places, block_p):
-            p = start + tl.arange(0, block_p)
+            p = start + tl.arange(0, block_p).to(tl.int64)
             in_p = p < places
             place = tl.load(positions + p, mask=in_p, other=0)
             a = tl.load(
@@ -56,21 +59,16 @@ def squares(
     )
 
 
-def add_squared_products(
-    total: Tensor, g: Tensor, x: Tensor, positions: Tensor, offsets: Tensor
-) -> None:
+def add_squared_products(work: Contraction) -> None:
     """As `products.add_squared_products`, for float32 tensors on one CUDA device.
 
     The samples are split over programs, whose parts are added up in a fixed order: the result is
     the same each time. TF32 is used where PyTorch's matrix products may use it.
 
     Args:
-        total: Shape (K, D), contiguous; changed in place.
-        g: Shape (N, K, P), any strides.
-        x: Samples in dimension 0; within a sample any strides.
-        positions: P integers, in elements from a sample's first.
-        offsets: D integers, likewise.
+        work: The total and what is added to it, as `gate.check_products` found it right.
     """
+    total, g, x, positions, offsets = work
     samples, outputs, places = g.shape
     inputs = len(offsets)
     tiles = -(-outputs // BLOCK_OUTPUTS), -(-inputs // BLOCK_INPUTS)
@@ -78,7 +76,7 @@ def add_squared_products(
     parts = torch.empty(splits, outputs, inputs, device=total.device)
     exact = torch.get_float32_matmul_precision() == "highest"
     squares[*tiles, splits](
-        g, x, positions.to(x.device), offsets.to(x.device), parts,
+        g, x, positions, offsets, parts,
         samples, outputs, inputs, places, *g.stride(), x.stride(0), parts.stride(0),
         block_k=BLOCK_OUTPUTS, block_d=BLOCK_INPUTS, block_p=BLOCK_POSITIONS,
         precision="ieee" if exact else "tf32",
