@@ -20,6 +20,9 @@ CORE = [
     "monitor",
     "selection",
     "mask_state",
+    "attach",
+    "watch",
+    "steps",
     "mask",
     "__init__",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -13,20 +12,19 @@ from torch.optim import Optimizer
 from gradmask.distributed import (
     check_same,
     data_groups,
-    local,
     reshard,
-    shard_like,
+    shard_groups,
     unwrapped,
     warn_if_alone,
 )
-from gradmask.errors import OptimizerError, check_choice, check_keep, check_max_samples
+from gradmask.errors import check_choice, check_keep, check_max_samples
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
-from gradmask.kernels import keep_where
 from gradmask.mask_state import check_shapes, check_state, placed
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed, seeded_generator
 from gradmask.selection import STRATEGIES, kept_counts, make_masks
+from gradmask.steps import MaskedSteps
 
 SCOPES = ("gradient", "update")
 # The mask from so many samples shares 92 to 95 % with that from all (docs/performance.md).
@@ -98,66 +96,44 @@ class FisherMask:
         self.keep, self.seed = float(keep), int(seed)
         self.max_samples = None if max_samples is None else int(max_samples)
         self.refreshes = 0
-        self.masks: dict[str, Tensor] = {}
         self._kept: dict[str, int] = {}
-        self._parameters: dict[str, nn.Parameter] = {}
-        self._names: dict[int, str] = {}
-        self._read_parameters()
-        self._optimizers: list[Optimizer] = []
-        self._handles: list[Any] = []
-        self._before: dict[int, list[dict[str, Tensor]]] = {}
+        self._steps = MaskedSteps(self.model, scope)
 
-    def _read_parameters(self) -> None:
-        """Look them up anew; frozen ones too, which may thaw while their mask is in force."""
-        reshard(self.model)
-        self._parameters = dict(self.model.named_parameters())
-        self._names = {id(p): name for name, p in self._parameters.items()}
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The mask of every parameter by name: True where it learns. Empty before a refresh."""
+        return self._steps.masks
+
+    @masks.setter
+    def masks(self, masks: dict[str, Tensor]) -> None:
+        self._steps.masks = masks
 
     def attach(self, optimizer: Optimizer) -> FisherMask:
         """Mask every following step of an optimizer, through its own step hooks.
 
+        Of one that wraps others (Accelerate's, Lightning's, SAM, Lookahead) all are hooked that
+        hold parameters of the model. The mask keeps no optimizer alive. A copy (`copy.deepcopy`,
+        `pickle`) of mask, model and optimizer together is attached as they are.
+
+        From here on a refresh notices weights that were moved where the mask could not hold them.
+
         Args:
-            optimizer: Any `torch.optim` optimizer over parameters of the model, except L-BFGS.
+            optimizer: Any `torch.optim` optimizer over parameters of the model, except L-BFGS, and
+                with `scope="update"` those that rewrite weights outside their step.
 
         Returns:
             The mask itself.
 
         Raises:
-            OptimizerError: If it is no optimizer, is L-BFGS, has none of the model's parameters, or
-                has the mask already.
+            OptimizerError: If it is no optimizer, is one that cannot be masked, has none of the
+                model's parameters, or has the mask already. Nothing is attached then.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise OptimizerError(
-                f"attach() got a {type(optimizer).__name__}: give it a torch.optim optimizer."
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise OptimizerError(
-                "L-BFGS builds its step from gradients at several points, which no mask fits: "
-                "use another optimizer, such as SGD or AdamW."
-            )
-        self._read_parameters()
-        if not any(
-            id(p) in self._names for group in optimizer.param_groups for p in group["params"]
-        ):
-            raise OptimizerError(
-                "The optimizer holds none of the model's parameters: build it from this model's "
-                "parameters(), after moving or wrapping the model."
-            )
-        if optimizer in self._optimizers:
-            raise OptimizerError("The mask is attached to this optimizer already.")
-        self._optimizers.append(optimizer)
-        self._handles.append(optimizer.register_step_pre_hook(self._pre_step))
-        if self.scope == "update":
-            self._handles.append(optimizer.register_step_post_hook(self._post_step))
+        self._steps.attach(optimizer)
         return self
 
     def detach(self) -> None:
         """Take the mask off every optimizer it is attached to."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._optimizers.clear()
-        self._before.clear()
+        self._steps.detach()
 
     def refresh(self, loader: Iterable[Any]) -> None:
         """Measure the Fisher diagonal and make the mask of the next epoch.
@@ -168,11 +144,14 @@ class FisherMask:
         Raises:
             ModelError: If the model cannot be measured.
             DataError: If the data cannot be used, or the loss is not finite. The mask stays.
+            OptimizerError: If weights were moved where the mask could not hold them. It stays.
             DistributedError: If that happened on another rank.
             OptionError: If the ranks' options differ.
         """
         same = {"seed": self.seed, "refreshes": self.refreshes, "keep": self.keep}
-        check_same(same, data_groups(self._wrapped, self._group))
+        groups = data_groups(self._wrapped, self._group)
+        check_same(same, groups)
+        self._steps.check(groups)
         if self.strategy == "random":  # needs shapes only
             reshard(self.model)
             self.update({name: p.detach() for name, p in trainable_parameters(self.model).items()})
@@ -191,81 +170,19 @@ class FisherMask:
         Raises:
             StateError: If names or shapes are not those of the model's trainable parameters.
             DataError: If values are NaN, infinite or negative (`random` reads only the shapes).
+            OptimizerError: If weights were moved where the mask could not hold them. It stays.
         """
         check_shapes(fisher, trainable_parameters(self.model), "Fisher diagonal")
+        self._steps.check(shard_groups(self.model.parameters()))
         generator = seeded_generator(self.seed, "mask", self.refreshes)
         self.masks = make_masks(fisher, self.keep, strategy=self.strategy, generator=generator)
         self._kept = kept_counts(self.masks)
-        self._read_parameters()
+        self._steps.masks_made()
         self.refreshes += 1
 
-    @torch.no_grad()
     def apply_(self) -> None:
         """Mask the gradients in place now, for example before clipping; twice does no harm."""
-        self._apply(self._parameters)
-
-    def _apply(self, parameters: dict[str, nn.Parameter]) -> None:
-        gradients, masks = [], []
-        for name, parameter in parameters.items():
-            if name in self.masks and parameter.grad is not None:
-                if parameter.grad.is_sparse:
-                    raise OptimizerError(
-                        f"Parameter {name!r} has a sparse gradient: use sparse=False in its layer."
-                    )
-                gradients.append(local(parameter.grad))
-                masks.append(self._mask(name, parameter))
-        keep_where(gradients, masks)
-
-    def _mask(self, name: str, parameter: nn.Parameter) -> Tensor:
-        mask, own = local(self.masks[name]), local(parameter)
-        # The model may have been moved. In the parameter's own layout both are read in order.
-        if mask.device != own.device or mask.stride() != own.stride():
-            mask = torch.empty_like(own, dtype=torch.bool, requires_grad=False).copy_(mask)
-            self.masks[name] = shard_like(mask, parameter)
-        return mask
-
-    def _of(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-        """The optimizer's parameters that belong to the model, groups added later included."""
-        return {
-            self._names[id(p)]: p
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if id(p) in self._names
-        }
-
-    @torch.no_grad()
-    def _pre_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        parameters = self._of(optimizer)
-        if self.scope == "update":
-            # A stack: the `step` of a subclass may call that of its parent, which runs hooks too.
-            self._before.setdefault(id(optimizer), []).append(
-                {n: local(p.detach()).clone() for n, p in parameters.items() if n in self.masks}
-            )
-        self._apply(parameters)
-
-        # A closure computes the gradients inside the step: mask them as it returns too.
-        def masked(closure: Callable[[], Any]) -> Callable[[], Any]:
-            def call() -> Any:
-                value = closure()
-                with torch.no_grad():
-                    self._apply(parameters)
-                return value
-
-            return call
-
-        wrap = lambda a: masked(a) if callable(a) and a is not optimizer else a  # noqa: E731
-        return tuple(wrap(a) for a in args), {k: wrap(a) for k, a in kwargs.items()}
-
-    @torch.no_grad()
-    def _post_step(self, optimizer: Optimizer, *_: Any) -> None:
-        parameters = self._of(optimizer)
-        stack = self._before.get(id(optimizer))
-        before = stack.pop() if stack else {}
-        held = [local(parameters[name].detach()) for name in before]
-        masks = [self._mask(name, parameters[name]) for name in before]
-        keep_where(held, masks, list(before.values()))
+        self._steps.apply()
 
     @property
     def kept_fraction(self) -> float:
@@ -304,10 +221,12 @@ class FisherMask:
         masks = state["masks"]
         if masks:
             check_shapes(masks, trainable_parameters(self.model), "state")
-        self._read_parameters()
-        self.masks = {name: placed(mask, self._parameters[name]) for name, mask in masks.items()}
+        self._steps.read_parameters()
+        parameters = self._steps.parameters
+        self.masks = {name: placed(mask, parameters[name]) for name, mask in masks.items()}
         self._kept = kept_counts(self.masks)
         self.refreshes = state["refreshes"]
+        self._steps.masks_loaded()
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OPTIONS}

@@ -1,0 +1,238 @@
+"""Steps of optimizers in which masked gradients are zero, or masked weights do not move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmask.attach import held_parameters, optimizers_to_hook
+from gradmask.distributed import Groups, local, reshard, shard_like, together
+from gradmask.errors import OptimizerError
+from gradmask.kernels import keep_where
+from gradmask.mask_state import check_fits
+from gradmask.watch import WeightWatch, fingerprint
+
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+
+
+class MaskedSteps:
+    """A model's masks, and the optimizers whose steps they hold in.
+
+    Optimizers are held by weak reference. A copy (`copy.deepcopy`, `pickle`) together with model
+    and optimizers is attached to the copies.
+
+    Args:
+        model: The model.
+        scope: `gradient` or `update`.
+    """
+
+    def __init__(self, model: nn.Module, scope: str) -> None:
+        self.model, self.scope = model, scope
+        self.masks: dict[str, Tensor] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._names: dict[int, str] = {}
+        self._handles: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
+        self._watch = WeightWatch(hold=scope == "update")
+        self.read_parameters()
+
+    def read_parameters(self) -> None:
+        """Look them up anew; frozen ones too, which may thaw while their mask is in force."""
+        reshard(self.model)
+        self.parameters = dict(self.model.named_parameters())
+        self._names = {id(p): name for name, p in self.parameters.items()}
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Hook an optimizer and those within it, or, where that fails, none.
+
+        Args:
+            optimizer: The optimizer.
+
+        Raises:
+            OptimizerError: If it cannot be masked, or is already.
+        """
+        self.read_parameters()
+        hooked = optimizers_to_hook(optimizer, self._names.keys(), self.scope)
+        for each in hooked:
+            if each in self._handles:
+                raise OptimizerError(
+                    f"The mask is attached already to this optimizer ({type(each).__name__}), by "
+                    "itself or in a wrapper. To attach to a wrapper, call mask.detach() first."
+                )
+        # What another attached one holds was watched before, and still is.
+        watched = self._holders() if self._watch.on else {}
+        held = {id(p) for o in hooked for p in held_parameters(o)} - watched.keys()
+        news = {
+            name: self.parameters[name]
+            for name in self.masks.keys() & self.parameters.keys()
+            if not self._watch.on or id(self.parameters[name]) in held
+        }
+        prints = {name: fingerprint(p) for name, p in news.items()}
+        self._hook(hooked)
+        self._watch.start(prints)
+
+    def _hook(self, optimizers: Iterable[Optimizer]) -> None:
+        added: dict[Optimizer, list[Any]] = {}
+        try:
+            for optimizer in optimizers:
+                own = optimizer._optimizer_step_pre_hooks
+                # A wrapper may share them with the one inside.
+                shared = [h for o, h in added.items() if o._optimizer_step_pre_hooks is own]
+                added[optimizer] = handles = shared[0] if shared else []
+                if shared:
+                    continue
+                handles.append(optimizer.register_step_pre_hook(self._before))
+                if self.scope == "update":
+                    handles.append(optimizer.register_step_post_hook(self._after))
+        except BaseException:
+            _remove(added.values())
+            raise
+        self._handles.update(added)
+
+    def detach(self) -> None:
+        """Take the hooks off, and watch no longer."""
+        _remove(self._handles.values())
+        self._handles.clear()
+        self._watch = WeightWatch(self._watch.hold)
+
+    def masks_made(self) -> None:
+        """Watch the weights from here on, where there are new masks and an optimizer attached."""
+        self.read_parameters()
+        self._watch.forget()
+        if self._watch.on:
+            self._watch.start({name: fingerprint(self.parameters[name]) for name in self.masks})
+
+    def masks_loaded(self) -> None:
+        """Watch the weights from the next step on: the model's may be yet to be loaded."""
+        self._watch.forget()
+
+    def check(self, groups: Groups) -> None:
+        """Raise an error if weights were moved where their mask could not hold them.
+
+        Args:
+            groups: Groups of the ranks that check.
+
+        Raises:
+            OptimizerError: If they were, since the masks were made.
+            DistributedError: If they were on another rank.
+        """
+        self.read_parameters()
+        with together(groups, "checking that weights moved in masked steps only"):
+            self._watch.check(self.parameters, self.masks, self._holders())
+
+    def _holders(self) -> dict[int, list[str]]:
+        """Types of the attached optimizers that hold a parameter, by its id."""
+        holders: dict[int, list[str]] = {}
+        for optimizer in list(self._handles):
+            for p in held_parameters(optimizer):
+                holders.setdefault(id(p), []).append(type(optimizer).__name__)
+        return holders
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Mask the gradients in place."""
+        self.read_parameters()
+        self._apply({n: p for n, p in self.parameters.items() if n in self.masks})
+
+    def _apply(self, parameters: dict[str, nn.Parameter]) -> None:
+        gradients, masks = [], []
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                if parameter.grad.is_sparse:
+                    raise OptimizerError(
+                        f"Parameter {name!r} has a sparse gradient: use sparse=False in its layer."
+                    )
+                gradients.append(local(parameter.grad))
+                masks.append(self._mask(name, parameter))
+        keep_where(gradients, masks)
+
+    def _mask(self, name: str, parameter: nn.Parameter) -> Tensor:
+        check_fits(self.masks[name], parameter, name)
+        mask, own = local(self.masks[name]), local(parameter)
+        # The model may have been moved. In the parameter's own layout both are read in order.
+        if mask.device != own.device or mask.stride() != own.stride():
+            mask = torch.empty_like(own, dtype=torch.bool, requires_grad=False).copy_(mask)
+            self.masks[name] = shard_like(mask, parameter)
+        return mask
+
+    def _masked(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """The optimizer's parameters that have a mask, groups added later included."""
+        held = list(held_parameters(optimizer))
+        if any(id(p) not in self._names for p in held):  # perhaps put into the model since
+            self.read_parameters()
+        names = [self._names[id(p)] for p in held if id(p) in self._names]
+        return {name: self.parameters[name] for name in names if name in self.masks}
+
+    @torch.no_grad()
+    def _before(
+        self, optimizer: Optimizer, args: Arguments, kwargs: Keywords
+    ) -> tuple[Arguments, Keywords]:
+        parameters = self._masked(optimizer)
+        for name, parameter in parameters.items():
+            check_fits(self.masks[name], parameter, name)
+        if self._watch.on:
+            self._watch.step(parameters, self.masks)
+        self._apply(parameters)
+
+        # A closure computes the gradients inside the step: mask them as it returns too.
+        def masked(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def call() -> Any:
+                value = closure()
+                with torch.no_grad():
+                    self._apply(parameters)
+                return value
+
+            return call
+
+        wrap = lambda a: masked(a) if callable(a) and a is not optimizer else a  # noqa: E731
+        saved = getattr(args, "saved", {})  # by other masks
+        if self.scope == "update":
+            weights = [(n, p, local(p.detach()).clone()) for n, p in parameters.items()]
+            saved = saved | {id(self): weights}
+        return _Arguments(map(wrap, args), saved), {k: wrap(a) for k, a in kwargs.items()}
+
+    @torch.no_grad()
+    def _after(self, _: Optimizer, args: Arguments, __: Keywords) -> None:
+        before = getattr(args, "saved", {}).get(id(self))
+        if before is None:
+            raise OptimizerError(
+                "Another step hook of the optimizer replaced the arguments of the step, and with "
+                "them the weights the mask saved: register that hook before mask.attach()."
+            )
+        held = [local(p.detach()) for _, p, _ in before]
+        masks = [self._mask(name, p) for name, p, _ in before]
+        keep_where(held, masks, [weights for *_, weights in before])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The optimizers themselves, to be copied along; ids are looked up anew."""
+        return vars(self) | {"_handles": list(self._handles), "parameters": {}, "_names": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The model may be incomplete yet: its parameters are looked up at the first step.
+        vars(self).update(state, _handles=WeakKeyDictionary())
+        self._hook(state["_handles"])
+
+
+class _Arguments(Arguments):
+    """Positional arguments of one step, with the weights that masks saved before it.
+
+    These so end with the step, also if it fails; and a step may run another inside.
+    """
+
+    def __new__(cls, args: Iterable[Any], saved: dict[int, Any]) -> _Arguments:
+        made = super().__new__(cls, args)
+        made.saved = saved
+        return made
+
+    saved: dict[int, Any]
+
+
+def _remove(handles: Iterable[Iterable[Any]]) -> None:
+    for each in handles:
+        for handle in each:
+            handle.remove()

@@ -1,0 +1,417 @@
+"""Weights that move where no masked step runs are noticed at the next refresh; others are not."""
+
+import copy
+
+import pytest
+import torch
+from small_models import FIRST, pair, two_layers
+from torch import nn
+from wrapping_optimizers import Alone, BareLookahead, Sam, ScheduleFree
+
+from gradmask import FisherMask
+from gradmask.errors import OptimizerError
+from gradmask.watch import checksum
+
+SCOPES = ["gradient", "update"]
+MEND = r"mask\.detach\(\) and then mask\.attach\(optimizer\) afterwards"
+
+
+def sgd(model, lr=0.5, **options):
+    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+def masked_pair(scope, build=sgd, **options):
+    model = pair()
+    optimizer = build(model, **options)
+    mask = FisherMask(model, keep=0.5, scope=scope).attach(optimizer)
+    mask.update(FIRST)
+    return model, optimizer, mask
+
+
+def step(model, optimizer):
+    model.weight.grad = torch.ones(1, 2)
+    optimizer.step()
+
+
+def put(model, *values):
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([values]))
+
+
+def refused(mask, message):
+    """The refresh and the update raise before anything is measured, and the mask stays."""
+
+    def unread():
+        raise AssertionError("the data were read")
+        yield
+
+    before, masks = mask.state_dict(), dict(mask.masks)
+    for renew in (lambda: mask.update(FIRST), lambda: mask.refresh(unread())):
+        with pytest.raises(OptimizerError, match=message) as raised:
+            renew()
+        assert raised.match("'weight'")
+        assert raised.match(MEND)
+    assert mask.refreshes == before["refreshes"]
+    assert all(mask.masks[name] is masks[name] for name in masks)
+
+
+# What must be noticed
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_an_optimizer_that_moves_weights_in_another_method(scope):
+    model, optimizer, mask = masked_pair(scope, lambda m: Alone(m.parameters()))
+    model.weight.grad = torch.ones(1, 2)
+    optimizer.advance()
+    refused(mask, r"no step\(\) of Alone ran")
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_an_optimizer_that_is_not_attached_beside_one_that_is(scope):
+    model, optimizer, mask = masked_pair(scope)
+    step(model, sgd(model))
+    refused(mask, r"no step\(\) of SGD ran")
+    step(model, optimizer)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_parameter_that_no_attached_optimizer_holds(scope):
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
+    values = {"0.weight": FIRST["weight"], "1.weight": torch.ones(1, 1)}
+    mine, other = sgd(model[0]), sgd(model[1])
+    mask = FisherMask(model, keep=0.5, scope=scope).attach(mine)
+    mask.update(values)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    mine.step()
+    mask.update(values)
+    mine.step()
+    other.step()
+    with pytest.raises(OptimizerError, match=r"'1\.weight' changed, and no optimizer that the mas"):
+        mask.update(values)
+    mask.attach(other)  # the mend
+    mask.update(values)
+    other.step()
+    mask.update(values)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("shape", [(1, 2), (1, 3)])
+def test_a_replaced_parameter(scope, shape):
+    model, optimizer, mask = masked_pair(scope)
+    step(model, optimizer)
+    model.weight = nn.Parameter(torch.full(shape, 7.0))
+    new = sgd(model)
+    model.weight.grad = torch.ones(shape)
+    new.step()
+    values = {"weight": torch.arange(shape[1]).view(shape).float()}
+    with pytest.raises(OptimizerError, match="'weight' changed, and no optimizer that the mask is"):
+        mask.update(values)
+    mask.attach(new)
+    mask.update(values)
+    new.step()
+    mask.update(values)
+
+
+def test_averaging_between_steps_breaks_update():
+    model, optimizer, mask = masked_pair("update")
+    step(model, optimizer)
+    put(model, 0.25, 2.0)  # the weight that learns may be moved
+    mask.update(FIRST)
+    step(model, optimizer)
+    put(model, 0.25, 2.5)
+    refused(mask, "moved between the optimizer's steps")
+
+
+def test_lookahead_around_an_attached_optimizer_breaks_update():
+    model = pair()
+    inner = sgd(model)
+    optimizer = BareLookahead(inner)
+    mask = FisherMask(model, keep=0.5, scope="update").attach(inner)
+    mask.update(FIRST)
+    step(model, optimizer)
+    refused(mask, "moved between the optimizer's steps")
+
+
+def test_sam_that_subtracts_its_perturbation_breaks_update_by_rounding():
+    torch.manual_seed(0)
+    model = nn.Linear(50, 1, bias=False)
+    optimizer = Sam(model.parameters(), exact=False, lr=0.1)
+    mask = FisherMask(model, keep=0.5, scope="update").attach(optimizer)
+    values = {"weight": torch.rand(1, 50)}
+    mask.update(values)
+    for _ in range(5):
+        model.weight.grad = torch.randn(1, 50)
+        optimizer.first_step()
+        optimizer.second_step()
+    with pytest.raises(OptimizerError, match="moved between"):
+        mask.update(values)
+
+
+def test_the_smallest_change_of_one_weight_among_many_is_noticed():
+    torch.manual_seed(0)
+    model = nn.Linear(1000, 700, bias=False)
+    optimizer = sgd(model)
+    mask = FisherMask(model, keep=0.5, scope="update").attach(optimizer)
+    values = {"weight": torch.rand(700, 1000)}
+    mask.update(values)
+    model.weight.grad = torch.zeros(700, 1000)
+    optimizer.step()
+    free, held = (m.nonzero()[-1].tolist() for m in (mask.masks["weight"], ~mask.masks["weight"]))
+    with torch.no_grad():
+        model.weight[tuple(free)] += 1.0
+        mask.update(values)
+        optimizer.step()
+        model.weight[tuple(held)] = torch.nextafter(model.weight[tuple(held)], torch.tensor(9.0))
+    with pytest.raises(OptimizerError, match="'weight' moved between"):
+        mask.update(values)
+
+
+# What must not
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_momentum_and_decay_are_no_alarm(scope):
+    model, optimizer, mask = masked_pair(scope, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        step(model, optimizer)
+        step(model, optimizer)
+        mask.update(FIRST)
+
+
+def renewed(mask):
+    mask.update(FIRST)
+
+
+def loaded(mask):
+    mask.load_state_dict(mask.state_dict())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("begin", [renewed, loaded])
+def test_weights_loaded_before_the_first_step(scope, begin):
+    model, optimizer, mask = masked_pair(scope)
+    for value in (5.0, 6.0):
+        begin(mask)
+        model.load_state_dict({"weight": torch.tensor([[value, value]])})
+        step(model, optimizer)
+        mask.update(FIRST)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_refresh_right_after_all_states_were_loaded(scope):
+    model, optimizer, mask = masked_pair(scope)
+    step(model, optimizer)
+    states = copy.deepcopy([part.state_dict() for part in (mask, model, optimizer)])
+    model, optimizer, mask = masked_pair(scope)
+    put(model, 8.0, 9.0)
+    for part, state in zip((mask, model, optimizer), states, strict=True):
+        part.load_state_dict(state)
+    mask.update(FIRST)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_mend_for_weights_loaded_on_purpose(scope, steps):
+    model, optimizer, mask = masked_pair(scope)
+    for _ in range(steps):
+        step(model, optimizer)
+    put(model, 5.0, 6.0)
+    if scope == "update" or not steps:
+        refused(mask, "changed|moved")
+    mask.detach()
+    mask.attach(optimizer)
+    mask.update(FIRST)
+    step(model, optimizer)
+    mask.update(FIRST)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_without_an_attached_optimizer_nothing_is_checked(scope):
+    model = pair()
+    mask = FisherMask(model, keep=0.5, scope=scope)
+    for value in (1.0, 2.0):
+        mask.update(FIRST)
+        put(model, value, value)
+    optimizer = sgd(model)
+    mask.attach(optimizer)
+    mask.update(FIRST)
+    step(model, optimizer)
+    mask.detach()
+    put(model, 7.0, 7.0)
+    mask.update(FIRST)
+    put(model, 8.0, 8.0)
+    mask.attach(optimizer)
+    mask.update(FIRST)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_new_optimizer_each_round(scope):
+    model = pair()
+    mask = FisherMask(model, keep=0.5, scope=scope)
+
+    def train(value):
+        optimizer = sgd(model, momentum=0.5)
+        mask.attach(optimizer)
+        put(model, value, value)  # of an average over clients, say
+        step(model, optimizer)
+        step(model, optimizer)
+
+    for value in (1.0, 2.0, 3.0):
+        train(value)
+        mask.update(FIRST)  # where none is alive
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_frozen_parameters_and_skipped_steps(scope):
+    model = two_layers()
+    optimizer = sgd(model)
+    mask = FisherMask(model, keep=0.5, scope=scope).attach(optimizer)
+    data = [(torch.randn(9, 4), torch.randint(0, 2, (9,)))]
+    mask.refresh(data)
+    mask.refresh(data)
+    model[0].requires_grad_(False)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data[0][0]), data[0][1]).backward()
+        optimizer.step()
+        mask.refresh(data)
+    model[0].requires_grad_(True)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)  # it has no mask now
+    mask.refresh(data)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_conversions_and_layouts_are_no_alarm(scope):
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 2)
+    optimizer = sgd(model)
+    mask = FisherMask(model, keep=0.5, scope=scope).attach(optimizer)
+    values = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    mask.update(values)
+    for change in (
+        lambda: model.to(memory_format=torch.channels_last),
+        lambda: model.double(),
+        lambda: model.to(memory_format=torch.contiguous_format),
+    ):
+        for steps in (0, 1):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            for _ in range(steps):
+                optimizer.step()
+            change()
+            mask.update(values)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_weights_swapped_for_an_evaluation_and_back(scope):
+    model, optimizer, mask = masked_pair(scope)
+    for steps in (0, 2):
+        for _ in range(steps):
+            step(model, optimizer)
+        kept = copy.deepcopy(model.state_dict())
+        put(model, 9.0, 9.0)
+        model.load_state_dict(kept)
+        mask.update(FIRST)
+
+
+def test_schedule_free_may_rewrite_weights_that_only_have_masked_gradients():
+    model, optimizer, mask = masked_pair("gradient", lambda m: ScheduleFree(m.parameters(), 0.5))
+    for _ in range(2):
+        optimizer.train()
+        step(model, optimizer)
+        optimizer.eval()
+        mask.update(FIRST)
+
+
+def test_another_mask_set_by_hand_is_no_alarm():
+    model, optimizer, mask = masked_pair("update")
+    step(model, optimizer)
+    mask.masks = {"weight": torch.tensor([[False, True]])}
+    step(model, optimizer)
+    assert model.weight.tolist() == [[0.5, 1.5]]
+    mask.update(FIRST)
+
+
+def test_minus_zero_is_zero():
+    model, optimizer, mask = masked_pair("update")
+    put(model, 1.0, 0.0)
+    step(model, optimizer)
+    put(model, 1.0, -0.0)
+    mask.update(FIRST)
+    step(model, optimizer)
+    put(model, 1.0, 0.0)
+    mask.update(FIRST)
+
+
+# The checksum
+
+
+def slow_checksum(values, mask=None, wide=False):
+    """Integers of any size, one after the other; halves of wide ones are swapped."""
+    golden, root = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC909
+    modulus, half = 1 << 64, 1 << 63
+    signed = lambda v: (v + half) % modulus - half  # noqa: E731
+    total = 0
+    chunks = range(0, len(values), 1 << 18)
+    for start in chunks:
+        part = 0
+        for i, value in enumerate(values[start : start + (1 << 18)]):
+            if mask is None or not mask[start + i]:
+                place = signed((i + 1) * golden)
+                swapped = (value << 32) | (value >> 32 & 0xFFFFFFFF)
+                part += (swapped if wide else value) * (signed((place ^ (place >> 29)) * root) | 1)
+        total = total * golden + part
+    return signed(total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 5, (1 << 18) + 3])
+def test_checksum_against_one_written_out(dtype, count):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(count, generator=generator, dtype=torch.float64).to(dtype)
+    mask = torch.rand(count, generator=generator) < 0.5
+    before = values.clone()
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    bits, wide = values.view(words[values.element_size()]).tolist(), dtype == torch.float64
+    assert checksum(values) == slow_checksum(bits, wide=wide)
+    assert checksum(values, mask) == slow_checksum(bits, mask.tolist(), wide)
+    assert torch.equal(values, before)
+
+
+def test_checksum_is_of_values_and_places():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    mask = x > 0
+    for sum_of in (checksum, lambda t: checksum(t, mask)):
+        assert sum_of(x) == sum_of(x.to(memory_format=torch.channels_last))
+        assert sum_of(x) == sum_of(x.transpose(0, 3).contiguous().transpose(0, 3))
+    assert checksum(x, mask) == checksum(torch.where(mask, 9.0, x), mask)
+    assert checksum(x, mask) != checksum(torch.where(mask, x, x + 1), mask)
+    pairs = [([1.0, -1.0], [-1.0, 1.0]), ([1.0, 2.0], [2.0, 1.0]), ([0.0, 1.0], [1.0, 0.0])]
+    for a, b in [*pairs, ([1.0, 3.0], [-1.0, -3.0]), ([1.0] * 4, [-1.0] * 4)]:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            ours, theirs = (torch.tensor(values, dtype=dtype) for values in (a, b))
+            assert checksum(ours) != checksum(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_checksum_of_complex_numbers(dtype):
+    z, mask = torch.tensor([1 + 2j, 3 - 1j], dtype=dtype), torch.tensor([True, False])
+    assert checksum(z) not in (
+        checksum(z.conj().resolve_conj()),
+        checksum(torch.view_as_real(z).flip(1)),
+    )
+    other = torch.tensor([5 + 5j, 3 - 1j], dtype=dtype)
+    assert checksum(z, mask) == checksum(other, mask)
+    assert checksum(z, ~mask) != checksum(other, ~mask)
+
+
+def test_checksums_copy_no_whole_tensor():
+    x = torch.zeros(1 << 22)
+    checksum(x)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        checksum(x, torch.zeros(1 << 22, dtype=torch.bool))
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < x.nbytes / 2
