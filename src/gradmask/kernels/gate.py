@@ -117,12 +117,12 @@ def _have_memory(tensors: Sequence[Tensor], spans: Sequence[int]) -> bool:
     return all(map(le, ends, limits)) and all(map(le, sorted(ends), sorted(starts)[1:]))
 
 
-def _fits(tensor: Tensor, mask: Tensor, other: Tensor | None = None) -> bool:
-    """Whether the kernel can take these; an error if nothing can."""
-    alike = {"mask": (mask, torch.bool)}
-    if other is not None:
-        alike["replacement"] = (other, tensor.dtype)
-    for name, (one, dtype) in alike.items():
+def _fits(tensor: Tensor, *alike: Tensor) -> bool:
+    """Whether the kernel can take a row; an error if nothing can."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"only tensors are masked, not {type(tensor).__name__}")
+    kinds = ("mask", torch.bool), ("replacement", tensor.dtype)
+    for (name, dtype), one in zip(kinds, alike, strict=False):
         if not isinstance(one, Tensor) or one.dtype is not dtype:
             kind = getattr(one, "dtype", type(one).__name__)
             raise TypeError(f"the {name} must be a tensor of {dtype}, not of {kind}")
@@ -131,7 +131,9 @@ def _fits(tensor: Tensor, mask: Tensor, other: Tensor | None = None) -> bool:
             raise ValueError(f"the {name} has shape {shapes}")
         if one.device != tensor.device:
             raise ValueError(f"the {name} is on {one.device}, its tensor on {tensor.device}")
-    every = [tensor, *(one for one, _ in alike.values())]
+    every = (tensor, *alike)
+    if not all(map(_is_whole, filter(_is_strided, every))):
+        raise ValueError("a tensor to be masked, or its mask, has lost its memory")
     plain = all(map(is_plain, every))
     if plain and _overlaps_itself(tensor):
         raise ValueError(f"a tensor of strides {tensor.stride()} overlaps itself: clone it first")
@@ -149,12 +151,13 @@ def is_plain(tensor: Tensor) -> bool:
 
     Not so if it is sparse, nested, fake or negated lazily, or if its storage was freed or cut.
     """
-    return (
-        type(tensor) in _PLAIN
-        and tensor.layout is torch.strided
-        and not (tensor.is_nested or tensor.is_meta or tensor.is_neg() or tensor.is_conj())
-        and _is_whole(tensor)
-    )
+    lazy = tensor.is_neg() or tensor.is_conj()
+    return _is_strided(tensor) and not (tensor.is_meta or lazy) and _is_whole(tensor)
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    kind = type(tensor) in _PLAIN and tensor.layout is torch.strided
+    return kind and not tensor.is_nested
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -185,10 +188,11 @@ def _are_apart(tensors: Sequence[Tensor]) -> bool:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two entries may lie in one place, as those of an expanded tensor do."""
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
     reach = 0
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and step <= reach:
-            return True
+    for step, size in sorted((step, size) for step, size in steps if size > 1):
+        if step <= reach:
+            return bool(tensor.numel())
         reach += (size - 1) * step
     return False
 

@@ -1,0 +1,364 @@
+"""Every kernel with arguments that do not fit: each is refused, or done right; memory stays whole.
+
+Run as a program this tries random arguments. The tests run it with the C sources built under
+AddressSanitizer, which ends it at the first byte that is read or written outside of a tensor.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+
+from gradmask.kernels import (
+    add_squared_products,
+    count_digits,
+    keep_where,
+    weigh_squared_products,
+)
+
+REALS = [torch.float32, torch.float64]
+DTYPES = [
+    *(*REALS, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool),
+    *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
+]
+SMALL = 1 << 20
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def some(dice, shape, dtype):
+    """Random entries, in memory of their own to the byte."""
+    return torch.randn(shape, dtype=torch.float64).mul(3).to(dtype)
+
+
+def another_shape(dice, tensor):
+    shape = list(tensor.shape) or [1]
+    place = dice.randrange(len(shape))
+    shape[place] = max(0, shape[place] + dice.choice([-1, 1, -shape[place], 5]))
+    return tensor.new_zeros(dice.choice([shape, shape[1:], [*shape, 1], [1, *shape], shape[::-1]]))
+
+
+def strided(dice, tensor):
+    wide = tensor.new_zeros([*tensor.shape, 2])[..., 0]
+    turned = tensor.mT.contiguous().mT if tensor.dim() > 1 else wide
+    return dice.choice([wide, turned]).copy_(tensor)
+
+
+def expanded(dice, tensor):
+    first = tensor.new_ones([1] * tensor.dim())
+    return first.expand(tensor.shape)
+
+
+def huge(dice, tensor):
+    shape = [dice.choice([1 << 54, 1 << 60]), *[1] * (tensor.dim() - 1)]
+    dice.shuffle(shape)
+    return tensor.new_zeros([1] * max(1, tensor.dim())).expand(shape)
+
+
+def without_memory(dice, tensor):
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(dice.choice([0, tensor.nbytes // 2]))
+    return tensor
+
+
+def elsewhere(dice, tensor):
+    return tensor.to("meta")
+
+
+def another_dtype(dice, tensor):
+    return tensor.to(dice.choice(DTYPES))
+
+
+def another_kind(dice, tensor):
+    ways = [lambda t: t.as_subclass(Subclass), lambda t: t.to_sparse(), lambda t: None]
+    return dice.choice(ways)(tensor)
+
+
+def negated(dice, tensor):
+    if tensor.is_complex():
+        return tensor.conj()
+    return torch._neg_view(tensor) if tensor.is_floating_point() else tensor
+
+
+SPOILERS = [
+    *(another_shape, strided, expanded, huge, without_memory, elsewhere, another_dtype),
+    *(another_kind, negated),
+]
+
+
+def readable(tensor):
+    """Whether it may be read at all, found in another way than the gate's."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_meta:
+        return False
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
+    return tensor.untyped_storage().nbytes() >= end
+
+
+# For each kernel arguments that fit, and what it must find: computed slowly, in float64.
+
+
+def products(dice):
+    n, k, p, d = (dice.choice([0, 1, 2, 3, 9, 40]) for _ in range(4))
+    dtype, length = dice.choice(REALS), dice.choice([1, 5, 60])
+    places = [torch.tensor([dice.randrange(length) for _ in range(s)]).long() for s in (p, d)]
+    g, x = some(dice, (n, k, p), dtype), some(dice, (n, 2 * length - 1), dtype)
+    return {
+        "matrix": some(dice, (k, d), dtype).abs(),
+        "g": g,
+        "x": x,
+        "p": places[0],
+        "d": places[1],
+    }
+
+
+def squares(matrix, g, x, p, d):
+    assert len({t.dtype for t in (matrix, g, x)}) == 1
+    assert p.dtype == d.dtype == torch.int64
+    assert p.shape + d.shape == (g.shape[2], matrix.shape[1])
+    assert (len(x), matrix.shape[0]) == g.shape[:2]
+    patches = torch.zeros(len(g), len(p), len(d), dtype=torch.float64)
+    if g.numel() and matrix.numel():  # or nothing is read
+        last = sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True))
+        memory = x.as_strided((len(x), last + 1), (x.stride(0), 1)).double()
+        patches = memory[:, p[:, None] + d]
+    return torch.einsum("nkp,npd->nkd", g.double(), patches).square()
+
+
+def added(**given):
+    return {"matrix": given["matrix"].double() + squares(**given).sum(0)}
+
+
+def weighed(**given):
+    return {"result": (squares(**given) * given["matrix"].double()).sum((1, 2))}
+
+
+def digits(dice):
+    dtype = dice.choice(REALS)
+    values = some(dice, dice.choice([0, 1, 33, 300, 70_000]), dtype).abs()
+    values[::5] = -0.0
+    bits = 8 * dtype.itemsize
+    shift = dice.choice(range(0, bits, 16))
+    key = values.add(0.0).view(torch.int32 if bits == 32 else torch.int64)[:1].sum().item()
+    prefix = dice.choice([None, key >> shift >> 16])
+    counts = torch.arange(1 << 16)
+    return {"values": values, "shift": shift, "prefix": prefix, "counts": counts}
+
+
+def counted(values, shift, prefix, counts):
+    assert values.dtype in REALS
+    assert counts.dtype == torch.int64
+    assert counts.shape == (1 << 16,)
+    bits = 8 * values.itemsize
+    assert 0 <= shift <= bits - 16
+    assert 0 <= (prefix or 0) < 1 << (bits - 16 - shift)
+    keys = values.add(0.0).view(torch.int32 if bits == 32 else torch.int64).flatten().tolist()
+    found = Counter(
+        key >> shift & 65535 for key in keys if prefix is None or key >> shift >> 16 == prefix
+    )
+    counts = counts.clone()
+    counts[list(found)] += torch.tensor(list(found.values()), dtype=torch.int64)
+    return {"counts": counts}
+
+
+def kept(dice, names="tm"):
+    arguments = {}
+    for row in range(dice.randrange(1, 4)):
+        shape = [dice.choice([0, 1, 3, 8, 50]) for _ in range(dice.randrange(5))]
+        dtype = dice.choice(DTYPES)
+        for name in names:
+            tensor = some(dice, shape, torch.bool if name == "m" else dtype)
+            if len(shape) == 4 and row % 2:
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            arguments[f"{name}{row}"] = tensor
+    return arguments
+
+
+def columns(arguments):
+    by_kind = [[v for n, v in arguments.items() if n[0] == kind] for kind in "tmo"]
+    return by_kind if by_kind[2] else by_kind[:2]
+
+
+def selected(**given):
+    truth = {}
+    for row, (tensor, mask, *other) in enumerate(zip(*columns(given), strict=True)):
+        other = other[0] if other else torch.zeros_like(tensor)
+        assert mask.dtype == torch.bool
+        assert other.dtype == tensor.dtype
+        assert tensor.shape == mask.shape == other.shape
+        truth[f"t{row}"] = torch.where(mask, tensor, other)
+    return truth
+
+
+KERNELS = {
+    "add": (products, added, lambda a: add_squared_products(*a.values())),
+    "weigh": (products, weighed, lambda a: weigh_squared_products(*a.values())),
+    "count": (digits, counted, lambda a: count_digits(*a.values())),
+    "keep": (kept, selected, lambda a: keep_where(*columns(a))),
+    "replace": (lambda d: kept(d, "tmo"), selected, lambda a: keep_where(*columns(a))),
+}
+WRITTEN = {"add": ["matrix"], "weigh": [], "count": ["counts"]}
+
+
+def spoil(dice, arguments):
+    name = dice.choice(list(arguments))
+    value = arguments[name]
+    if readable(value) and type(value) is torch.Tensor and value.numel() < SMALL:
+        is_place = name in "pd" and value.dtype == torch.int64 and value.dim() and value.numel()
+        if is_place and dice.random() < 0.5:
+            value = arguments[name] = value.clone()
+            wrong = [-1, 10**6, 1 << 62, -(1 << 62), (1 << 63) - 1, len(value)]
+            value[dice.randrange(len(value))] = dice.choice(wrong)
+        else:
+            arguments[name] = dice.choice(SPOILERS)(dice, value)
+    elif name in ("shift", "prefix"):
+        arguments[name] = dice.choice([-1, 1, 7, 16, 48, 64, 1 << 40, 1 << 70])
+
+
+def overlap(dice, arguments):
+    """Put one of those that are written and another one into the same memory."""
+    names = [n for n, v in arguments.items() if readable(v) and v.is_contiguous() and v.numel()]
+    if len(names) < 2:
+        return False
+    one, two = dice.sample(names, 2)
+    a, b = arguments[one], arguments[two]
+    memory = torch.zeros(max(a.nbytes, 16) + b.nbytes, dtype=torch.uint8)
+    step = dice.choice([0, 16]) if a.nbytes > 16 else 0
+    for name, value, start in ((one, a, 0), (two, b, step)):
+        place = memory[start : start + value.nbytes].view(value.dtype).view(value.shape)
+        arguments[name] = place.copy_(value)
+    return True
+
+
+def attack(kernel, dice):
+    """Returns `refused` or `right`; raises AssertionError at anything else."""
+    make, reference, call = KERNELS[kernel]
+    arguments = make(dice)
+    spoilt = dice.choice([0, 1, 1, 2])
+    for _ in range(spoilt):
+        spoil(dice, arguments)
+    overlapping = dice.random() < 0.1 and overlap(dice, arguments)
+    tensors = {n: v for n, v in arguments.items() if isinstance(v, torch.Tensor)}
+    known = all(map(readable, tensors.values()))
+    small = all(v.numel() < SMALL for v in tensors.values())
+    before = {n: v.clone() for n, v in tensors.items() if readable(v) and v.numel() < SMALL}
+    exact = arguments | {n: v for n, v in before.items() if arguments[n].is_contiguous()}
+    try:
+        truth = {n: v.clone() for n, v in reference(**exact).items()} if known and small else None
+    except (AssertionError, RuntimeError, IndexError, TypeError, AttributeError):
+        truth = None
+    keeps = kernel in ("keep", "replace")
+    try:
+        result = call(arguments)
+    except (TypeError, ValueError):
+        assert spoilt or overlapping, "arguments that fit were refused"
+        for name, value in before.items():
+            assert torch.equal(value.view_as(value), arguments[name]) or value.isnan().any()
+        return "refused"
+    except (RuntimeError, AttributeError):
+        if keeps and spoilt:  # what is left to PyTorch
+            return "refused"
+        raise
+    if overlapping and keeps:
+        return "right"  # one after the other, or at once: nothing was lost
+    unknown = not small if known else keeps
+    assert truth is not None or unknown, "accepted what does not fit"
+    for name, value in (truth or {}).items():
+        found = result if name == "result" else arguments[name]
+        if keeps or kernel == "count":
+            assert torch.equal(found.resolve_neg(), value.resolve_neg()), name
+        else:
+            bound = 1e-11 if arguments["g"].dtype == torch.float64 else 1e-4
+            scale = 1 + (value.abs().max() if value.numel() else 0)
+            assert ((found.double() - value).abs() <= bound * scale).all(), name
+    return "right"
+
+
+def main(first, count):
+    warnings.simplefilter("ignore")
+    found = Counter()
+    for seed in range(first, first + count):
+        kernel = list(KERNELS)[seed % len(KERNELS)]
+        torch.manual_seed(seed)
+        try:
+            found[f"{kernel} {attack(kernel, random.Random(seed))}"] += 1
+        except BaseException:
+            print(f"seed {seed}, {kernel}", file=sys.stderr)
+            raise
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Runs a program with the kernels built under AddressSanitizer."""
+    compiler = shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no AddressSanitizer")
+    # The second one for exceptions, which the first one asks it about.
+    names = [[compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6")]
+    runtimes = [subprocess.check_output(name, text=True).strip() for name in names]
+    if not all(map(os.path.isabs, runtimes)):
+        pytest.skip("no AddressSanitizer")
+    folder = tmp_path_factory.mktemp("sanitized")
+    script = folder / "compiler"
+    script.write_text(f'#!/bin/sh\nexec {compiler} -fsanitize=address "$@"\n')
+    script.chmod(0o755)
+    environment = os.environ | {
+        "CC": str(script),
+        "GRADMASK_CACHE": str(folder),
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "2",
+    }
+
+    def run(*words):
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def check(done, count):
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert sum(found.values()) == count
+    for kernel in KERNELS:  # neither everything is refused, nor everything taken
+        assert min(found[f"{kernel} {end}"] for end in ("refused", "right")) > count / 30, found
+
+
+def test_arguments_that_do_not_fit(sanitized):
+    check(sanitized(__file__, 0, 250), 250)
+
+
+@pytest.mark.slow
+def test_many_arguments_that_do_not_fit(sanitized):
+    check(sanitized(__file__, 250, 10_000), 10_000)
+
+
+WITHOUT_THE_GATE = """
+import torch
+from gradmask.kernels import keep_where, select
+select.check_kept = lambda *columns: {"uint32_t": list(zip(*columns))}
+keep_where([torch.zeros(1000)], [torch.zeros(900, dtype=torch.bool)])
+"""
+
+
+def test_the_sanitizer_sees_what_the_gate_keeps_out(sanitized):
+    done = sanitized("-c", WITHOUT_THE_GATE)
+    assert done.returncode
+    assert "heap-buffer-overflow" in done.stderr
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
