@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from gradmask.errors import DataError
+from gradmask.errors import DataError, GradmaskWarning
 
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 _MEND = "Every image must lie in the folder of its class, as train/CLASS/NAME or CLASS/NAME"
 
 
 def image_folder(path: Path) -> dict[str, Any]:
     """List the images of a folder; none is opened.
 
-    Torchvision lists them: `datasets` takes 20 minutes for the files of ImageNet, at every start.
+    `datasets` itself takes 20 minutes for the files of ImageNet, at every start.
+
+    What is no image, is hidden, cannot be read as a file, or links back into the folder is left
+    out, and so are classes without images; one warning says so.
 
     Args:
-        path: Holds `train/CLASS/NAME`, perhaps `val` and `test` as well, or `CLASS/NAME`.
+        path: Holds `train/CLASS/NAME`, perhaps `val` and `test` as well, or `CLASS/NAME`. Splits
+            may be written in any capitals.
 
     Returns:
         Data sets by split (`train`, `validation`, `test`) with the columns `image` and `label`.
@@ -33,59 +41,150 @@ def image_folder(path: Path) -> dict[str, Any]:
 
     Raises:
         DataError: If an image lies outside the folders of classes, or there are no two classes, or
-            a split has none or others than those of the training images.
+            a split has none or others than those of the training images, or is there twice.
     """
-    found = {
-        split: next((path / name for name in names if (path / name).is_dir()), None)
-        for split, names in _SPLITS.items()
-    }
-    folders = {split: folder for split, folder in found.items() if folder is not None}
-    if not folders:
-        folders = {"train": path}
+    folders = _splits(path)
     if "train" not in folders:
         raise DataError(f"{path} has no folder train, only: {', '.join(folders)}.")
-    if "test" in folders and not _classes(folders["test"]):
-        del folders["test"]
-    names = _classes(folders["train"])
+    lister = _Lister([os.path.realpath(folder) for folder in folders.values()])
+    found = {split: lister.classes(folder, split) for split, folder in folders.items()}
+    if "test" in found and not found["test"]:
+        del found["test"]
+    names = list(found["train"])
+    lister.warn(path)
     if len(names) < 2:
         raise DataError(
-            f"{folders['train']} has no label for its images: it holds "
-            f"{len(names) or 'no'} folder{'s' * (len(names) != 1)} of classes. {_MEND}, of two "
-            "classes at least."
+            f"{folders['train']} has no label for its images: it holds {len(names) or 'no'} "
+            f"folder{'s' * (len(names) != 1)} of classes with images "
+            f"({', '.join(_EXTENSIONS)}). {_MEND}, of two classes at least."
         )
-    return {split: _rows(folder, names) for split, folder in folders.items()}
+    for split, classes in found.items():
+        if not classes and split != "train":
+            raise DataError(f"{folders[split]} has no images in folders of classes. {_MEND}.")
+        if unknown := set(classes) - set(names):
+            raise DataError(
+                f"{folders[split]} has a class that is not in train: {min(unknown)}. Remove it, "
+                "or add images of it to train."
+            )
+    return {split: _rows(classes, names) for split, classes in found.items()}
 
 
-def _classes(folder: Path) -> list[str]:
-    folders = (entry for entry in os.scandir(folder) if entry.is_dir())
-    return sorted(entry.name for entry in folders if not entry.name.startswith("."))
+def _splits(path: Path) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for entry in _scan(path):
+        for split, names in _SPLITS.items():
+            if entry.name.lower() in names and os.path.isdir(entry.path):
+                if split in folders:
+                    raise DataError(
+                        f"{path} holds two folders of {split} images, {folders[split].name} and "
+                        f"{entry.name}: merge them, or move one away."
+                    )
+                folders[split] = path / entry.name
+    return folders or {"train": path}
 
 
-def _rows(folder: Path, names: list[str]) -> Any:
+def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"Cannot list {folder}: {error.strerror}. Make it readable.") from error
+
+
+@dataclass
+class _Lister:
+    """Lists images, and remembers what it leaves out.
+
+    Attributes:
+        roots: Real paths of the splits' folders, into which no link may lead back.
+        left_out: Paths by the reason why.
+    """
+
+    roots: list[str]
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def classes(self, folder: Path, split: str) -> dict[str, list[str]]:
+        """Images by class, in the order of their names; classes without images are left out."""
+        found = {}
+        files, folders = self._entries(folder, list(self.roots))
+        if files and (folders or split != "test"):
+            raise DataError(f"{files[0]} has no label. {_MEND}.")
+        if files:
+            self.left_out["without a label"] += files
+        for inner in folders:
+            if images := self._images(inner):
+                found[os.path.basename(inner)] = images
+            else:
+                self.left_out["class without images"].append(inner)
+        return found
+
+    def _images(self, folder: str) -> list[str]:
+        images, waiting, followed = [], [folder], [*self.roots, os.path.realpath(folder)]
+        while waiting:
+            files, folders = self._entries(waiting.pop(), followed)
+            images += files
+            waiting += reversed(folders)
+        return images
+
+    def _entries(self, folder: Path | str, followed: list[str]) -> tuple[list[str], list[str]]:
+        """Images and folders in a folder; the targets of links that are followed are noted."""
+        files, folders = [], []
+        for entry in _scan(folder):
+            link = entry.is_symlink()
+            if not is_utf8(entry.name):
+                reason = "name that is not UTF-8"
+            elif entry.name.startswith("."):
+                reason = "hidden"
+            elif os.path.isdir(entry.path) if link else entry.is_dir():
+                reason = "link into a folder that is listed"
+                if not link or _is_new(os.path.realpath(entry.path), followed):
+                    folders.append(entry.path)
+                    continue
+            elif not entry.name.lower().endswith(_EXTENSIONS):
+                reason = "no image by its name"
+            elif os.path.isfile(entry.path) if link else entry.is_file():
+                files.append(entry.path)
+                continue
+            else:
+                reason = "no file (a dangling link, pipe or device)"
+            self.left_out[reason].append(entry.path)
+        return files, folders
+
+    def warn(self, path: Path) -> None:
+        """Say in one line what is left out, if anything is."""
+        if self.left_out:
+            parts = [
+                f"{len(paths)} {reason} (first: {os.path.relpath(paths[0], path)!r})"
+                for reason, paths in self.left_out.items()
+            ]
+            warnings.warn(f"Left out of {path}: {', '.join(parts)}.", GradmaskWarning, stacklevel=3)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written down; those of files are bytes, and may be anything."""
+    return name.isascii() or name.encode(errors="ignore").decode() == name
+
+
+def _is_new(target: str, followed: list[str]) -> bool:
+    """Whether a folder neither holds, nor is, nor lies in one that was followed; noted if so."""
+    if any(os.path.commonpath((target, other)) in (target, other) for other in followed):
+        return False
+    followed.append(target)
+    return True
+
+
+def _rows(classes: dict[str, list[str]], names: list[str]) -> Any:
     import datasets
     import pyarrow
 
-    stray = next(
-        (e.path for e in os.scandir(folder) if has_file_allowed_extension(e.name, IMG_EXTENSIONS)),
-        None,
-    )
-    if stray is not None:
-        raise DataError(f"{stray} has no label. {_MEND}.")
-    if unknown := set(_classes(folder)) - set(names):
-        raise DataError(f"{folder} has a class that is not in train: {min(unknown)}.")
-    numbers = {name: number for number, name in enumerate(names)}
-    files = make_dataset(folder, numbers, IMG_EXTENSIONS, allow_empty=True)
-    if not files:
-        raise DataError(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)}).")
-    paths = [path for path, _ in files]
+    paths = [path for images in classes.values() for path in images]
+    labels = [names.index(name) for name, images in classes.items() for _ in images]
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
     )
     undecoded = pyarrow.StructArray.from_arrays(
         [pyarrow.nulls(len(paths), pyarrow.binary()), pyarrow.array(paths)], ["bytes", "path"]
     )
-    columns = {"image": undecoded, "label": [label for _, label in files]}
-    table = pyarrow.table(columns, schema=features.arrow_schema)
+    table = pyarrow.table({"image": undecoded, "label": labels}, schema=features.arrow_schema)
     info = datasets.DatasetInfo(features=features)
     return datasets.Dataset(table, info=info, fingerprint=_fingerprint(paths))
 

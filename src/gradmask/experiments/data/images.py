@@ -72,7 +72,9 @@ def load_images(config: Comparison, seed: int) -> ImageData:
         DataError: If the data cannot be found, decoded, or are fewer than asked for.
     """
     source = (
-        stored_source(config) if config.streaming else load_source(config.data, config.image_size)
+        stored_source(config)
+        if config.streaming
+        else load_source(config.data, config.image_size, config.skip_damaged)
     )
     source = _choose_classes(source, config.classes)
     available = len(source.labels)

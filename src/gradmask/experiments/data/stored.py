@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,11 +18,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from gradmask.errors import DataError
+from gradmask.experiments.data.decoding import decode, middle
 
-CENTRE = 0.875  # 224 of 256 pixels, as in torchvision's reference recipe
 MOST_WORKERS = 8  # by default
-# What PIL raises for a damaged image; a damaged header may claim billions of pixels.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 Key = tuple[int, int | None]  # place of an image, and the seed of its random crop
 
 
@@ -36,7 +33,7 @@ class StoredImages:
         column: That column.
         where: Name of the data set and split, for messages.
         indices: Rows of the images, int64.
-        size: Height and width they are decoded to.
+        size: Height and width they are cut to; 0 to leave them as they are, for `open` alone.
         workers: Processes that decode; 0 for none but this one.
     """
 
@@ -60,7 +57,7 @@ class StoredImages:
         return torch.Size((len(self), 3, self.size, self.size))
 
     def open(self, place: int) -> Image.Image:
-        """Decode one image in its own size, as RGB; an orientation in its EXIF is ignored.
+        """Decode one image in its own size, grey (L) or RGB.
 
         Args:
             place: Its place among these images.
@@ -71,24 +68,30 @@ class StoredImages:
         Raises:
             DataError: If it is damaged; names the file, or its row in the data set.
         """
-        row = int(self.indices[place])
-        stored = self.rows.data[self.column][row].as_py()  # as `rows[row]`, without its overhead
+        stored = self._stored(place)
         try:
-            source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-            with Image.open(source) as image:
-                return to_rgb(image)
-        except (*UNREADABLE, TypeError) as error:
-            path = stored and stored["path"]
-            name = path if path and os.path.exists(path) else f"image {row} of {self.where}"
+            return decode(
+                stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+            )
+        except Exception as error:  # Pillow raises whatever the bytes lead it to
             raise DataError(
-                f"Cannot decode {name}: {error}. Mend it, or leave damaged images out with "
-                "--skip_damaged true."
+                f"Cannot decode {self.name(place)}: {str(error) or type(error).__name__}. Mend "
+                "it, or leave damaged images out with --skip_damaged true."
             ) from error
+
+    def name(self, place: int) -> str:
+        """What to call an image in a message: its file, or its row in the data set."""
+        path = (self._stored(place) or {}).get("path")
+        known = path and os.path.exists(path)
+        return str(path) if known else f"image {int(self.indices[place])} of {self.where}"
+
+    def _stored(self, place: int) -> Any:
+        row = int(self.indices[place])
+        return self.rows.data[self.column][row].as_py()  # as `rows[row]`, without its overhead
 
     def centre(self, place: int) -> Tensor:
         """The middle of one image, for measuring: uint8 (3, size, size)."""
-        image = transforms.resize(self.open(place), [round(self.size / CENTRE)])
-        return _to_tensor(transforms.center_crop(image, [self.size, self.size]))
+        return _to_tensor(middle(self.open(place), self.size))
 
     def cropped(self, place: int, seed: int) -> Tensor:
         """A random part of one image, mirrored or not, for training: uint8 (3, size, size)."""
@@ -104,15 +107,8 @@ def _random_part(size: int) -> v2.Transform:
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    tensor: Tensor = transforms.pil_to_tensor(image)
+    tensor: Tensor = transforms.pil_to_tensor(image.convert("RGB"))
     return tensor
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB; 16-bit grey is scaled to 8 bits, where PIL alone would cut it off."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def default_workers() -> int:
