@@ -25,6 +25,7 @@ from gradmask.experiments.data import cache as cache_module
 from gradmask.experiments.data import sources, stored
 from gradmask.experiments.data.batches import Batches, fisher_batches, training_batches
 from gradmask.experiments.data.decoding import middle
+from gradmask.experiments.data.folders import warn_once
 from gradmask.experiments.data.images import load_images
 from gradmask.experiments.data.sources import stored_source
 from gradmask.experiments.data.transforms import Normalize
@@ -281,6 +282,7 @@ def test_damaged_files_are_left_out_on_request(folder, monkeypatch):
         source.images.centre(i)
     # Found once for these files.
     sources._stored_source.cache_clear()
+    warn_once.cache_clear()
     monkeypatch.setattr(cache_module, "damaged", None)
     with pytest.warns(GradmaskWarning):
         stored_source(config_of(folder, skip_damaged=True))

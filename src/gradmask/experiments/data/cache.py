@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradmask.errors import DataError, GradmaskWarning
+from gradmask.errors import DataError
 from gradmask.experiments.data.decoding import middle
+from gradmask.experiments.data.folders import warn_once
 from gradmask.experiments.data.stored import StoredImages, damaged
 from gradmask.experiments.files import atomic_file, write_atomically
 
@@ -54,11 +54,9 @@ def sound_images(images: StoredImages) -> StoredImages:
         write_atomically(path, json.dumps(list(found.items())))
     if found:
         first = next(iter(found.values())).split(". Mend it")[0]
-        warnings.warn(
+        warn_once(
             f"{len(found)} damaged of {len(images)} images of {images.where} are left out. "
-            f"The first: {first}",
-            GradmaskWarning,
-            stacklevel=2,
+            f"The first: {first}"
         )
     return images[torch.tensor([i for i in range(len(images)) if i not in found], dtype=torch.long)]
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,13 @@ class _Lister:
                 f"{len(paths)} {reason} (first: {os.path.relpath(paths[0], path)!r})"
                 for reason, paths in self.left_out.items()
             ]
-            warnings.warn(f"Left out of {path}: {', '.join(parts)}.", GradmaskWarning, stacklevel=3)
+            warn_once(f"Left out of {path}: {', '.join(parts)}.")
+
+
+@lru_cache
+def warn_once(text: str) -> None:
+    """Warn, and not again in the next run of a comparison, which reads the same data."""
+    warnings.warn(text, GradmaskWarning, stacklevel=3)
 
 
 def is_utf8(name: str) -> bool:

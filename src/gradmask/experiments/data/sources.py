@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -67,7 +66,17 @@ def load_source(name: str, image_size: int | None = None, skip_damaged: bool = F
     """
     if name == "digits":
         return _digits(image_size)
-    return _source(name, image_size or 0, 0, skip_damaged, pixels)
+    stored = _source(name, image_size or 0, 0, skip_damaged)
+    both = cast(tuple[StoredImages, StoredImages], (stored.images, stored.test_images))
+    images, test_images = map(pixels, both)
+    if images.shape[2:] != test_images.shape[2:]:
+        raise DataError(
+            f"Images of {name} to train on {tuple(images.shape[2:])} and to test on "
+            f"{tuple(test_images.shape[2:])} differ: give one size for all with --image-size."
+        )
+    if images.shape[1] != test_images.shape[1]:  # one of them is in colour
+        images, test_images = (i.expand(-1, 3, -1, -1) for i in (images, test_images))
+    return replace(stored, images=images, test_images=test_images)
 
 
 def stored_source(config: Comparison) -> Source:
@@ -85,11 +94,6 @@ def stored_source(config: Comparison) -> Source:
     workers = default_workers() if config.workers is None else config.workers
     assert config.image_size is not None  # checked with the options
     return _stored_source(config.data, config.image_size, workers, config.skip_damaged)
-
-
-@lru_cache(maxsize=1)  # every run of a comparison asks for the same
-def _stored_source(name: str, size: int, workers: int, skip_damaged: bool) -> Source:
-    return _source(name, size, workers, skip_damaged, lambda images: images)
 
 
 def in_memory(images: Images) -> Tensor:
@@ -139,13 +143,7 @@ def _digits(image_size: int | None) -> Source:
     return _with_test_split(images, torch.from_numpy(targets).long(), names)
 
 
-def _source(
-    name: str,
-    size: int,
-    workers: int,
-    skip_damaged: bool,
-    read: Callable[[StoredImages], Images],
-) -> Source:
+def _source(name: str, size: int, workers: int, skip_damaged: bool) -> Source:
     splits = open_splits(name)
     import datasets  # slow to import, and neither digits nor wrong names need it
 
@@ -157,28 +155,23 @@ def _source(
     known = np.unique(raw) if names is None else np.arange(len(names))
     class_names = tuple(str(value) for value in (known if names is None else names))
 
-    def part(split: str) -> tuple[Images, Tensor]:
+    def part(split: str) -> tuple[StoredImages, Tensor]:
         where = f"{name} ({split})"
         labels = _label_indices(np.asarray(splits[split][label_column]), known, where)
         rows = splits[split].select_columns(image_column)
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
         stored = StoredImages(rows, image_column, where, torch.arange(len(rows)), size, workers)
         stored = sound_images(stored) if skip_damaged else stored
-        return read(stored), labels[stored.indices]
+        return stored, labels[stored.indices]
 
     images, labels = part("train")
     test = next((s for s in ("test", "validation") if _labelled(splits, s, label_column)), None)
     if test is None:
         return _with_test_split(images, labels, class_names)
-    test_images, test_labels = part(test)
-    if images.shape[2:] != test_images.shape[2:]:
-        raise DataError(
-            f"Images of {name} differ between train {tuple(images.shape[2:])} and {test} "
-            f"{tuple(test_images.shape[2:])}: give one size for all with --image-size."
-        )
-    if images.shape[1] != test_images.shape[1]:  # one of them is in colour
-        images, test_images = (in_memory(i).expand(-1, 3, -1, -1) for i in (images, test_images))
-    return Source(images, labels, test_images, test_labels, class_names)
+    return Source(images, labels, *part(test), class_names)
+
+
+_stored_source = lru_cache(maxsize=1)(_source)  # every run of a comparison asks for the same
 
 
 def _labelled(splits: Any, split: str, label_column: str) -> bool:
