@@ -37,7 +37,8 @@ class Subclass(torch.Tensor):
 
 def some(dice, shape, dtype):
     """Random entries, in memory of their own to the byte."""
-    return torch.randn(shape, dtype=torch.float64).mul(3).to(dtype)
+    values = torch.randn(shape, dtype=torch.float64).mul(3)
+    return values > 0 if dtype == torch.bool else values.to(dtype)
 
 
 def another_shape(dice, tensor):
@@ -174,9 +175,9 @@ def counted(values, shift, prefix, counts):
 
 def kept(dice, names="tm"):
     arguments = {}
-    for row in range(dice.randrange(1, 4)):
-        shape = [dice.choice([0, 1, 3, 8, 50]) for _ in range(dice.randrange(5))]
-        dtype = dice.choice(DTYPES)
+    for row in range(dice.choice([1, 1, 2, 3])):
+        shape = [dice.choice([0, 1, 2, 3, 3, 8, 8, 30]) for _ in range(dice.randrange(5))]
+        dtype = dice.choice(DTYPES + 3 * REALS)
         for name in names:
             tensor = some(dice, shape, torch.bool if name == "m" else dtype)
             if len(shape) == 4 and row % 2:
@@ -208,7 +209,7 @@ KERNELS = {
     "keep": (kept, selected, lambda a: keep_where(*columns(a))),
     "replace": (lambda d: kept(d, "tmo"), selected, lambda a: keep_where(*columns(a))),
 }
-WRITTEN = {"add": ["matrix"], "weigh": [], "count": ["counts"]}
+WRITTEN = {"add": "matrix", "weigh": None, "count": "counts", "keep": None, "replace": None}
 
 
 def spoil(dice, arguments):
@@ -227,10 +228,10 @@ def spoil(dice, arguments):
 
 
 def overlap(dice, arguments):
-    """Put one of those that are written and another one into the same memory."""
+    """Put two of them into the same memory, and name them."""
     names = [n for n, v in arguments.items() if readable(v) and v.is_contiguous() and v.numel()]
     if len(names) < 2:
-        return False
+        return ()
     one, two = dice.sample(names, 2)
     a, b = arguments[one], arguments[two]
     memory = torch.zeros(max(a.nbytes, 16) + b.nbytes, dtype=torch.uint8)
@@ -238,7 +239,7 @@ def overlap(dice, arguments):
     for name, value, start in ((one, a, 0), (two, b, step)):
         place = memory[start : start + value.nbytes].view(value.dtype).view(value.shape)
         arguments[name] = place.copy_(value)
-    return True
+    return one, two
 
 
 def attack(kernel, dice):
@@ -248,7 +249,7 @@ def attack(kernel, dice):
     spoilt = dice.choice([0, 1, 1, 2])
     for _ in range(spoilt):
         spoil(dice, arguments)
-    overlapping = dice.random() < 0.1 and overlap(dice, arguments)
+    overlapping = overlap(dice, arguments) if dice.random() < 0.2 else ()
     tensors = {n: v for n, v in arguments.items() if isinstance(v, torch.Tensor)}
     known = all(map(readable, tensors.values()))
     small = all(v.numel() < SMALL for v in tensors.values())
@@ -272,6 +273,8 @@ def attack(kernel, dice):
         raise
     if overlapping and keeps:
         return "right"  # one after the other, or at once: nothing was lost
+    nothing = kernel == "add" and not (arguments["matrix"].numel() and arguments["g"].numel())
+    assert nothing or WRITTEN[kernel] not in overlapping, "wrote into what it read"
     unknown = not small if known else keeps
     assert truth is not None or unknown, "accepted what does not fit"
     for name, value in (truth or {}).items():

@@ -61,6 +61,14 @@ def products(**changes):
             ValueError,
             "must be of shape",
         ),
+        (
+            {
+                "g": torch.ones(1, 1, 1).expand(1 << 52, 4, 3),
+                "x": torch.ones(10).expand(1 << 52, 10),
+            },
+            ValueError,
+            "too large",
+        ),
     ],
 )
 def test_products_refused(kernel, changes, error, message):

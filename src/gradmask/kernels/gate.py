@@ -257,8 +257,9 @@ def check_products(
     least, most = ([int(f(p)) for p in (positions, offsets)] for f in (torch.min, torch.max))
     if min(least) < 0 or sum(most) > extent:
         raise ValueError("positions and offsets reach beyond a sample")
+    start, end = matrix.data_ptr(), matrix.data_ptr() + matrix.nbytes
     read = [t for t in (g, x, positions, offsets) if t.device == matrix.device]
-    if written and not all(_are_apart([matrix, t]) for t in read):
+    if written and any(t.data_ptr() < end and start < t.data_ptr() + _span(t) for t in read):
         raise ValueError("the total lies in the memory of what it is made from")
     here = [places.to(g.device).contiguous() for places in (positions, offsets)]
     return Contraction(matrix, g, x, *here)
