@@ -96,6 +96,16 @@ def test_a_parameter_that_no_attached_optimizer_holds(scope):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
+def test_attaching_a_second_optimizer_forgets_nothing_of_the_first(scope):
+    model, optimizer, mask = masked_pair(scope)
+    put(model, 5.0, 6.0)
+    second = sgd(model)
+    mask.attach(second)
+    refused(mask, r"no step\(\) of SGD or SGD ran")
+    step(model, optimizer)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("shape", [(1, 2), (1, 3)])
 def test_a_replaced_parameter(scope, shape):
     model, optimizer, mask = masked_pair(scope)
@@ -323,6 +333,17 @@ def test_schedule_free_may_rewrite_weights_that_only_have_masked_gradients():
         step(model, optimizer)
         optimizer.eval()
         mask.update(FIRST)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_parameter_replaced_between_steps_and_stepped(scope):
+    model, optimizer, mask = masked_pair(scope)
+    step(model, optimizer)
+    model.weight = nn.Parameter(torch.tensor([[5.0, 2.0]]))
+    optimizer.add_param_group({"params": model.parameters(), "lr": 0.5})
+    step(model, optimizer)
+    assert model.weight.tolist() == [[4.5, 2.0]]
+    mask.update(FIRST)
 
 
 def test_another_mask_set_by_hand_is_no_alarm():

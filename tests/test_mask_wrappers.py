@@ -203,6 +203,17 @@ def test_a_wrapper_whose_inside_is_hidden_is_refused_with_the_line_to_write():
     assert model.weight.tolist() == [[0.5, 2.0]]
 
 
+def test_a_step_put_in_place_of_the_hooked_one_is_refused():
+    class Patched(torch.optim.SGD):
+        """Its class gets another step after the hooks are in place."""
+
+    model = pair()
+    optimizer = Patched(model.parameters())
+    Patched.step = lambda self, closure=None: None
+    with pytest.raises(OptimizerError, match="Patched runs no hooks"):
+        FisherMask(model).attach(optimizer)
+
+
 @pytest.mark.parametrize(
     "build",
     [

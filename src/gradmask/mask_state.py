@@ -65,25 +65,6 @@ def check_shapes(
             )
 
 
-def check_fits(mask: Tensor, parameter: nn.Parameter, name: str) -> None:
-    """Check that a mask has its parameter's shape still, in the shards of this rank too.
-
-    Args:
-        mask: The mask.
-        parameter: The parameter, of which the object may be another by now.
-        name: Its name.
-
-    Raises:
-        StateError: If it has not.
-    """
-    if mask.shape != parameter.shape or local(mask).shape != local(parameter).shape:
-        raise StateError(
-            f"The mask of {name!r} was made for the shape {tuple(local(mask).shape)}, and the "
-            f"parameter has {tuple(local(parameter).shape)} now: call mask.refresh(loader) after "
-            "replacing a layer."
-        )
-
-
 def placed(mask: Tensor, parameter: nn.Parameter) -> Tensor:
     """A copy of a mask where and as its parameter is; a whole one is cut to the shards.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,13 +12,20 @@ from torch.optim import Optimizer
 
 from gradmask.attach import held_parameters, optimizers_to_hook
 from gradmask.distributed import Groups, local, reshard, shard_like, together
-from gradmask.errors import OptimizerError
+from gradmask.errors import OptimizerError, StateError
 from gradmask.kernels import keep_where
-from gradmask.mask_state import check_fits
 from gradmask.watch import WeightWatch, fingerprint
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
+
+
+class Masked(NamedTuple):
+    """A parameter, and this rank's part of its mask, in the same layout."""
+
+    name: str
+    parameter: nn.Parameter
+    mask: Tensor
 
 
 class MaskedSteps:
@@ -137,76 +144,66 @@ class MaskedSteps:
     def apply(self) -> None:
         """Mask the gradients in place."""
         self.read_parameters()
-        self._apply({n: p for n, p in self.parameters.items() if n in self.masks})
+        _mask_gradients([self._masked(n, p) for n, p in self.parameters.items() if n in self.masks])
 
-    def _apply(self, parameters: dict[str, nn.Parameter]) -> None:
-        gradients, masks = [], []
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                if parameter.grad.is_sparse:
-                    raise OptimizerError(
-                        f"Parameter {name!r} has a sparse gradient: use sparse=False in its layer."
-                    )
-                gradients.append(local(parameter.grad))
-                masks.append(self._mask(name, parameter))
-        keep_where(gradients, masks)
-
-    def _mask(self, name: str, parameter: nn.Parameter) -> Tensor:
-        check_fits(self.masks[name], parameter, name)
-        mask, own = local(self.masks[name]), local(parameter)
+    def _masked(self, name: str, parameter: nn.Parameter) -> Masked:
+        whole = self.masks[name]
+        mask, own = local(whole), local(parameter)
+        if whole.shape != parameter.shape or mask.shape != own.shape:
+            raise StateError(
+                f"The mask of {name!r} was made for the shape {tuple(mask.shape)}, and the "
+                f"parameter has {tuple(own.shape)} now: call mask.refresh(loader) after replacing "
+                "a layer."
+            )
         # The model may have been moved. In the parameter's own layout both are read in order.
         if mask.device != own.device or mask.stride() != own.stride():
             mask = torch.empty_like(own, dtype=torch.bool, requires_grad=False).copy_(mask)
             self.masks[name] = shard_like(mask, parameter)
-        return mask
+        return Masked(name, parameter, mask)
 
-    def _masked(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    def _masked_by(self, optimizer: Optimizer) -> list[Masked]:
         """The optimizer's parameters that have a mask, groups added later included."""
         held = list(held_parameters(optimizer))
         if any(id(p) not in self._names for p in held):  # perhaps put into the model since
             self.read_parameters()
         names = [self._names[id(p)] for p in held if id(p) in self._names]
-        return {name: self.parameters[name] for name in names if name in self.masks}
+        return [self._masked(n, self.parameters[n]) for n in names if n in self.masks]
 
     @torch.no_grad()
     def _before(
         self, optimizer: Optimizer, args: Arguments, kwargs: Keywords
     ) -> tuple[Arguments, Keywords]:
-        parameters = self._masked(optimizer)
-        for name, parameter in parameters.items():
-            check_fits(self.masks[name], parameter, name)
+        masked = self._masked_by(optimizer)
         if self._watch.on:
-            self._watch.step(parameters, self.masks)
-        self._apply(parameters)
+            self._watch.step({m.name: m.parameter for m in masked}, self.masks)
+        _mask_gradients(masked)
 
         # A closure computes the gradients inside the step: mask them as it returns too.
-        def masked(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def masking(closure: Callable[[], Any]) -> Callable[[], Any]:
             def call() -> Any:
                 value = closure()
                 with torch.no_grad():
-                    self._apply(parameters)
+                    _mask_gradients(masked)
                 return value
 
             return call
 
-        wrap = lambda a: masked(a) if callable(a) and a is not optimizer else a  # noqa: E731
+        wrap = lambda a: masking(a) if callable(a) and a is not optimizer else a  # noqa: E731
         saved = getattr(args, "saved", {})  # by other masks
         if self.scope == "update":
-            weights = [(n, p, local(p.detach()).clone()) for n, p in parameters.items()]
-            saved = saved | {id(self): weights}
+            saved = saved | {id(self): [(m, local(m.parameter.detach()).clone()) for m in masked]}
         return _Arguments(map(wrap, args), saved), {k: wrap(a) for k, a in kwargs.items()}
 
     @torch.no_grad()
     def _after(self, _: Optimizer, args: Arguments, __: Keywords) -> None:
-        before = getattr(args, "saved", {}).get(id(self))
-        if before is None:
+        saved = getattr(args, "saved", {}).get(id(self))
+        if saved is None:
             raise OptimizerError(
                 "Another step hook of the optimizer replaced the arguments of the step, and with "
                 "them the weights the mask saved: register that hook before mask.attach()."
             )
-        held = [local(p.detach()) for _, p, _ in before]
-        masks = [self._mask(name, p) for name, p, _ in before]
-        keep_where(held, masks, [weights for *_, weights in before])
+        moved = [local(m.parameter.detach()) for m, _ in saved]
+        keep_where(moved, [m.mask for m, _ in saved], [weights for _, weights in saved])
 
     def __getstate__(self) -> dict[str, Any]:
         """The optimizers themselves, to be copied along; ids are looked up anew."""
@@ -230,6 +227,21 @@ class _Arguments(Arguments):
         return made
 
     saved: dict[int, Any]
+
+
+def _mask_gradients(masked: Iterable[Masked]) -> None:
+    gradients, masks = [], []
+    for name, parameter, mask in masked:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.is_sparse:
+            raise OptimizerError(
+                f"Parameter {name!r} has a sparse gradient: use sparse=False in its layer."
+            )
+        gradients.append(local(gradient))
+        masks.append(mask)
+    keep_where(gradients, masks)
 
 
 def _remove(handles: Iterable[Iterable[Any]]) -> None:
