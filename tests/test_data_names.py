@@ -40,6 +40,7 @@ def here(tmp_path, monkeypatch):
     ("name", "nearest"),
     [
         ("phtos", "Photos"),
+        ("PHOTOS", "Photos"),
         ("./photo", "Photos"),
         ("cifar100", ""),
         ("Photos/sumer/", "Photos/summer"),
