@@ -172,7 +172,7 @@ class WeightWatch:
             if not ran:
                 raise OptimizerError(
                     f"The weights of {name!r} changed, and no step() of "
-                    f"{' or '.join(holders[id(parameter)])} ran, so they were not masked: move "
+                    f"{' or '.join(dict.fromkeys(holders[id(parameter)]))} ran, so they were not masked: move "
                     "them with step(), or attach the mask to the optimizer inside whose step() "
                     f"does (such as mask.attach(optimizer.base_optimizer)). {ON_PURPOSE}"
                 )
