@@ -170,11 +170,12 @@ class WeightWatch:
                     f"one that does, as soon as it is built. {ON_PURPOSE}"
                 )
             if not ran:
+                kinds = " or ".join(dict.fromkeys(holders[id(parameter)]))
                 raise OptimizerError(
-                    f"The weights of {name!r} changed, and no step() of "
-                    f"{' or '.join(dict.fromkeys(holders[id(parameter)]))} ran, so they were not masked: move "
-                    "them with step(), or attach the mask to the optimizer inside whose step() "
-                    f"does (such as mask.attach(optimizer.base_optimizer)). {ON_PURPOSE}"
+                    f"The weights of {name!r} changed, and no step() of {kinds} ran, so they were "
+                    "not masked: move them with step(), or attach the mask to the optimizer inside "
+                    "whose step() does (such as mask.attach(optimizer.base_optimizer)). "
+                    f"{ON_PURPOSE}"
                 )
             raise OptimizerError(
                 f"Masked weights of {name!r} moved between the optimizer's steps, where "
