@@ -129,3 +129,6 @@ def test_parquet_files_in_any_capitals(here):
         write_parquet(here / "set", split, pictures(count), [0, 1, 2][:count] * (count // 3 or 1))
     (here / "set" / "._train-0.parquet").write_bytes(b"x")
     assert {s: len(rows) for s, rows in open_splits("set").items()} == {"train": 9, "validation": 3}
+    (here / "Photos" / "._x.parquet").write_bytes(b"x")  # makes no folder one of parquet files
+    with pytest.raises(DataError, match="holds no folders of classes"), pytest.warns():
+        open_splits("Photos")
