@@ -134,11 +134,10 @@ def _fits(tensor: Tensor, *alike: Tensor) -> bool:
     every = (tensor, *alike)
     if not all(map(_is_whole, filter(_is_strided, every))):
         raise ValueError("a tensor to be masked, or its mask, has lost its memory")
-    plain = all(map(is_plain, every))
-    if plain and _overlaps_itself(tensor):
+    if _is_strided(tensor) and _overlaps_itself(tensor):
         raise ValueError(f"a tensor of strides {tensor.stride()} overlaps itself: clone it first")
     return (
-        plain
+        all(map(is_plain, every))
         and tensor.is_cpu
         and tensor.dtype in WORDS
         and _is_dense(tensor)
@@ -151,13 +150,14 @@ def is_plain(tensor: Tensor) -> bool:
 
     Not so if it is sparse, nested, fake or negated lazily, or if its storage was freed or cut.
     """
-    lazy = tensor.is_neg() or tensor.is_conj()
-    return _is_strided(tensor) and not (tensor.is_meta or lazy) and _is_whole(tensor)
+    if type(tensor) not in _PLAIN or not _is_strided(tensor):
+        return False
+    return not (tensor.is_meta or tensor.is_neg() or tensor.is_conj()) and _is_whole(tensor)
 
 
 def _is_strided(tensor: Tensor) -> bool:
-    kind = type(tensor) in _PLAIN and tensor.layout is torch.strided
-    return kind and not tensor.is_nested
+    own = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__  # not a wrapper of others
+    return own and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _is_whole(tensor: Tensor) -> bool:
