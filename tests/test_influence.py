@@ -513,8 +513,9 @@ def test_hooks_on_parameters_stay_out_of_it():
 
 def test_gradients_of_one_term_do_not_stay_for_the_next():
     model = Net(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
-    parameters = dict(model.named_parameters())
-    with samples.captured(model, torch.randn(4, 3), 4, parameters, None) as batch:
+    guard = samples.Guard(dict(model.named_parameters()), set(), False)
+    data = samples.Samples(torch.randn(4, 3), None, 4, "mse", guard)
+    with samples.captured(model, data, slice(0, 4)) as batch:
         for place, name in enumerate("ab"):
             groups = batch.gradients(lambda outputs, rows, place=place: outputs[place].sum())
             assert set(groups) == {frozenset({f"{name}.weight", f"{name}.bias"})}

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gradmask.containers import part
 from gradmask.errors import DataError, OptionError, StateError, check_choice
 from gradmask.fisher.batch import check_batches
-from gradmask.fisher.likelihood import Loss, part
+from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.sampling import random_samples
 from gradmask.influence import gradient_norms, influence
 from gradmask.influence.measure import METHODS

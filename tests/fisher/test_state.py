@@ -181,7 +181,7 @@ def test_hooks_of_the_user_stay_and_still_run():
     model.head.register_full_backward_hook(lambda m, a, b: (a[0] * 3,))
     model.conv.weight.register_hook(lambda g: calls.append("gradient"))
     before = state(model)
-    found = fisher_diagonal(model, measured)
+    found = fisher_diagonal(model, measured, verify=False)
     assert state(model) == before
     assert calls == ["before", "after"] * 2  # once for two samples, once for the batch
     assert_close(found, oracle(model, measured))

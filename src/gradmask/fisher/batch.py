@@ -5,39 +5,64 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset
 
-from gradmask.distributed import Groups, together
+from gradmask.containers import check_cuttable, map_tensors, part, tensors_in
+from gradmask.distributed import Groups, sum_over, together
 from gradmask.errors import DataError, ModelError
+from gradmask.fisher.calls import full_precision
 from gradmask.fisher.capture import Capture, Settle, Way, Ways
-from gradmask.fisher.likelihood import (
-    Loss,
-    directional,
-    draw_directions,
-    exact_terms,
-    nll,
-    part,
+from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
+from gradmask.fisher.losses import nll
+from gradmask.fisher.reference import add_per_sample_squares, call, sample_gradients
+from gradmask.fisher.rules import squared
+from gradmask.fisher.verify import (
+    Schedule,
+    Sketches,
+    Verify,
+    add_sketch,
+    computed_in,
+    distrusted,
 )
-from gradmask.fisher.reference import add_per_sample_squares, call
 
 logger = logging.getLogger("gradmask")
 DOING = "measuring the Fisher information"
 
 
+class _Terms(NamedTuple):
+    """What is differentiated in a batch.
+
+    Attributes:
+        first: A scalar, the sum over the samples of that sample's own value.
+        rest: More of them.
+        targets: The targets, or what was drawn in their place.
+        options: Those of `sample_gradients`.
+    """
+
+    first: Tensor
+    rest: Iterator[Tensor]
+    targets: Tensor
+    options: dict[str, Any]
+
+
 class Pass:
-    """A Fisher pass over batches: forward, backward, squares.
+    """A Fisher pass over batches: forward, backward, squares, and the check of some samples.
 
     Args:
         model: The model, in eval mode.
-        parameters: Its trainable parameters by name.
+        parameters: Its trainable parameters by name, and those of the loss.
         kind: Labels of the Fisher information.
         loss: The negative log-likelihood.
         generator: Source of random directions.
+        verify: How it is checked.
+
+    Attributes:
+        alone: Names measured with the whole model, one sample at a time, since a check failed.
+        reached: Names on which some sample's loss depends.
     """
 
     def __init__(
@@ -47,10 +72,22 @@ class Pass:
         kind: str,
         loss: Loss,
         generator: torch.Generator,
+        verify: Verify = "spread",
     ) -> None:
         self.model, self.parameters = model, parameters
-        self._kind, self._loss, self._generator = kind, loss, generator
-        self._safe: Ways | None = None
+        self.alone: set[str] = set()
+        self.reached: set[str] = set()
+        self._kind, self._loss = kind, loss
+        self._generator, self._start = generator, generator.get_state()
+        self._verify, self._trusts = verify, bool(verify)  # rules, until a check fails
+        self._precision = computed_in(parameters.values())
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again, from the first batch."""
+        self._generator.set_state(self._start)
+        self._schedule = Schedule(self._verify, self.parameters, self._generator.initial_seed())
+        self._ways: Ways | None = None
         self._seen: dict[str, str] = {}
 
     def add(
@@ -60,7 +97,7 @@ class Pass:
         totals: dict[str, Tensor],
         groups: Groups = (),
         settle: Settle = lambda _: None,
-    ) -> None:
+    ) -> bool:
         """Add the squared per-sample gradients of a batch.
 
         Args:
@@ -69,39 +106,85 @@ class Pass:
             totals: `{name: tensor of the parameter's shape}`, changed in place.
             groups: Ranks that hold the parameters' shards.
             settle: Told the names of totals that the batch adds nothing more to.
+
+        Returns:
+            False if the check failed: the totals are of no use, and what is measured from now on
+            in a safer way is in `alone`.
         """
-        model, parameters, n = self.model, self.parameters, len(targets)
-        if n > 1 and self._safe is None:
-            self._safe = safe_ways(model, inputs, parameters)
-        with Capture(model, parameters, n, self._safe if n > 1 else None) as capture:
+        n, trusts = len(targets), self._trusts and not groups
+        fast = {name: p for name, p in self.parameters.items() if name not in self.alone}
+        first = n > 1 and self._ways is None
+        if first:
+            self._ways = safe_ways(self.model, inputs, fast, trust_rules=trusts)
+        ways = self._ways if n > 1 else None
+        with Capture(self.model, fast, n, ways) as capture:
             with together(groups, DOING):
-                outputs = call(model, inputs)
-                capture.resolve(outputs)
-                if n > 1 and capture.selects:
+                outputs = call(self.model, inputs)
+                batch = self._terms(outputs, targets)
+                capture.resolve(outputs, batch.first)
+                unexplained = (ways or {}).keys() & capture.reached - capture.ways().keys()
+                rows = self._schedule.rows(capture.structure, capture.sizes(), n)
+                if n > 1 and self._may_mix(capture, rows, groups):
                     capture.drop(capture.mixed(outputs))
-                loss = self._loss
-                if self._kind == "sampled":
-                    targets = draw_directions(outputs, targets, loss, self._generator)
-                    loss = directional
-                if self._kind == "exact":
-                    rest_of = exact_terms(outputs, targets, loss)
-                    first = next(rest_of)  # checks them all
-                else:
-                    first, rest_of = nll(outputs, targets, loss), iter(())
-            ways = {name: way[0][0] for name, way in capture.ways().items()}
-            rest = {k: p for k, p in parameters.items() if k not in capture.handled}
-            ways |= dict.fromkeys(rest, "sample")
-            if groups:
-                _check_rules(ways)
-            capture.add_squares(chain([first], rest_of), totals, settle)
-            del outputs, first, rest_of
+            again = first and trusts and bool(unexplained)
+            if not again:
+                handled = {k: p for k, p in fast.items() if k in capture.handled}
+                self._note(capture, groups)
+                rows = None if groups else rows
+                terms = chain([batch.first], batch.rest)
+                found = capture.add_squares(terms, totals, settle, rows)
+            del outputs
+        if again:  # a dimension was 2 long by chance: the probe finds out
+            self._trusts, self._ways = False, None
+            return self.add(inputs, targets, totals, groups, settle)
+        data, options = (self.model, inputs, batch.targets), batch.options
+        rest = {k: p for k, p in self.parameters.items() if k not in handled}
+        if rest:
+            add_per_sample_squares(*data, rest, totals, **options)
+        if rows is None or not handled:
+            return True
+        by_itself: Sketches = {name: torch.zeros_like(value) for name, value in found.items()}
+        for gradients in sample_gradients(*data, handled, rows=rows, **options):
+            add_sketch(by_itself, {k: squared(full_precision(g)) for k, g in gradients.items()})
+        wrong = self._schedule.wrong(found, by_itself, self._precision)
+        if wrong:
+            self._distrust(wrong)
+        return not wrong
+
+    def _terms(self, outputs: Any, targets: Tensor) -> _Terms:
+        """Scalars whose squared per-sample gradients add up to what is measured."""
+        if self._kind == "exact":
+            rest = exact_terms(outputs, targets, self._loss)
+            return _Terms(next(rest), rest, targets, {"exact": True, "loss": self._loss})
+        loss = self._loss
+        if self._kind == "sampled":
+            targets = draw_directions(outputs, targets, loss, self._generator)
+            loss = directional
+        total, empty = nll(outputs, targets, loss)
+        return _Terms(total, iter(()), targets, {"loss": loss, "skip": empty})
+
+    def _may_mix(self, capture: Capture, rows: slice | None, groups: Groups) -> bool:
+        """Whether to look for samples that are mixed; all ranks must run the same passes."""
+        may = capture.rearranges or (bool(groups) and rows is not None)
+        flag = torch.tensor([may], dtype=torch.int32, device="cpu")
+        return bool(sum_over(flag, groups)) if groups else may
+
+    def _note(self, capture: Capture, groups: Groups) -> None:
+        """Note what is measured how."""
+        self.reached |= capture.reached | self.alone
+        ways = {name: way[0][0] for name, way in capture.ways().items()}
+        ways |= dict.fromkeys(self.parameters.keys() - capture.handled, "sample")
+        if groups:
+            _check_rules(ways)
         _report({name: way for name, way in ways.items() if self._seen.get(name) != way})
         self._seen |= ways
-        if rest:
-            exact_kind = self._kind == "exact"
-            add_per_sample_squares(
-                model, inputs, targets, rest, totals, exact=exact_kind, loss=loss
-            )
+
+    def _distrust(self, wrong: set[str]) -> None:
+        """Measure names one sample at a time from now on; all of them when it happens again."""
+        if self._trusts:  # the probe of two samples has not been asked yet
+            self._trusts = False
+            return
+        self.alone |= distrusted(wrong, self.alone, self.parameters)
 
 
 def unpacked(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
@@ -112,18 +195,32 @@ def unpacked(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any
             yield inputs, targets
 
 
-def safe_ways(model: nn.Module, inputs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
+def safe_ways(
+    model: nn.Module,
+    inputs: Any,
+    parameters: dict[str, nn.Parameter],
+    *,
+    trust_rules: bool = False,
+) -> Ways:
     """How to measure each parameter: the first way that keeps samples apart, as seen on two.
 
     A dimension that only happens to be as long as the batch is not 2 long here as well, so it is
     not captured; if it is 2, the gradients of one sample's outputs reach the other's row.
+
+    Args:
+        model: The model, in eval mode.
+        inputs: Inputs of at least two samples.
+        parameters: What is measured.
+        trust_rules: Leave it to a later check if all are layers with a rule.
     """
     refused: set[tuple[str, Way]] = set()
     while True:
         with Capture(model, parameters, 2, refused=refused) as probe:
             outputs = call(model, part(inputs, slice(2)))
             probe.resolve(outputs)
-            ways, mixed = probe.ways(), probe.mixed(outputs)
+            ways = probe.ways()
+            simple = trust_rules and all(kind[0] == "rule" for way in ways.values() for kind in way)
+            mixed = set() if simple else probe.mixed(outputs)
         if not mixed:
             return ways
         refused |= {(name, ways[name]) for name in mixed}
@@ -166,14 +263,15 @@ def unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
         raise DataError(
             f"The loader gave a {type(batch).__name__}: expected (inputs, targets) batches."
         )
-    move = lambda t: t.to(device, non_blocking=True) if isinstance(t, Tensor) else t  # noqa: E731
-    inputs, targets = tree_map(move, batch[0]), tree_map(move, batch[1])
+    check_cuttable(batch[0], "inputs")
+    move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+    inputs, targets = map_tensors(move, batch[0]), map_tensors(move, batch[1])
     if not isinstance(targets, Tensor) or not targets.dim():
         raise DataError(
             f"The targets of a batch are a {type(targets).__name__}: expected a tensor of shape "
             "(samples, ...)."
         )
-    sizes = {len(t) for t in tree_leaves((inputs, targets)) if isinstance(t, Tensor) and t.dim()}
+    sizes = {len(t) for t in tensors_in((inputs, targets)) if t.dim()}
     if len(sizes) != 1:
         raise DataError(
             f"A batch must hold tensors with the same number of samples; found {sorted(sizes)}."

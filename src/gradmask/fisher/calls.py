@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map
 
+from gradmask.containers import map_tensors, tensors_in
 from gradmask.errors import ModelError
 from gradmask.fisher.graph import Node
-from gradmask.fisher.rules import LayerRule, Product, chunk_size
+from gradmask.fisher.rules import LayerRule, Product, chunk_size, squared
+
+ALL = slice(None)
 
 
 class Call:
@@ -50,8 +52,8 @@ class Call:
     def explains(self, name: str, parameter: nn.Parameter) -> None:
         """Take note that the call is the one to measure a parameter."""
 
-    def add_squares(self, totals: dict[str, Tensor]) -> bool:
-        """Add the squares over all samples to `{model's name: total}`; False if it cannot."""
+    def add_squares(self, totals: dict[str, Tensor], samples: slice = ALL) -> bool:
+        """Add the squares over samples to `{model's name: total}`; False if it cannot."""
         return False
 
 
@@ -78,26 +80,26 @@ class LayerCall(Call):
         """By the rule."""
         return self._named(self.rule.per_sample(self.module, *self._pair(samples)))
 
-    def add_squares(self, totals: dict[str, Tensor]) -> bool:
+    def add_squares(self, totals: dict[str, Tensor], samples: slice = ALL) -> bool:
         """By the rule's cheapest way."""
         if self.rule.add_squares is None:
-            square_together([self], totals, len(self.x))
+            square_together([self], totals, len(self.x), samples)
         else:
             own = {local: totals[name] for local, name in self.names.items()}
-            self.rule.add_squares(self.module, *self._pair(slice(None)), own)
+            self.rule.add_squares(self.module, *self._pair(samples), own)
         return True
 
-    def weigh_squares(self, weights: dict[str, Tensor]) -> Tensor | None:
+    def weigh_squares(self, weights: dict[str, Tensor], samples: slice = ALL) -> Tensor | None:
         """Each sample's weighted sum of squares, by the rule's way; None if it has none."""
         if self.rule.weigh_squares is None:
             return None
         own = {local: weights[name] for local, name in self.names.items()}
-        return self.rule.weigh_squares(self.module, *self._pair(slice(None)), own)
+        return self.rule.weigh_squares(self.module, *self._pair(samples), own)
 
-    def as_product(self) -> Product | None:
+    def as_product(self, samples: slice = ALL) -> Product | None:
         """The gradients of weight and bias as products of matrices, where the layer has them so."""
         rule = self.rule.as_product
-        return None if rule is None else rule(self.module, *self._pair(slice(None)))
+        return None if rule is None else rule(self.module, *self._pair(samples))
 
     def let_go(self) -> int:
         """Let go of the graph, after the backward pass; return the bytes that are kept."""
@@ -120,7 +122,7 @@ class ModuleCall(Call):
         self.kind = ("module", id(module), len(self.edges))
         self.module, self.arguments, self.batch_size = module, (args, kwargs), n
         self.others = {get_gradient_edge(t).node for t in outputs if not spans(t, n)}
-        tensors = [t for t in tree_leaves(self.arguments) if isinstance(t, Tensor)]
+        tensors = tensors_in(self.arguments)
         self.versions = [(t, t._version) for t in tensors]
         self.inputs = {get_gradient_edge(t).node for t in tensors if t.requires_grad}
 
@@ -160,8 +162,7 @@ class ModuleCall(Call):
 
     def _gradients(self, n: int, wanted: list[nn.Parameter]) -> list[Tensor]:
         sample = slice(n, n + 1)
-        cut = lambda t: t.detach()[sample] if isinstance(t, Tensor) else t  # noqa: E731
-        args, kwargs = tree_map(cut, self.arguments)
+        args, kwargs = map_tensors(lambda t: t.detach()[sample], self.arguments)
         with torch.enable_grad():
             result = self.module(*args, **kwargs)
             outputs = differentiable(result)
@@ -191,21 +192,25 @@ def per_sample_together(calls: Sequence[Call], samples: slice) -> dict[str, Tens
     return sums
 
 
-def square_together(calls: Sequence[Call], totals: dict[str, Tensor], n: int) -> None:
+def square_together(
+    calls: Sequence[Call], totals: dict[str, Tensor], n: int, samples: slice = ALL
+) -> None:
     """Add squares of per-sample gradients: summed over a parameter's uses, then squared.
 
     Args:
         calls: Calls with gradients; a name may be in several of them.
         totals: `{name: tensor of the parameter's shape}`, changed in place.
         n: Samples in the batch.
+        samples: Those to add.
 
     Raises:
         ModelError: If a rule gives a gradient of a wrong shape.
     """
     names = {name for call in calls for name in call.names.values()}
     chunk = chunk_size(totals[name] for name in names)
-    for start in range(0, n, chunk):
-        sums = per_sample_together(calls, slice(start, start + chunk))
+    start, stop, step = samples.indices(n)
+    for first in range(start, stop, chunk * step):
+        sums = per_sample_together(calls, slice(first, min(first + chunk * step, stop), step))
         for name, gradient in sums.items():
             if gradient.shape[1:] != totals[name].shape:
                 raise ModelError(
@@ -213,7 +218,7 @@ def square_together(calls: Sequence[Call], totals: dict[str, Tensor], n: int) ->
                     f"{tuple(gradient.shape[1:])}: expected {tuple(totals[name].shape)}, after the "
                     "dimension of the samples."
                 )
-            totals[name] += gradient.square().sum(0)  # a rule may have returned `g` itself
+            totals[name] += squared(gradient).sum(0)  # a rule may have returned `g` itself
 
 
 def full_precision(tensor: Tensor) -> Tensor:
@@ -229,7 +234,7 @@ def spans(tensor: Tensor, batch_size: int) -> bool:
 
 def differentiable(outputs: Any) -> list[Tensor]:
     """The tensors of a nested output that carry a graph."""
-    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
+    return [t for t in tensors_in(outputs) if t.grad_fn is not None]
 
 
 def _check_version(module: nn.Module, names: dict[str, str], tensor: Tensor, version: int) -> None:

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from gradmask.distributed import note_whole_parameters
 from gradmask.errors import ModelError
 from gradmask.fisher.calls import Call, differentiable, spans, square_together
-from gradmask.fisher.graph import Node, enclosed, leaves, lowest, selects, walk
+from gradmask.fisher.graph import Node, enclosed, leaves, lowest, rearranges, structure, walk
 from gradmask.fisher.observe import Observer
 from gradmask.fisher.operations import Layout, operation_calls
+from gradmask.fisher.reference import zero_squares
+from gradmask.fisher.verify import Sketches, add_sketch
 
 Way = tuple[Any, ...]  # the kinds of the calls that explain a parameter
 Ways = dict[str, Way]
@@ -60,8 +62,11 @@ class Capture:
         self._norms: dict[tuple[Call, int], Tensor] | None = None
         self._totals: dict[str, Tensor] | None = None
         self._settle: Settle = lambda _: None
+        self._checked: tuple[slice, Sketches] | None = None
         self.handled: set[str] = set()
-        self.selects = False
+        self.reached: set[str] = set()
+        self.rearranges = False
+        self.structure = 0
 
     def __enter__(self) -> Capture:
         return self
@@ -79,27 +84,41 @@ class Capture:
         self._returned.clear()
         self._owner.clear()
 
-    def resolve(self, outputs: Any) -> None:
+    def resolve(
+        self, outputs: Any, term: Tensor | None = None, *, all_outputs: bool = False
+    ) -> None:
         """Decide which parameters the captured calls explain completely; the rest is not handled.
 
-        A parameter is handled if every path from the outputs to it goes through a captured call:
-        this finds weights that are also used outside their layer.
+        A parameter is handled if every path from the loss to it goes through a captured call: this
+        finds weights that are also used outside their layer, and by the loss.
 
         Args:
             outputs: What the model returned.
+            term: A scalar of the samples' losses (default: all that the outputs depend on).
+            all_outputs: Other terms, of any outputs, will follow.
 
         Raises:
             ModelError: If the outputs do not depend on the parameters, or hide their graph.
         """
         self._observer.stop()
-        roots = list(dict.fromkeys(t.grad_fn for t in differentiable(outputs)))
-        if not roots:
+        tensors = differentiable(outputs)
+        roots = list(dict.fromkeys(t.grad_fn for t in tensors))
+        if not roots and (term is None or term.grad_fn is None):
             raise ModelError("The model's outputs do not depend on its trainable parameters.")
         order, parents = walk(roots)
+        self.structure = structure(order)
+        self.rearranges = rearranges(order, self._batch_size)
+        if term is not None:
+            roots = (roots if all_outputs else []) + [term.grad_fn] * (term.grad_fn is not None)
+            order, parents = walk(roots)
+            of_batch = {t.grad_fn for t in tensors if not spans(t, self._batch_size)}
+            if any(parents.get(node) for node in of_batch):  # the loss uses what has no samples
+                self.reached = set(self._parameters)
+                return
         reached = leaves(order, lambda variable: self._names.get(id(variable)))
-        # What the outputs do not depend on has gradient zero.
+        self.reached = set(reached)
+        # What the loss does not depend on has gradient zero.
         self.handled = self._parameters.keys() - reached.keys()
-        self.selects = selects(order)
         for name, leaf in reached.items():
             for calls in self._explanations(name, leaf, parents, set(roots)):
                 if calls and self._permits(name, _way(calls)):
@@ -114,6 +133,12 @@ class Capture:
     def ways(self) -> Ways:
         """How each captured parameter is measured; a way's first word says by what kind of call."""
         return {name: _way(self._owner[name]) for name in self.handled if name in self._owner}
+
+    def sizes(self) -> tuple[Any, ...]:
+        """Sizes of what the captured calls returned, those of the samples as shares of a batch."""
+        edges = [edge for call in self._calls for edge in call.edges]
+        shapes = [tuple(e.node._input_metadata[e.output_nr].shape) for e in edges]
+        return tuple((s[0] / self._batch_size, *s[1:]) for s in shapes if s)
 
     def _permits(self, name: str, way: Way) -> bool:
         allowed = self._allowed is None or self._allowed.get(name) == way
@@ -185,6 +210,7 @@ class Capture:
         for call, place in calls:
             if self._norms is not None:
                 rows = call.rows(g).reshape(self._batch_size, -1)
+                rows = rows.abs() if rows.is_complex() else rows
                 self._norms[call, place] = rows.double().norm(dim=1)
                 continue
             call.gradients[place] = g.detach()
@@ -193,8 +219,17 @@ class Capture:
             )
             # Squared at once, so that the gradient need not be kept.
             if alone and self._totals is not None and call.add_squares(self._totals):
+                self._sketch(call.names.values(), call.add_squares)
                 call.gradients[place] = None
                 self._settle(call.names.values())
+
+    def _sketch(self, names: Iterable[str], add: Callable[[dict[str, Tensor], slice], Any]) -> None:
+        """Add the squares of the checked samples alone, by the same way, to their sketches."""
+        if self._checked is not None:
+            rows, sketches = self._checked
+            squares = {name: zero_squares(self._parameters[name]) for name in names}
+            add(squares, rows)
+            add_sketch(sketches, squares)
 
     def _backward(self, term: Tensor) -> None:
         if not self._returned:
@@ -222,13 +257,14 @@ class Capture:
         if not tensors:
             return set()
         generator = torch.Generator().manual_seed(0)
-        exponents = torch.randperm(self._batch_size, generator=generator) % 8
-        weights = torch.ones(self._batch_size, dtype=torch.float64).ldexp(exponents - 3)
+        exponents = torch.randperm(self._batch_size, generator=generator) % 16
+        weights = torch.ones(self._batch_size, dtype=torch.float64).ldexp(exponents - 8)
         found = []
         for scales in (torch.ones_like(weights), weights):
             self._norms = {}
             # Unequal weights of the entries too: a plain sum has gradient zero behind a softmax.
-            rows = [t.reshape(self._batch_size, -1) for t in tensors]
+            real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+            rows = [t.reshape(self._batch_size, -1) for t in real]
             sums = [r @ torch.arange(1, r.shape[1] + 1, device=r.device).cos().to(r) for r in rows]
             terms = [t @ scales.to(t) for t in sums]
             self._backward(torch.stack(terms).sum())
@@ -254,7 +290,8 @@ class Capture:
         terms: Iterable[Tensor],
         totals: dict[str, Tensor],
         settle: Settle = lambda _: None,
-    ) -> None:
+        checked: slice | None = None,
+    ) -> Sketches:
         """Add, over samples and terms, the squared per-sample gradients of each handled name.
 
         Args:
@@ -262,12 +299,22 @@ class Capture:
             totals: `{name: tensor of the parameter's shape}`, changed in place.
             settle: Told the names of totals that a term adds nothing more to, in an order that
                 depends on the model alone.
+            checked: Samples to check.
+
+        Returns:
+            Sketches of the squares of the samples to check, of every handled name.
         """
         self._totals, self._settle = totals, settle
+        sketches: Sketches = {}
+        if checked is not None:
+            add_sketch(sketches, {n: zero_squares(self._parameters[n]) for n in self.handled})
+            self._checked = checked, sketches
         for term in terms:
             self._backward(term)
             with torch.no_grad():
                 self._square_rest(totals)
+        self._checked = None
+        return sketches
 
     def gradients(self, term: Tensor) -> list[list[Call]]:
         """Run the backward pass of a term; the calls keep their gradients until the next one.
@@ -293,8 +340,11 @@ class Capture:
     def _square_rest(self, totals: dict[str, Tensor]) -> None:
         """What could not be squared at once."""
         for group in self._groups():
-            square_together(group, totals, self._batch_size)
-            self._settle(dict.fromkeys(n for call in group for n in call.names.values()))
+            names = dict.fromkeys(n for call in group for n in call.names.values())
+            together = partial(square_together, group, n=self._batch_size)
+            together(totals)
+            self._sketch(names, lambda squares, rows: together(squares, samples=rows))  # noqa: B023
+            self._settle(names)
             for call in group:
                 call.gradients = [None] * len(call.edges)
 

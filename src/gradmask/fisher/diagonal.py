@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,11 +22,16 @@ from gradmask.distributed import (
 from gradmask.errors import DataError, check_max_samples
 from gradmask.fisher.batch import DOING, Pass, check_batches, unpacked
 from gradmask.fisher.likelihood import Loss, check_likelihood
+from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.sampling import random_samples
 from gradmask.fisher.sharded import sharded_sums
-from gradmask.parameters import measuring, trainable_parameters
+from gradmask.fisher.verify import Verify, check_verify
+from gradmask.measuring import measuring
+from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed
+
+Sums = tuple[dict[str, Tensor], int]
 
 
 def fisher_diagonal(
@@ -36,13 +42,18 @@ def fisher_diagonal(
     loss: Loss = "cross_entropy",
     max_samples: int | None = None,
     seed: int = 0,
+    verify: Verify = "spread",
     group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information: a_jj = (1/n) Σ_i (∂ log f(x_i) / ∂θ_j)².
+    """Diagonal of the Fisher information: a_jj = (1/n) Σ_i |∂ log f(x_i) / ∂θ_j|².
 
     Per-sample gradients are squared, THEN averaged over samples (equations 7 and 9 of L. Jiang,
     "Gradient mask and neural network generalization"). The pass runs in eval mode and leaves the
     model, its gradients, modes and running statistics, and the random state of PyTorch unchanged.
+
+    The pass checks itself: what some samples gave in their batch is compared with what plain
+    autograd gives for each of them alone. Parameters for which the two differ are measured one
+    sample at a time, from the start of the data.
 
     With `DistributedDataParallel` or `fully_shard` every rank gives the samples it has, as many as
     it has, and all get the mean over the samples of all; sharded, each in its own part.
@@ -54,15 +65,18 @@ def fisher_diagonal(
         kind: `empirical` (the data's labels), `sampled` (the model's own distribution over
             labels, by one random direction in the logits of each sample) or `exact` (expectation
             over all labels: one backward pass for each class).
-        loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits), or a
-            callable `(outputs, targets)` that is a negative log-likelihood, with any reduction.
+        loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits), `mse`
+            (outputs are the means of a Gaussian of unit variance), or a callable `(outputs,
+            targets)` that is a negative log-likelihood, with any reduction. The trainable
+            parameters of a module are measured as well, as `loss.<name>`.
         max_samples: Measure on a seeded random part of the data of this size (default: all), of
             which every rank draws an equal part from what it has.
         seed: Seed of that part and of the random directions.
+        verify: What is checked: `spread` (some samples, at growing intervals), `all`, or False.
         group: Ranks that measure together (default: those the model is wrapped for).
 
     Returns:
-        `{parameter name: tensor of the parameter's shape}`, the mean over samples, in the
+        `{parameter name: tensor of the parameter's shape}`, the mean over samples, real, in the
         parameter's precision (float32 for half-precision parameters). DTensors for sharded
         parameters; names without the `module.` of `DistributedDataParallel`.
 
@@ -70,37 +84,98 @@ def fisher_diagonal(
         OptionError: If an option is unknown or does not fit the others.
         ModelError: If the model has nothing to train or mixes samples by batch statistics; if it
             is sharded and a layer has no rule.
-        DataError: If there are no batches or samples, a label is out of range, or the loss is not
-            finite.
+        DataError: If there are no batches or samples, a label is out of range, the loss is not
+            finite or not a function of single samples, or a check fails when the data have been
+            read in part and can be read only once.
         DistributedError: If that happened on another rank.
     """
-    check_likelihood(kind, loss)
+    options: dict[str, Any] = {"max_samples": max_samples, "seed": seed, "verify": verify}
+    return measured_diagonal(model, loader, kind, loss, group=group, **options)[0]
+
+
+def measured_diagonal(
+    model: nn.Module,
+    loader: Iterable[Any],
+    kind: str,
+    loss: Loss,
+    *,
+    max_samples: int | None = None,
+    seed: int = 0,
+    verify: Verify = "spread",
+    group: ProcessGroup | None = None,
+) -> tuple[dict[str, Tensor], set[str]]:
+    """`fisher_diagonal`, and the names on which the loss of no sample depends."""
+    check_likelihood(kind, loss := standard_loss(loss))
     check_max_samples(max_samples)
+    check_verify(verify)
     check_batches(loader)
     groups = data_groups(model, group)
     rank, ranks = place(groups)
     model = unwrapped(model)
     reshard(model)
-    parameters = trainable_parameters(model)
+    parameters = trainable_parameters(model, loss)
     device = next(iter(parameters.values())).device
     seed = derive_seed(seed, "rank", rank) if rank else seed
-    batches = loader
-    if max_samples is not None:
-        share = max_samples // ranks + (rank < max_samples % ranks)
-        batches = random_samples(loader, max(1, share), seed)
-    single_pass = Pass(model, parameters, kind, loss, torch.Generator().manual_seed(seed))
-    with measuring(model, parameters.values()):
+
+    def read() -> Iterator[tuple[Any, Tensor]]:
+        batches = loader
+        if max_samples is not None:
+            share = max_samples // ranks + (rank < max_samples % ranks)
+            batches = random_samples(loader, max(1, share), seed)
+        return unpacked(batches, device)
+
+    generator = torch.Generator().manual_seed(seed)
+    single_pass = Pass(model, parameters, kind, loss, generator, verify)
+    with measuring(model, parameters.values(), loss):
         if shard_groups(parameters.values()):
-            totals, count = sharded_sums(single_pass, batches, device, groups)
+            totals, count = sharded_sums(single_pass, read(), groups)
         else:
             with together(groups, DOING):
-                totals = {name: zero_squares(p) for name, p in parameters.items()}
-                count = 0
-                for inputs, targets in unpacked(batches, device):
-                    single_pass.add(inputs, targets, totals)
-                    count += len(targets)
+                totals, count = _sums(single_pass, read, once=iter(loader) is loader)
             totals = {name: sum_over(total, groups) for name, total in totals.items()}
             count = int(sum_over(torch.tensor([count], device="cpu"), groups))
     if count == 0:
         raise DataError("The loader gave no samples: an iterator may be used up already.")
-    return {name: total.div_(count) for name, total in totals.items()}
+    unused = parameters.keys() - _of_any_rank(single_pass.reached, list(parameters), groups)
+    return {name: total.div_(count) for name, total in totals.items()}, unused
+
+
+def _sums(single_pass: Pass, read: Callable[[], Iterator[tuple[Any, Tensor]]], once: bool) -> Sums:
+    """Squared per-sample gradients added up over the data, from the start again if a check fails.
+
+    Args:
+        single_pass: The pass.
+        read: Reads the data from the start.
+        once: Whether they can be read only once.
+    """
+    batches, kept = read(), None
+    while True:
+        if kept is not None:
+            batches, kept = chain([kept], batches), None
+        totals = {name: zero_squares(p) for name, p in single_pass.parameters.items()}
+        count = 0
+        for inputs, targets in batches:
+            if single_pass.add(inputs, targets, totals):
+                count += len(targets)
+                continue
+            if count == 0:  # nothing has been lost
+                kept = inputs, targets
+            elif once:
+                raise DataError(
+                    f"After {count} samples a check failed for {', '.join(single_pass.alone)}: the "
+                    "data must be read again from the start, but this iterator can be read only "
+                    "once. Give a DataLoader or a list of batches, or more in the first batch."
+                )
+            else:
+                batches = read()
+            single_pass.restart()
+            break
+        else:
+            return totals, count
+
+
+def _of_any_rank(names: set[str], all_names: list[str], groups: Any) -> set[str]:
+    """Names that some rank has."""
+    has = torch.tensor([name in names for name in all_names], dtype=torch.int32, device="cpu")
+    found = sum_over(has, groups).tolist()
+    return {name for name, count in zip(all_names, found, strict=True) if count}

@@ -112,10 +112,35 @@ def leaves(order: Iterable[Node], name_of: Callable[[Any], str | None]) -> dict[
 
 
 # Words in the names of operations that choose entries by data.
-_SELECTIONS = ("Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "Pack")
+_SELECTIONS = ("Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "Pack", "Take")
 
 
-def selects(order: Iterable[Node]) -> bool:
-    """Whether entries are chosen by data somewhere, so that sizes may depend on the samples."""
-    names = {node.name() for node in order}
-    return any(word in name for name in names for word in _SELECTIONS)
+def rearranges(order: Iterable[Node], samples: int) -> bool:
+    """Whether samples may change places by their data, in this batch if not in another.
+
+    That is where entries are chosen by data, or cut and joined along a dimension that holds the
+    samples, at places that may depend on the data.
+
+    Args:
+        order: Nodes of the graph.
+        samples: Samples in the batch.
+    """
+    return any(
+        any(word in node.name() for word in _SELECTIONS) or _cuts(node, samples) for node in order
+    )
+
+
+def _cuts(node: Node, samples: int) -> bool:
+    """Whether an operation has dimension 0 for its own, and that is as long as whole samples."""
+    if getattr(node, "_saved_dim", None) != 0:
+        return False
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    results = node._input_metadata
+    if not sizes:
+        sizes = [len(results)] if node.name() == "UnbindBackward0" else results[0].shape
+    return bool(sizes) and sizes[0] % samples == 0
+
+
+def structure(order: Iterable[Node]) -> int:
+    """A number that tells graphs of other operations apart."""
+    return hash(tuple(node.name() for node in order))

@@ -1,4 +1,9 @@
-"""The negative log-likelihood whose gradients make the Fisher information."""
+"""The distributions whose negative log-likelihoods have names, and their Fisher information.
+
+`cross_entropy`: a categorical distribution with the outputs as logits. `bernoulli`: independent
+binary ones. `mse`: a Gaussian with the outputs for its mean and unit variance, so that the negative
+log-likelihood of a sample is ½ Σ_k (z_k − y_k)².
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from gradmask.errors import DataError, OptionError, check_choice
 
 Loss = str | Callable[[Any, Any], Tensor]
-LOSSES = ("cross_entropy", "bernoulli")
+LOSSES = ("cross_entropy", "bernoulli", "mse")
 KINDS = ("empirical", "sampled", "exact")
 IGNORED = -100  # PyTorch's label of positions that do not count
 
@@ -24,7 +27,7 @@ def check_likelihood(kind: str, loss: Loss) -> None:
 
     Args:
         kind: `empirical`, `sampled` or `exact`.
-        loss: `cross_entropy`, `bernoulli` or a callable.
+        loss: `cross_entropy`, `bernoulli`, `mse` or a callable.
 
     Raises:
         OptionError: If a name is unknown, or the model's distribution is needed but not known.
@@ -32,19 +35,17 @@ def check_likelihood(kind: str, loss: Loss) -> None:
     check_choice("kind", kind, KINDS)
     if isinstance(loss, str):
         check_choice("loss", loss, LOSSES)
+    elif not callable(loss):
+        raise OptionError(f"loss={loss!r} must be a name ({', '.join(LOSSES)}) or a callable.")
     elif kind != "empirical":
         raise OptionError(
             f"kind={kind!r} needs the model's own distribution, but the one behind a callable "
-            "loss is not known. Use loss='cross_entropy' or 'bernoulli', or kind='empirical'."
+            "loss is not known. Use loss='cross_entropy', 'bernoulli' or 'mse', or "
+            "kind='empirical'."
         )
 
 
-def part(batch: Any, which: slice) -> Any:
-    """Samples `which` of every tensor in a nested batch."""
-    return tree_map(lambda t: t[which] if isinstance(t, Tensor) and t.dim() else t, batch)
-
-
-def _classes_last(logits: Tensor, targets: Tensor) -> Tensor:
+def classes_last(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits with the classes in the last dimension."""
     dimension = class_dimension(logits, targets)  # checks first that these are logits
     return logits.movedim(dimension, -1)
@@ -84,7 +85,7 @@ def class_dimension(logits: Tensor, targets: Tensor) -> int:
 
 def check_labels(targets: Tensor, classes: int) -> None:
     """Raise a DataError unless all labels that count are in 0 to classes - 1."""
-    labels = targets[~_ignored(targets)]
+    labels = targets[~ignored(targets)]
     if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
         raise DataError(
             f"Labels range from {int(labels.min())} to {int(labels.max())}, but the model has "
@@ -92,17 +93,7 @@ def check_labels(targets: Tensor, classes: int) -> None:
         )
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = _classes_last(logits, targets)
-    if targets.is_floating_point():
-        return -(targets.movedim(1, -1) * logits.log_softmax(-1)).sum()
-    check_labels(targets, logits.shape[-1])
-    flat = logits.reshape(-1, logits.shape[-1])
-    labels = targets.reshape(-1).long()
-    return F.cross_entropy(flat, labels, ignore_index=IGNORED, reduction="sum")
-
-
-def _ignored(targets: Tensor) -> Tensor:
+def ignored(targets: Tensor) -> Tensor:
     """Where integer targets do not count; unsigned ones cannot hold the mark."""
     return targets.long() == IGNORED
 
@@ -122,45 +113,22 @@ def check_binary(outputs: Any, targets: Tensor) -> None:
         )
 
 
-def _not_finite(value: float) -> DataError:
+def check_means(outputs: Any, targets: Tensor) -> None:
+    """Raise a DataError unless outputs are means of the targets' shape."""
+    if not isinstance(outputs, Tensor) or outputs.squeeze().shape != targets.squeeze().shape:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise DataError(
+            "loss='mse' needs the model's output to be a tensor of the targets' shape: found "
+            f"{found} and {tuple(targets.shape)}."
+        )
+
+
+def not_finite(value: float) -> DataError:
+    """What to say of a loss that is NaN or infinite."""
     return DataError(
         f"The loss of a batch is {value}: check the inputs for NaN or infinity, and "
         "that training has not diverged (a lower learning rate)."
     )
-
-
-def nll(outputs: Any, targets: Any, loss: Loss) -> Tensor:
-    """Sum over the samples of the negative log-likelihood (equation 2), a scalar.
-
-    A callable is called on one sample at a time, so that its reduction does not matter.
-
-    Args:
-        outputs: The model's outputs for N samples.
-        targets: Their targets.
-        loss: `cross_entropy`, `bernoulli` or a callable of `(outputs, targets)`.
-
-    Returns:
-        Scalar, the sum over samples (and, within a sample, over its positions).
-
-    Raises:
-        DataError: If targets do not fit the outputs, or the loss is not finite.
-    """
-    if loss == "cross_entropy":
-        total = _cross_entropy(outputs, targets)
-    elif loss is directional:
-        total = directional(outputs, targets)
-    elif loss == "bernoulli":
-        check_binary(outputs, targets)
-        targets = targets.reshape(outputs.shape).to(outputs.dtype)
-        total = F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
-    else:
-        assert not isinstance(loss, str)
-        samples = [slice(n, n + 1) for n in range(len(targets))]
-        total = torch.stack([loss(part(outputs, n), part(targets, n)).sum() for n in samples]).sum()
-    value = total.item()
-    if not math.isfinite(value):
-        raise _not_finite(value)
-    return total
 
 
 def draw_directions(
@@ -178,21 +146,24 @@ def draw_directions(
     Args:
         outputs: Logits.
         targets: The data's targets, for their layout and ignored positions.
-        loss: `cross_entropy` or `bernoulli`.
+        loss: `cross_entropy`, `bernoulli` or `mse`, where v = ξ.
         generator: CPU generator.
 
     Returns:
         Directions, of the shape of the logits; zero at ignored positions.
     """
+    if loss == "mse":
+        check_means(outputs, targets)
+        return _signs(outputs.detach(), generator)
     if loss == "bernoulli":
         check_binary(outputs, targets)
         logits = outputs.detach().double()
         deviation = (logits.sigmoid() * (-logits).sigmoid()).sqrt()
         return (deviation * _signs(deviation, generator)).to(outputs.dtype)
-    logits = _classes_last(outputs, targets).detach().double()
+    logits = classes_last(outputs, targets).detach().double()
     found = direction(logits.softmax(-1), _signs(logits, generator))
     if not targets.is_floating_point():
-        found = found * ~_ignored(targets).unsqueeze(-1)
+        found = found * ~ignored(targets).unsqueeze(-1)
     return found.movedim(-1, class_dimension(outputs, targets)).to(outputs.dtype)
 
 
@@ -216,32 +187,40 @@ def exact_terms(outputs: Tensor, targets: Tensor, loss: Loss) -> Iterator[Tensor
     """Scalars whose squared per-sample gradients add up to the expectation over all labels.
 
     For every position and class c: Σ_n √p_nc · (−log p_nc). Labels at different positions are
-    independent given the logits, so the squares add without cross terms.
+    independent given the logits, so the squares add without cross terms. For `mse` the Fisher
+    information of the outputs is the identity: Σ_n z_nk for every output k.
 
     Args:
-        outputs: Logits.
+        outputs: Logits, or means.
         targets: The data's targets, for their layout and ignored positions.
-        loss: `cross_entropy` or `bernoulli`.
+        loss: `cross_entropy`, `bernoulli` or `mse`.
 
     Yields:
-        One scalar for each position and class (or, for `bernoulli`, each output).
+        One scalar for each position and class (or, for `bernoulli` and `mse`, each output).
 
     Raises:
         DataError: If targets do not fit the outputs, or the outputs are not finite.
     """
+    if loss == "mse":
+        check_means(outputs, targets)
+        means = outputs.reshape(len(outputs), -1)
+        if not means.isfinite().all():
+            raise not_finite(math.nan)
+        yield from means.sum(0)
+        return
     if loss == "bernoulli":
         check_binary(outputs, targets)
         logits = outputs.reshape(len(outputs), -1)
         if not logits.isfinite().all():
-            raise _not_finite(math.nan)
+            raise not_finite(math.nan)
         weights = (logits.sigmoid() * (-logits).sigmoid()).detach().sqrt()
         yield from (weights * logits).sum(0)
         return
-    logits = _classes_last(outputs, targets)
+    logits = classes_last(outputs, targets)
     log_p = logits.log_softmax(-1)
     if log_p.isnan().any():
-        raise _not_finite(math.nan)
+        raise not_finite(math.nan)
     weights = (0.5 * log_p.detach()).exp()
     if not targets.is_floating_point():
-        weights = weights * ~_ignored(targets).unsqueeze(-1)
+        weights = weights * ~ignored(targets).unsqueeze(-1)
     yield from -(weights * log_p).sum(0).reshape(-1)

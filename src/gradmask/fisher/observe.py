@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from gradmask.containers import tensors_in
 from gradmask.fisher.calls import LayerCall, ModuleCall, spans
 from gradmask.fisher.rules import LayerRule, find_rule
 
@@ -91,7 +91,7 @@ class Observer:
     ) -> None:
         args, kwargs, output = found
         simple = len(args) == 1 and not kwargs and self._spans(args[0]) and self._spans(output)
-        if simple and output.grad_fn is not None:
+        if simple and output.grad_fn is not None and not output.is_complex():
             self.layers.append(LayerCall(module, rule, dict(names), args[0], output))
 
     def _note_arguments(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -100,7 +100,7 @@ class Observer:
 
     def _note_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         args, kwargs = self._arguments[module].pop()  # as they were before hooks of the user
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = tensors_in((args, kwargs))
         if tensors and all(map(self._spans, tensors)):
             call = ModuleCall(module, args, kwargs, output, self._batch_size)
             if call.edges:

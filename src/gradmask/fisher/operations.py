@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradmask.fisher.calls import Call, full_precision
+from gradmask.fisher.calls import ALL, Call, full_precision
 from gradmask.fisher.graph import Node
 from gradmask.fisher.linear import add_linear_squares
 
@@ -145,9 +145,9 @@ class MatmulCall(OperationCall):
         x, g = self._pair(samples)
         return {self.name: g.mT @ x}
 
-    def add_squares(self, totals: dict[str, Tensor]) -> bool:
+    def add_squares(self, totals: dict[str, Tensor], samples: slice = ALL) -> bool:
         """As a linear layer does."""
-        add_linear_squares(totals[self.name], *self._pair(slice(None)))
+        add_linear_squares(totals[self.name], *self._pair(samples))
         return True
 
 
@@ -178,6 +178,8 @@ def operation_calls(
         child, operand, transposed = stack.pop()
         for node in dict.fromkeys(parents[child]):
             output = torch.Size(node._input_metadata[0].shape)
+            if node._input_metadata[0].dtype.is_complex:
+                return []
             if node in explained:
                 found.append(explained[node])
                 continue

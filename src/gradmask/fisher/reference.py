@@ -2,27 +2,132 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradmask.fisher.likelihood import Loss, exact_terms, nll, part
+from gradmask.containers import map_tensors, part
+from gradmask.fisher.calls import full_precision
+from gradmask.fisher.likelihood import Loss, exact_terms
+from gradmask.fisher.losses import nll
+from gradmask.fisher.rules import squared
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Call the model: a tuple or list gives positional arguments, a dict gives keywords."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
+    """Call the model: a tuple or list gives positional arguments, a mapping gives keywords.
+
+    A model whose forward takes one tuple or mapping gets it as it is.
+    """
     if isinstance(inputs, tuple | list):
-        return model(*inputs)
+        return model(inputs) if _takes_one(model, inputs, {}) else model(*inputs)
+    if hasattr(inputs, "keys") and hasattr(inputs, "__getitem__"):
+        keywords = {str(key): inputs[key] for key in inputs}
+        return model(inputs) if _takes_one(model, (), keywords) else model(**keywords)
     return model(inputs)
 
 
+def _takes_one(model: nn.Module, args: Any, keywords: dict[str, Any]) -> bool:
+    """Whether these do not fit the parameters of `forward`, and one argument does."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return False
+    return not _binds(signature, *args, **keywords) and _binds(signature, None)
+
+
+def _binds(signature: inspect.Signature, *args: Any, **keywords: Any) -> bool:
+    try:
+        signature.bind(*args, **keywords)
+    except TypeError:
+        return False
+    return True
+
+
 def zero_squares(parameter: Tensor) -> Tensor:
-    """Zeros of a parameter's shape, contiguous, in its precision but at least float32."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    """Zeros of a parameter's shape, contiguous, real, in its precision but at least float32."""
+    dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
     return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+
+
+def alone(
+    model: nn.Module, inputs: Any, n: int, evaluate: Callable[[Any, int, bool], Any]
+) -> tuple[Any, int]:
+    """Run one sample by itself; twice in one batch where the model takes no batch of one.
+
+    Args:
+        model: The model, in eval mode.
+        inputs: Inputs of several samples.
+        n: Which of them.
+        evaluate: Takes the outputs, the number of copies in them, and whether they are of one
+            sample alone.
+
+    Returns:
+        What `evaluate` returned, and the number of copies.
+    """
+    sample = part(inputs, slice(n, n + 1))
+    try:
+        return evaluate(call(model, sample), 1, True), 1
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # as after `squeeze`
+        twice = map_tensors(lambda t: torch.cat([t] * 2) if t.dim() else t, sample)
+        try:
+            return evaluate(call(model, twice), 2, False), 2
+        except Exception:
+            raise error from None
+
+
+def sample_gradients(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    parameters: dict[str, nn.Parameter],
+    *,
+    exact: bool = False,
+    loss: Loss = "cross_entropy",
+    rows: slice = slice(None),
+    skip: frozenset[int] = frozenset(),
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients of one sample's loss after the other, by single-sample autograd.
+
+    Args:
+        model: The model, in eval mode.
+        inputs: Inputs of N samples.
+        targets: Targets, shape (N, ...).
+        parameters: The parameters to differentiate by.
+        exact: Yield those of each term whose squares add up to the expectation over all labels.
+        loss: The negative log-likelihood.
+        rows: Samples to run.
+        skip: Samples whose gradient is known to be zero.
+
+    Yields:
+        `{name: gradient}`, without those that are zero.
+    """
+    for n in range(*rows.indices(len(targets))):
+        if n in skip:
+            continue
+
+        def terms(outputs: Any, copies: int, by_itself: bool, n: int = n) -> list[Tensor]:
+            target = part(targets, slice(n, n + 1))
+            target = torch.cat([target] * copies)
+            if exact:
+                return list(exact_terms(outputs, target, loss))
+            return [nll(outputs, target, loss, alone=by_itself).total]
+
+        found, copies = alone(model, inputs, n, terms)
+        for term in found:
+            if term.grad_fn is None:  # all is ignored
+                continue
+            gradients = torch.autograd.grad(
+                term, list(parameters.values()), retain_graph=exact, allow_unused=True
+            )
+            pairs = zip(parameters, gradients, strict=True)
+            yield {
+                name: g.to_dense() if copies == 1 else g.to_dense() / copies
+                for name, g in pairs
+                if g is not None
+            }
 
 
 def add_per_sample_squares(
@@ -31,9 +136,7 @@ def add_per_sample_squares(
     targets: Tensor,
     parameters: dict[str, nn.Parameter],
     totals: dict[str, Tensor],
-    *,
-    exact: bool = False,
-    loss: Loss = "cross_entropy",
+    **options: Any,
 ) -> None:
     """Add the sum over samples of squared per-sample gradients, by single-sample autograd.
 
@@ -43,17 +146,8 @@ def add_per_sample_squares(
         targets: Targets, shape (N, ...).
         parameters: The parameters to differentiate by.
         totals: `{name: tensor of the parameter's shape}`, changed in place.
-        exact: Take the expectation over all labels in place of the targets.
-        loss: The negative log-likelihood.
+        options: Those of `sample_gradients`.
     """
-    for n in range(len(targets)):
-        sample = slice(n, n + 1)
-        outputs, target = call(model, part(inputs, sample)), part(targets, sample)
-        terms = exact_terms(outputs, target, loss) if exact else [nll(outputs, target, loss)]
-        for term in terms:
-            gradients = torch.autograd.grad(
-                term, list(parameters.values()), retain_graph=exact, allow_unused=True
-            )
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    totals[name] += gradient.to_dense().to(totals[name].dtype).square()
+    for gradients in sample_gradients(model, inputs, targets, parameters, **options):
+        for name, gradient in gradients.items():
+            totals[name] += squared(full_precision(gradient))

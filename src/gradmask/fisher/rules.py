@@ -113,6 +113,8 @@ def find_rule(module: nn.Module) -> LayerRule | None:
     """
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm):
         return None
+    if any(p is not None and p.is_complex() for p in module._parameters.values()):
+        return None
     for cls in type(module).__mro__:
         rule = _RULES.get(cls)
         if rule is not None:
@@ -130,6 +132,11 @@ def chunk_size(parameters: Iterable[Tensor]) -> int:
     cuda = any(p.is_cuda for p in found)
     elements = max(1, sum(p.numel() for p in found))
     return max(1, (CHUNK_ELEMENTS_CUDA if cuda else CHUNK_ELEMENTS) // elements)
+
+
+def squared(gradient: Tensor) -> Tensor:
+    """The squared modulus, which is real for complex gradients as well."""
+    return gradient.abs().square() if gradient.is_complex() else gradient.square()
 
 
 def trains(module: nn.Module, name: str) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from gradmask.fisher.likelihood import part
+from gradmask.containers import part
 
 
 def random_samples(loader: Iterable[Any], count: int, seed: int) -> Iterator[Any]:

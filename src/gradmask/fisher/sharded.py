@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from gradmask.containers import map_tensors
 from gradmask.distributed import (
     Groups,
     local,
@@ -19,7 +19,7 @@ from gradmask.distributed import (
     together,
 )
 from gradmask.errors import DataError
-from gradmask.fisher.batch import DOING, Pass, unpacked
+from gradmask.fisher.batch import DOING, Pass
 from gradmask.fisher.reference import zero_squares
 
 
@@ -56,7 +56,7 @@ class ShardSums(dict[str, Tensor]):
 
 
 def sharded_sums(
-    single_pass: Pass, batches: Iterable[Any], device: torch.device, groups: Groups
+    single_pass: Pass, batches: Iterator[tuple[Any, Tensor]], groups: Groups
 ) -> tuple[dict[str, Tensor], int]:
     """Add up squared per-sample gradients over the batches of all ranks.
 
@@ -66,8 +66,7 @@ def sharded_sums(
 
     Args:
         single_pass: The pass.
-        batches: Batches of this rank.
-        device: Where to run it.
+        batches: Inputs and targets of this rank.
         groups: The ranks.
 
     Returns:
@@ -76,12 +75,12 @@ def sharded_sums(
     totals = ShardSums(single_pass.parameters)
     count = 0
     try:
-        for inputs, targets, own in _in_step(batches, device, groups):
+        for inputs, targets, own in _in_step(batches, groups):
             samples = len(targets) if own else 0
             totals.weight = float(own)
             if len(targets) == 1:
                 totals.weight /= 2  # exact, as is the sum of two equal numbers
-                inputs, targets = tree_map(_twice, (inputs, targets))
+                inputs, targets = map_tensors(_twice, (inputs, targets))
             single_pass.add(inputs, targets, totals, groups, totals.settle)
             count += samples
     finally:
@@ -91,15 +90,14 @@ def sharded_sums(
     return sums, int(sum_over(torch.tensor([count], device="cpu"), groups))
 
 
-def _twice(tensor: Any) -> Any:
-    return torch.cat([tensor] * 2) if isinstance(tensor, Tensor) and tensor.dim() else tensor
+def _twice(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor] * 2) if tensor.dim() else tensor
 
 
 def _in_step(
-    batches: Iterable[Any], device: torch.device, groups: Groups
+    remaining: Iterator[tuple[Any, Tensor]], groups: Groups
 ) -> Iterator[tuple[Any, Tensor, bool]]:
     """Inputs and targets, and whether they are this rank's own and not a repetition."""
-    remaining = unpacked(batches, device)
     last: tuple[Any, Tensor] | None = None
     while True:
         with together(groups, DOING):

@@ -1,4 +1,4 @@
-"""A model's outputs as distributions over classes, and how far two of them are apart."""
+"""A model's outputs as distributions, and how far two of them are apart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmask.errors import DataError
-from gradmask.fisher.likelihood import check_binary, check_labels, class_dimension
+from gradmask.fisher.likelihood import check_binary, check_labels, check_means, class_dimension
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Head:
     """Where in the outputs the classes are; positions (tokens, pixels, binary outputs) the rest.
 
     Attributes:
-        loss: `cross_entropy` or `bernoulli`.
+        loss: `cross_entropy`, `bernoulli` or `mse`.
         dimension: Dimension of the classes in outputs of shape (N, C, ...) or (N, ..., C).
     """
 
@@ -24,8 +24,13 @@ class Head:
     dimension: int
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """Class logits (N, positions, classes) in float64; a binary logit z has classes 0 and z."""
+        """Class logits (N, positions, classes) in float64; a binary logit z has classes 0 and z.
+
+        For `mse` the means (N, outputs, 1).
+        """
         outputs = outputs.double()
+        if self.loss == "mse":
+            return outputs.reshape(len(outputs), -1, 1)
         if self.loss == "bernoulli":
             z = outputs.reshape(len(outputs), -1)
             return torch.stack([torch.zeros_like(z), z], -1)
@@ -34,9 +39,21 @@ class Head:
 
     def blank_targets(self, outputs: Tensor) -> Tensor:
         """Targets of the right form for these outputs, at all positions."""
-        if self.loss == "bernoulli":
+        if self.loss in ("bernoulli", "mse"):
             return torch.zeros_like(outputs)
         return torch.zeros_like(outputs.select(self.dimension, 0), dtype=torch.long)
+
+    def divergence(self, logits: Tensor, others: Tensor) -> Tensor:
+        """KL(p ‖ q) of each sample, from what `logits` gave (equation 3)."""
+        if self.loss == "mse":
+            return 0.5 * (logits - others).square().sum((-2, -1))
+        return divergence(logits, others)
+
+    def variance(self, logits: Tensor, changes: Tensor) -> Tensor:
+        """vᵀ I v for changes v of the logits and the Fisher information I of the outputs."""
+        if self.loss == "mse":
+            return changes.square().sum((-2, -1))
+        return variance(logits, changes)
 
 
 def find_head(outputs: Tensor, targets: Tensor, all_targets: Tensor, loss: str) -> Head:
@@ -46,11 +63,14 @@ def find_head(outputs: Tensor, targets: Tensor, all_targets: Tensor, loss: str) 
         outputs: Outputs for some samples.
         targets: Their targets.
         all_targets: Targets of all samples.
-        loss: `cross_entropy` or `bernoulli`.
+        loss: `cross_entropy`, `bernoulli` or `mse`.
 
     Raises:
         DataError: If targets do not fit the outputs or are out of range.
     """
+    if loss == "mse":
+        check_means(outputs, targets)
+        return Head(loss, -1)
     if loss == "bernoulli":
         check_binary(outputs, targets)
         if all_targets.min() < 0 or all_targets.max() > 1:

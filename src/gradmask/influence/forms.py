@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradmask.containers import part
 from gradmask.fisher.diagonal import fisher_diagonal
-from gradmask.fisher.likelihood import exact_terms, part
+from gradmask.fisher.likelihood import exact_terms
+from gradmask.fisher.verify import Verify
 from gradmask.influence.products import gram_matrix, weighted_squares
-from gradmask.influence.samples import Block, Term, captured
-from gradmask.influence.setting import Blocks, Setting
+from gradmask.influence.samples import Block, Rows, captured
+from gradmask.influence.setting import Blocks, LossTerm, Setting
 from gradmask.influence.steps import can_differentiate, variances
 
 
@@ -62,41 +65,43 @@ def _probe_blocks(setting: Setting) -> Iterator[tuple[slice, Iterable[Block]]]:
             yield columns, [block]
         return
     for columns in probe.blocks(setting.together):
-        inputs, m = part(probe.inputs, columns), columns.stop - columns.start
-        with captured(setting.model, inputs, m, setting.parameters, probe.ways) as batch:
-            terms = map(_weighted_label(setting), range(setting.labels))
+        m = columns.stop - columns.start
+        with captured(setting.model, probe, columns) as batch:
+            terms = (LabelTerm(setting, number) for number in range(setting.labels))
             yield columns, ([(slice(0, m), batch.gradients(term))] for term in terms)
 
 
-def _weighted_label(setting: Setting) -> Callable[[int], Term]:
-    head, loss = setting.head, setting.loss
-    assert head is not None
+class LabelTerm:
+    """One label's log-probability at all samples, weighted by the root of its probability."""
 
-    def term(number: int) -> Term:
-        def value(outputs: Tensor, rows: slice) -> Tensor:
-            terms = exact_terms(outputs, head.blank_targets(outputs), loss)
-            return next(islice(terms, number, None))
+    empty: frozenset[int] = frozenset()
 
-        return value
+    def __init__(self, setting: Setting, number: int) -> None:
+        assert setting.head is not None
+        self._head, self._loss, self._number = setting.head, setting.loss, number
 
-    return term
+    def __call__(self, outputs: Any, rows: Rows, alone: bool = False) -> Tensor:
+        """The sum over the samples that the outputs are of."""
+        terms = exact_terms(outputs, self._head.blank_targets(outputs), self._loss)
+        return next(islice(terms, self._number, None))
 
 
-def diagonal_forms(setting: Setting) -> Tensor:
+def diagonal_forms(setting: Setting, verify: Verify) -> Tensor:
     """Σ_j a_jj g_ij² of every source (equation 9).
 
     Args:
         setting: What is measured; the probe's targets say that only these labels count.
+        verify: How the Fisher diagonal is checked.
 
     Returns:
         Shape (n,).
     """
     probe, size = setting.probe, setting.together
     targets = probe.targets if probe.targets is not None else setting.blank_targets()
-    batches = ((part(probe.inputs, c), part(targets, c)) for c in probe.blocks(size))
+    batches = [(part(probe.inputs, c), part(targets, c)) for c in probe.blocks(size)]
     kind = "exact" if probe.targets is None else "empirical"
     return source_squares(
-        setting, fisher_diagonal(setting.model, batches, kind=kind, loss=probe.loss)
+        setting, fisher_diagonal(setting.model, batches, kind=kind, loss=probe.loss, verify=verify)
     )
 
 
@@ -112,10 +117,11 @@ def source_squares(setting: Setting, weights: dict[str, Tensor]) -> Tensor:
     """
     sources, found = setting.sources, []
     for rows in sources.blocks(setting.together):
-        n, inputs = rows.stop - rows.start, part(sources.inputs, rows)
-        with captured(setting.model, inputs, n, setting.parameters, sources.ways) as batch:
-            groups = batch.gradients(setting.nll_term(sources, rows))
+        with captured(setting.model, sources, rows) as batch:
+            groups = batch.gradients(LossTerm(sources, rows))
             with torch.no_grad():
-                total = torch.zeros(n, dtype=torch.float64, device=setting.device)
+                total = torch.zeros(
+                    rows.stop - rows.start, dtype=torch.float64, device=setting.device
+                )
                 found.append(weighted_squares(total, groups, weights))
     return torch.cat(found)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gradmask.distributed import with_whole_parameters
-from gradmask.errors import OptionError, check_choice
+from gradmask.errors import ModelError, OptionError, check_choice
 from gradmask.fisher.likelihood import KINDS, LOSSES, Loss, directional
+from gradmask.fisher.losses import standard_loss
+from gradmask.fisher.verify import Verify, check_verify
 from gradmask.influence.forms import diagonal_forms, quadratic_forms
 from gradmask.influence.setting import (
     Blocks,
@@ -20,11 +22,12 @@ from gradmask.influence.setting import (
     check_losses,
     check_memory,
     drawn_directions,
+    guarded,
     precision,
-    prepare,
 )
 from gradmask.influence.steps import divergences
-from gradmask.parameters import measuring, trainable_parameters
+from gradmask.measuring import measuring
+from gradmask.parameters import trainable_parameters
 
 METHODS = ("kl", "quadratic", "diagonal")
 
@@ -41,6 +44,7 @@ def influence(
     pairwise: bool = False,
     seed: int = 0,
     memory: int = 1 << 30,
+    verify: Verify = "spread",
 ) -> Tensor:
     """KL( f(x; θ) ‖ f(x; θ − ε g_i) ) ≈ ½ ε² g_iᵀ F(x) g_i ≈ ½ ε² Σ_j a_jj g_ij².
 
@@ -65,12 +69,15 @@ def influence(
         fisher: Labels of the Fisher information in the last two: `exact` (expectation over all
             labels), `sampled` (the same by one random direction in the logits of each probe
             sample) or `empirical` (the probe's targets).
-        loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits) or, with
-            `fisher="empirical"`, a callable `(outputs, targets)`: a negative log-likelihood.
+        loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits), `mse`
+            (outputs are the means of a Gaussian of unit variance) or, with `fisher="empirical"`, a
+            callable `(outputs, targets)`: a negative log-likelihood.
         pairwise: Return every pair in place of the mean over the probe set.
         seed: Seed of the random directions.
         memory: Bytes that gradients and activations may take at a time, about; one sample's are
             held in any case.
+        verify: What is checked against samples alone: `spread` (some, at growing intervals), `all`
+            or False. What fails is measured one sample at a time.
 
     Returns:
         Shape (n,), the mean over the probe set; with `pairwise`, shape (n, m). In the parameters'
@@ -82,14 +89,14 @@ def influence(
             shards.
         DataError: If there are no samples, labels are out of range, or the loss is not finite.
     """
+    loss = standard_loss(loss)
     _check_options(step, method, fisher, loss, pairwise, memory)
+    check_verify(verify)
     model = with_whole_parameters(model)
-    parameters = trainable_parameters(model)
-    labelled = fisher == "empirical"
-    with measuring(model, parameters.values()):
-        setting = prepare(
-            model, parameters, sources, probe, labelled=labelled, loss=loss, memory=memory
-        )
+    parameters = trainable_parameters(model, loss)
+    _check_derivatives(model)
+
+    def measure(setting: Setting) -> Tensor:
         if method != "diagonal":  # whose own pass is as short
             check_losses(setting)
         if fisher == "sampled":
@@ -98,12 +105,27 @@ def influence(
                 setting, probe=replace(setting.probe, targets=drawn, loss=directional)
             )
         if method == "diagonal":
-            values = 0.5 * step**2 * diagonal_forms(setting)
-        elif method == "kl":
-            values = _collect(setting, divergences(setting, step), pairwise)
-        else:
-            values = 0.5 * step**2 * _collect(setting, quadratic_forms(setting), pairwise)
+            return 0.5 * step**2 * diagonal_forms(setting, verify)
+        if method == "kl":
+            return _collect(setting, divergences(setting, step), pairwise)
+        return 0.5 * step**2 * _collect(setting, quadratic_forms(setting), pairwise)
+
+    options: dict[str, Any] = {"sources": sources, "probe": probe, "loss": loss}
+    options |= {"labelled": fisher == "empirical", "memory": memory, "verify": verify}
+    with measuring(model, parameters.values(), loss):
+        values = guarded(measure, model, parameters, **options)
     return values.to(precision(parameters))
+
+
+def _check_derivatives(model: nn.Module) -> None:
+    """Refuse layers whose backward pass is not the derivative of their forward pass."""
+    for name, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False):
+            raise ModelError(
+                f"Layer {name!r} ({type(module).__name__}) has scale_grad_by_freq=True, so its "
+                "gradient is not the derivative of the loss, and a step along it has no quadratic "
+                "form: set module.scale_grad_by_freq = False while influence is measured."
+            )
 
 
 def _check_options(
@@ -118,8 +140,8 @@ def _check_options(
         check_choice("loss", loss, LOSSES)
     elif method == "kl" or fisher != "empirical":
         raise OptionError(
-            "The distribution behind a callable loss is not known. Use loss='cross_entropy' or "
-            "'bernoulli', or fisher='empirical' with method='quadratic' or 'diagonal'."
+            "The distribution behind a callable loss is not known. Use loss='cross_entropy', "
+            "'bernoulli' or 'mse', or fisher='empirical' with method='quadratic' or 'diagonal'."
         )
     if method == "kl" and fisher != "exact":
         raise OptionError(

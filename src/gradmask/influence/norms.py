@@ -8,16 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from gradmask.distributed import with_whole_parameters
-from gradmask.errors import check_choice
-from gradmask.fisher.calls import full_precision
-from gradmask.fisher.likelihood import LOSSES, Loss
+from gradmask.fisher.likelihood import Loss, check_likelihood
+from gradmask.fisher.losses import standard_loss
+from gradmask.fisher.reference import zero_squares
+from gradmask.fisher.verify import Verify, check_verify
 from gradmask.influence.forms import source_squares
-from gradmask.influence.setting import check_memory, precision, prepare
-from gradmask.parameters import measuring, trainable_parameters
+from gradmask.influence.setting import Setting, check_memory, guarded, precision
+from gradmask.measuring import measuring
+from gradmask.parameters import trainable_parameters
 
 
 def gradient_norms(
-    model: nn.Module, samples: Any, *, loss: Loss = "cross_entropy", memory: int = 1 << 30
+    model: nn.Module,
+    samples: Any,
+    *,
+    loss: Loss = "cross_entropy",
+    memory: int = 1 << 30,
+    verify: Verify = "spread",
 ) -> Tensor:
     """‖g_i‖, the length of the gradient of each sample's loss by all trainable parameters.
 
@@ -29,6 +36,8 @@ def gradient_norms(
         loss: `cross_entropy`, `bernoulli` or a callable `(outputs, targets)`; summed over the
             positions of a sample.
         memory: Bytes that gradients and activations may take at a time, about.
+        verify: What is checked against samples alone: `spread` (some, at growing intervals), `all`
+            or False.
 
     Returns:
         Shape (n,), in the parameters' precision (float32 for half-precision parameters).
@@ -39,16 +48,18 @@ def gradient_norms(
             shards.
         DataError: If there are no samples, labels are out of range, or the loss is not finite.
     """
-    if isinstance(loss, str):
-        check_choice("loss", loss, LOSSES)
+    check_likelihood("empirical", loss := standard_loss(loss))
     check_memory(memory)
+    check_verify(verify)
     model = with_whole_parameters(model)
-    parameters = trainable_parameters(model)
-    with measuring(model, parameters.values()):
-        # The samples stand in for the probe set too, which a norm does without.
-        setting = prepare(
-            model, parameters, samples, samples, labelled=True, loss=loss, memory=memory
-        )
-        ones = {name: full_precision(torch.ones_like(p)) for name, p in parameters.items()}
-        squares = source_squares(setting, ones)
-    return squares.sqrt().to(precision(parameters))
+    parameters = trainable_parameters(model, loss)
+    ones = {name: torch.ones_like(zero_squares(p)) for name, p in parameters.items()}
+    # The samples stand in for the probe set too, which a norm does without.
+    data: dict[str, Any] = {"sources": samples, "probe": samples, "labelled": True}
+
+    def squares(setting: Setting) -> Tensor:
+        return source_squares(setting, ones)
+
+    with measuring(model, parameters.values(), loss):
+        found = guarded(squares, model, parameters, loss=loss, memory=memory, verify=verify, **data)
+    return found.sqrt().to(precision(parameters))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradmask.fisher.calls import Call, LayerCall, per_sample_together
-from gradmask.fisher.rules import Product, chunk_size
+from gradmask.fisher.rules import Product, chunk_size, squared
 from gradmask.influence.samples import Block, Groups, Parameters, same_groups
 
 # Calls that explain the same parameters, for the samples of a block in each slice.
@@ -151,7 +151,9 @@ def _formed(parts: Parts, wanted: slice) -> dict[str, Tensor]:
             continue
         own = slice(start - rows.start, stop - rows.start)
         for name, gradient in per_sample_together(calls, own).items():
-            flat = gradient.reshape(len(gradient), -1)
+            # Of complex gradients the real part of ⟨g, h⟩: that of their parts side by side.
+            real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            flat = real.reshape(len(gradient), -1)
             if own.stop - own.start == wanted.stop - wanted.start:
                 found[name] = flat
                 continue
@@ -183,7 +185,6 @@ def weighted_squares(total: Tensor, groups: Groups, weights: dict[str, Tensor]) 
         for start in range(0, len(total), chunk):
             rows = slice(start, min(start + chunk, len(total)))
             for name, gradient in per_sample_together(group, rows).items():
-                total[rows] += (
-                    gradient.square().reshape(len(gradient), -1) @ weights[name].flatten()
-                )
+                squares = squared(gradient).reshape(len(gradient), -1)
+                total[rows] += squares @ weights[name].flatten()
     return total

@@ -2,40 +2,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gradmask.containers import part, tensors_in
 from gradmask.fisher.calls import Call, LayerCall, full_precision, per_sample_together
 from gradmask.fisher.capture import Capture, Ways
-from gradmask.fisher.likelihood import Loss, part
-from gradmask.fisher.reference import call
+from gradmask.fisher.likelihood import Loss
+from gradmask.fisher.reference import alone, call
+from gradmask.fisher.verify import Schedule, Sketches, Verify, computed_in, distrusted, sketch
 
 Parameters = dict[str, nn.Parameter]
-# The scalar whose per-sample gradients are wanted, from the outputs of the samples in the slice.
-Term = Callable[[Any, slice], Tensor]
+# Some samples of a batch; an index may come twice.
+Rows = slice | list[int]
 # Calls that together explain some parameters, by the names of these.
 Groups = dict[frozenset[str], list[Call]]
 # Samples that ran one batch after the other: the groups of each, and which of them they are of.
 Block = list[tuple[slice, Groups]]
 
 
+class Term(Protocol):
+    """The scalar whose per-sample gradients are wanted.
+
+    Attributes:
+        empty: Samples whose gradient is known to be zero, once the term was asked for all.
+    """
+
+    empty: frozenset[int]
+
+    def __call__(self, outputs: Any, rows: Rows, alone: bool = False) -> Tensor:
+        """The sum over some samples, from their outputs."""
+
+
+class Refuted(Exception):
+    """A check failed, and what was measured is of no use; the guard knows what to do instead."""
+
+
+class Guard:
+    """The check of per-sample gradients against those of each sample alone.
+
+    Args:
+        parameters: What is measured.
+        alone: Names that are measured with the whole model, one sample at a time; grows.
+        verify: How it is checked.
+    """
+
+    def __init__(self, parameters: Parameters, alone: set[str], verify: Verify) -> None:
+        self.parameters, self.alone = parameters, alone
+        self.fast = {name: p for name, p in parameters.items() if name not in alone}
+        self._schedule = Schedule(verify, parameters)
+        self._precision = computed_in(parameters.values())
+
+    def check(self, capture: Capture, groups: Groups, whole: WholeCall, count: int) -> None:
+        """Compare the gradients of a batch, if it is its turn.
+
+        Args:
+            capture: The batch.
+            groups: Its gradients.
+            whole: The same by single-sample autograd.
+            count: Samples in the batch.
+
+        Raises:
+            Refuted: If they differ.
+        """
+        rows = self._schedule.rows(capture.structure, capture.sizes(), count)
+        names = {name: p for name, p in self.fast.items() if name in capture.handled}
+        if rows is None or not names:
+            return
+        whole.restrict(names)
+        with torch.no_grad():
+            expected = _sketches(whole.per_sample(rows))
+            found: dict[str, Tensor] = {name: torch.zeros_like(s) for name, s in expected.items()}
+            for group in groups.values():
+                for gradients in _all_forms(group, rows, self.parameters):
+                    known = {n: s for n, s in _sketches(gradients).items() if n in names}
+                    expected_too = {name: expected[name] for name in known}
+                    if bad := self._schedule.wrong(known, expected_too, self._precision, power=1):
+                        self._distrust(bad)
+                    found |= known
+        if bad := self._schedule.wrong(found, expected, self._precision, power=1):
+            self._distrust(bad)
+
+    def _distrust(self, wrong: set[str]) -> None:
+        self.alone |= distrusted(wrong, self.alone, self.parameters)
+        raise Refuted
+
+
+def _sketches(gradients: dict[str, Tensor]) -> Sketches:
+    """Sketches of weighted sums over the samples, so that their signs count."""
+    found: Sketches = {}
+    for name, g in gradients.items():
+        real = (torch.view_as_real(g) if g.is_complex() else g).double()
+        weights = torch.arange(1, len(g) + 1, device=g.device, dtype=torch.float64)
+        found[name] = sketch(torch.tensordot(weights, real, 1))
+    return found
+
+
+def _all_forms(
+    group: list[Call], rows: slice, parameters: Parameters
+) -> Iterator[dict[str, Tensor]]:
+    """Per-sample gradients in every form in which they are used."""
+    gradients = per_sample_together(group, rows)
+    yield gradients
+    call = group[0]
+    product = call.as_product(rows) if len(group) == 1 and isinstance(call, LayerCall) else None
+    if product is not None:
+        found = {}
+        if "weight" in call.names:
+            name = call.names["weight"]
+            formed = product.deltas @ product.unfold(product.inputs).mT
+            found[name] = formed.reshape(-1, *parameters[name].shape)
+        if "bias" in call.names:
+            found[call.names["bias"]] = product.deltas.sum(-1)
+        yield found
+    if len(group) == 1 and isinstance(call, LayerCall):
+        ones = {n: torch.ones_like(g[0]) for n, g in gradients.items()}
+        values = call.weigh_squares(ones, rows)
+        if values is not None:  # the gradients again, as long as it says they are
+            squares = [g.flatten(1).square().sum(1).double() for g in gradients.values()]
+            sums = torch.stack(squares).sum(0)
+            scale = torch.where(sums > 0, values / sums, 1.0)
+            shaped = {n: scale.to(g).view(-1, *[1] * (g.dim() - 1)) for n, g in gradients.items()}
+            yield {n: g * shaped[n] for n, g in gradients.items()}
+
+
 @dataclass(frozen=True)
 class Samples:
-    """Inputs, perhaps with targets and their loss, and how their gradients are captured."""
+    """Inputs, perhaps with targets and their loss, and how their gradients are captured.
+
+    Attributes:
+        inputs: Inputs.
+        targets: Targets, if gradients are wanted.
+        count: How many they are.
+        loss: The negative log-likelihood.
+        guard: Checks their gradients.
+        ways: What `safe_ways` gave.
+        apart: The outputs of a sample depend on the batch that it is in: none but batches of one.
+    """
 
     inputs: Any
     targets: Tensor | None
     count: int
     loss: Loss
+    guard: Guard
     ways: Ways | None = None
+    apart: bool = False
 
     def blocks(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` samples."""
+        size = 1 if self.apart else size
         return (slice(n, min(n + size, self.count)) for n in range(0, self.count, size))
 
 
@@ -43,30 +163,38 @@ class WholeCall(Call):
     """Parameters that no layer explains: the whole model runs again, one sample at a time."""
 
     def __init__(self, model: nn.Module, inputs: Any, parameters: Parameters, term: Term) -> None:
-        super().__init__({name: name for name in parameters}, [])
-        self.model, self.given, self.parameters, self.term = model, inputs, parameters, term
+        super().__init__({}, [])
+        self.model, self.given, self.term = model, inputs, term
+        self.restrict(parameters)
+
+    def restrict(self, parameters: Parameters) -> None:
+        """Measure these parameters only."""
+        self.parameters, self.names = parameters, {name: name for name in parameters}
 
     def per_sample(self, samples: slice) -> dict[str, Tensor]:
         """By single-sample autograd."""
-        n = next(t for t in _tensors(self.given)).shape[0]
-        rows = []
-        for i in range(*samples.indices(n)):
-            one = slice(i, i + 1)
-            with torch.enable_grad():
-                value = self.term(call(self.model, part(self.given, one)), one)
-            wanted = list(self.parameters.values())
-            gradients = torch.autograd.grad(value, wanted, allow_unused=True)
-            rows.append(
-                [
-                    torch.zeros_like(p) if g is None else g.to_dense()
-                    for p, g in zip(wanted, gradients, strict=True)
-                ]
-            )
-        columns = zip(*rows, strict=True)
-        return {
-            name: full_precision(torch.stack(column))
-            for name, column in zip(self.parameters, columns, strict=True)
+        n = next(t for t in tensors_in(self.given) if t.dim()).shape[0]
+        found = {
+            name: full_precision(p.new_zeros(len(range(*samples.indices(n))), *p.shape))
+            for name, p in self.parameters.items()
         }
+        for place, i in enumerate(range(*samples.indices(n))):
+            if i in self.term.empty:
+                continue
+
+            def value(outputs: Any, copies: int, by_itself: bool, i: int = i) -> Tensor:
+                return self.term(outputs, slice(i, i + 1) if by_itself else [i] * copies, by_itself)
+
+            with torch.enable_grad():
+                total, copies = alone(self.model, self.given, i, value)
+            if total.grad_fn is None:
+                continue
+            wanted = list(self.parameters.values())
+            gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+            for name, g in zip(self.parameters, gradients, strict=True):
+                if g is not None:
+                    found[name][place] = g.to_dense() / copies
+        return found
 
 
 class FormedCall(Call):
@@ -87,7 +215,8 @@ class Batch:
     Args:
         model: The model, in eval mode.
         inputs: Inputs of the batch.
-        parameters: The parameters to differentiate by.
+        count: Samples in it.
+        guard: Checks its gradients.
         capture: What has been captured.
         outputs: The model's outputs, with their graph.
     """
@@ -96,44 +225,50 @@ class Batch:
         self,
         model: nn.Module,
         inputs: Any,
-        parameters: Parameters,
+        count: int,
+        guard: Guard,
         capture: Capture,
         outputs: Any,
     ) -> None:
         self.outputs = outputs
-        self._model, self._inputs, self._capture = model, inputs, capture
-        self._rest = {n: p for n, p in parameters.items() if n not in capture.handled}
+        self._model, self._inputs, self._count = model, inputs, count
+        self._guard, self._capture, self._first = guard, capture, True
 
     def gradients(self, term: Term) -> Groups:
         """Groups of calls with the gradients of a term, until the next term."""
-        groups: list[list[Call]] = self._capture.gradients(term(self.outputs, slice(None)))
-        if self._rest:
-            groups.append([WholeCall(self._model, self._inputs, self._rest, term)])
-        return {frozenset(n for c in group for n in c.names.values()): group for group in groups}
+        capture, parameters = self._capture, self._guard.parameters
+        total = term(self.outputs, slice(None))
+        if self._first:
+            capture.resolve(self.outputs, total, all_outputs=True)
+            if self._count > 1 and capture.rearranges:
+                capture.drop(capture.mixed(self.outputs))
+        groups: list[list[Call]] = capture.gradients(total)
+        rest = {n: p for n, p in parameters.items() if n not in capture.handled}
+        if rest:
+            groups.append([WholeCall(self._model, self._inputs, rest, term)])
+        named = {frozenset(n for c in group for n in c.names.values()): group for group in groups}
+        if self._first:
+            whole = WholeCall(self._model, self._inputs, parameters, term)
+            self._guard.check(capture, named, whole, self._count)
+            self._first = False
+        return named
 
 
 @contextmanager
-def captured(
-    model: nn.Module, inputs: Any, count: int, parameters: Parameters, ways: Ways | None
-) -> Iterator[Batch]:
+def captured(model: nn.Module, samples: Samples, rows: slice) -> Iterator[Batch]:
     """Run a batch forward so that its per-sample gradients can be had.
 
     Args:
         model: The model, in eval mode.
-        inputs: Inputs of the batch.
-        count: Samples in it.
-        parameters: The parameters to differentiate by.
-        ways: What `safe_ways` gave.
+        samples: The samples.
+        rows: Which of them are the batch.
 
     Yields:
         The batch.
     """
-    with Capture(model, parameters, count, ways) as capture:
-        outputs = call(model, inputs)
-        capture.resolve(outputs)
-        if count > 1 and capture.selects:
-            capture.drop(capture.mixed(outputs))
-        yield Batch(model, inputs, parameters, capture, outputs)
+    inputs, count = part(samples.inputs, rows), rows.stop - rows.start
+    with Capture(model, samples.guard.fast, count, samples.ways) as capture:
+        yield Batch(model, inputs, count, samples.guard, capture, call(model, inputs))
 
 
 def same_groups(a: Block, b: Block) -> tuple[Block, Block]:
@@ -203,8 +338,3 @@ def activation_bytes(model: nn.Module, inputs: Any) -> tuple[Any, int]:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         outputs = call(model, part(inputs, slice(1)))
     return outputs, max(1, sum(sizes.values()))
-
-
-def _tensors(inputs: Any) -> Iterator[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(inputs)
-    return (t for t in leaves if isinstance(t, Tensor) and t.dim())

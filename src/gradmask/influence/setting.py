@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from gradmask.containers import map_tensors, part, tensors_in
 from gradmask.errors import DataError, OptionError
 from gradmask.fisher.batch import safe_ways, unpack
-from gradmask.fisher.likelihood import Loss, draw_directions, nll, part
+from gradmask.fisher.likelihood import Loss, draw_directions
+from gradmask.fisher.losses import nll
 from gradmask.fisher.reference import call
+from gradmask.fisher.verify import Verify, computed_in
 from gradmask.influence.distribution import Head, find_head
 from gradmask.influence.samples import (
     Block,
+    Guard,
     Parameters,
+    Refuted,
+    Rows,
     Samples,
-    Term,
     activation_bytes,
     captured,
     condensed,
 )
+
+logger = logging.getLogger("gradmask")
 
 # Values of some sources (first slice) on some probe samples (second slice).
 Blocks = Generator[tuple[slice, slice, Tensor], None, None]
@@ -85,9 +92,9 @@ class Setting:
         start, used = 0, 0
         block: Block = []
         for rows in samples.blocks(self.together):
-            inputs, n = part(samples.inputs, rows), rows.stop - rows.start
-            with captured(self.model, inputs, n, self.parameters, samples.ways) as batch:
-                groups = batch.gradients(self.nll_term(samples, rows))
+            n = rows.stop - rows.start
+            with captured(self.model, samples, rows) as batch:
+                groups = batch.gradients(LossTerm(samples, rows))
             graph = 2 * n * self.activation
             with torch.no_grad():
                 groups, size = condensed(groups, self.parameters, n, graph)
@@ -117,7 +124,7 @@ class Setting:
         """Labels that a probe sample can have, counted over its positions."""
         assert self.head is not None
         positions, classes = self.head.logits(self.example).shape[1:]
-        return positions if self.loss == "bernoulli" else positions * classes
+        return positions if self.loss in ("bernoulli", "mse") else positions * classes
 
     def blank_targets(self) -> Tensor:
         """Targets of the probe samples that only have the right form."""
@@ -133,10 +140,20 @@ class Setting:
             share = min(share, PRODUCT_BYTES_CPU)
         return max(1, share // size)
 
-    def nll_term(self, samples: Samples, which: slice) -> Term:
-        """The loss of a block of samples with targets, for its per-sample gradients."""
-        targets = part(samples.targets, which)
-        return lambda outputs, rows: nll(outputs, part(targets, rows), samples.loss)
+
+class LossTerm:
+    """The loss of a block of samples with targets, for its per-sample gradients."""
+
+    def __init__(self, samples: Samples, which: slice) -> None:
+        self._targets, self._loss = part(samples.targets, which), samples.loss
+        self.empty: frozenset[int] = frozenset()
+
+    def __call__(self, outputs: Any, rows: Rows, alone: bool = False) -> Tensor:
+        """The sum over some of its samples."""
+        total, empty = nll(outputs, part(self._targets, rows), self._loss, alone=alone)
+        if rows == slice(None):
+            self.empty = empty
+        return total
 
 
 def prepare(
@@ -148,6 +165,8 @@ def prepare(
     labelled: bool,
     loss: Loss,
     memory: int,
+    alone: set[str],
+    verify: Verify,
 ) -> Setting:
     """Check the data and find out what the model needs.
 
@@ -159,6 +178,8 @@ def prepare(
         labelled: Whether the probe has targets.
         loss: The negative log-likelihood.
         memory: Bytes.
+        alone: Names that are measured with the whole model, one sample at a time.
+        verify: How gradients are checked.
 
     Raises:
         DataError: If data are empty or of a wrong form, or labels out of range.
@@ -183,22 +204,69 @@ def prepare(
         head = find_head(first, targets[:1], targets, loss)
         if probe_targets is not None:
             find_head(example, probe_targets[:1], probe_targets, loss)
-    counts = len(targets), _count(probe_inputs)
-    ways = [
-        safe_ways(model, data, parameters) if n > 1 else None
-        for data, n in zip((inputs, probe_inputs), counts, strict=True)
-    ]
-    return Setting(
+
+    def samples(data: Any, labels: Tensor | None, count: int) -> Samples:
+        guard = Guard(parameters, alone, verify)
+        ways = safe_ways(model, data, guard.fast) if count > 1 else None
+        return Samples(data, labels, count, loss, guard, ways)
+
+    setting = Setting(
         model,
         parameters,
         loss,
         head,
-        Samples(inputs, targets, counts[0], loss, ways[0]),
-        Samples(probe_inputs, probe_targets, counts[1], loss, ways[1]),
+        samples(inputs, targets, len(targets)),
+        samples(probe_inputs, probe_targets, _count(probe_inputs)),
         memory,
         max(activation, other),
-        tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example),
+        map_tensors(lambda t: t.detach(), example),
     )
+    if verify and _mixes(setting):
+        return replace(setting, probe=replace(setting.probe, apart=True))
+    return setting
+
+
+def guarded(
+    measure: Callable[[Setting], Tensor],
+    model: nn.Module,
+    parameters: Parameters,
+    **options: Any,
+) -> Tensor:
+    """Measure something; again, in a safer way, if the check of single samples fails.
+
+    Args:
+        measure: What is measured, from a setting.
+        model: The model, in eval mode.
+        parameters: Its trainable parameters.
+        options: Those of `prepare`.
+    """
+    alone: set[str] = set()
+    while True:
+        try:
+            return measure(prepare(model, parameters, alone=alone, **options))
+        except Refuted:
+            continue  # more is measured alone now
+
+
+def _mixes(setting: Setting) -> bool:
+    """Whether the outputs of the first probe sample depend on the batch that it is in."""
+    columns = next(setting.probe.blocks(setting.together))
+    if columns.stop == 1:
+        return False
+    with torch.no_grad():
+        outputs = tensors_in(call(setting.model, part(setting.probe.inputs, columns)))
+    pairs = zip(tensors_in(setting.example), outputs, strict=False)
+    near = 1e-6 if computed_in(setting.parameters.values()) == torch.float64 else 1e-2
+    for one, many in pairs:
+        if one.is_floating_point() and one.dim() and one.shape[1:] == many.shape[1:]:
+            a, b = one[0].double(), many[0].double()
+            if (a - b).norm() > near * torch.maximum(a.norm(), b.norm()):
+                logger.warning(
+                    "The outputs of a sample depend on the batch that it is in: the probe set "
+                    "runs one sample at a time, which is slow."
+                )
+                return True
+    return False
 
 
 def precision(parameters: Parameters) -> torch.dtype:
@@ -218,7 +286,7 @@ def check_losses(setting: Setting) -> None:
     with torch.no_grad():
         for rows in setting.sources.blocks(setting.together):
             outputs = call(setting.model, part(setting.sources.inputs, rows))
-            setting.nll_term(setting.sources, rows)(outputs, slice(None))
+            LossTerm(setting.sources, rows)(outputs, slice(None))
 
 
 def drawn_directions(setting: Setting, seed: int) -> Tensor:
@@ -266,4 +334,4 @@ def _check_some(name: str, count: int) -> None:
 
 
 def _count(data: Any) -> int:
-    return next((len(t) for t in tree_leaves(data) if isinstance(t, Tensor) and t.dim()), 0)
+    return next((len(t) for t in tensors_in(data) if t.dim()), 0)

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call, jvp, vmap
+from torch import Tensor, nn
+from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradmask.fisher.likelihood import part
+from gradmask.containers import part
 from gradmask.fisher.reference import call
-from gradmask.influence.distribution import divergence, variance
 from gradmask.influence.samples import captured, stacked
-from gradmask.influence.setting import Blocks, Setting, check_outputs
+from gradmask.influence.setting import Blocks, LossTerm, Setting, check_outputs
 
 logger = logging.getLogger("gradmask")
 
@@ -55,7 +54,7 @@ def divergences(setting: Setting, step: float) -> Blocks:
 
     def value(moved: Gradient, columns: slice) -> Tensor:
         outputs = head.logits(_run(setting, moved, part(setting.probe.inputs, columns)))
-        return divergence(before[columns.start][: len(outputs)], outputs)
+        return head.divergence(before[columns.start][: len(outputs)], outputs)
 
     return _pairs(setting, value, together, move)
 
@@ -85,7 +84,7 @@ def _variance_along(setting: Setting) -> Value:
         here = {n: setting.parameters[n].detach() for n in gradient}
         run = lambda moved: head.logits(_run(setting, moved, inputs))  # noqa: E731
         logits, changes = jvp(run, (here,), (gradient,))[:2]
-        return variance(logits, changes)
+        return head.variance(logits, changes)
 
     return value
 
@@ -115,9 +114,9 @@ def _pairs(
     batched = together and sources > 1 and _can_batch(setting, value)
     data = setting.sources
     for rows in data.blocks(sources):
-        inputs, n = part(data.inputs, rows), rows.stop - rows.start
-        with captured(setting.model, inputs, n, setting.parameters, data.ways) as taken:
-            groups = taken.gradients(setting.nll_term(data, rows))
+        n = rows.stop - rows.start
+        with captured(setting.model, data, rows) as taken:
+            groups = taken.gradients(LossTerm(data, rows))
             with torch.no_grad():
                 gradients = stacked(groups, setting.parameters)
                 change(gradients)
@@ -152,11 +151,32 @@ def _works(attempt: Callable[[], Tensor]) -> bool:
 
 
 def _run(setting: Setting, parameters: Gradient, inputs: Any) -> Tensor:
-    args: Any = inputs
-    kwargs: dict[str, Any] = {}
-    if isinstance(inputs, dict):
-        args, kwargs = (), inputs
-    elif not isinstance(inputs, tuple | list):
-        args = (inputs,)
-    outputs: Tensor = functional_call(setting.model, parameters, tuple(args), kwargs)
+    own = setting.parameters
+    with replaced(setting.model, {id(own[name]): t for name, t in parameters.items()}):
+        outputs: Tensor = call(setting.model, inputs)
     return outputs
+
+
+@contextmanager
+def replaced(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of parameters, wherever a module of the model holds these.
+
+    `torch.func.functional_call` puts modules that are registered twice back in the wrong order.
+
+    Args:
+        model: The model.
+        tensors: `{id of a parameter: what takes its place}`.
+    """
+    places = [
+        (module._parameters, key, p)
+        for module in model.modules()
+        for key, p in module._parameters.items()
+        if id(p) in tensors
+    ]
+    try:
+        for held, key, parameter in places:
+            held[key] = tensors[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for held, key, parameter in places:
+            held[key] = parameter

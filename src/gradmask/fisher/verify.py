@@ -1,0 +1,178 @@
+"""The check of a measuring pass: what samples gave together against what each gives alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradmask.errors import OptionError
+
+logger = logging.getLogger("gradmask")
+
+Verify = Literal["spread", "all"] | bool
+Sketches = dict[str, Tensor]
+
+# Relative to the norm of what one sample alone gives; a wrong rule or layout is off by its size.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
+_ROUGH = 0.3  # half precision and autocast
+
+
+def check_verify(verify: Any) -> None:
+    """Raise an OptionError unless this says how to check a pass.
+
+    Args:
+        verify: The option.
+    """
+    if verify is not False and verify not in ("spread", "all"):
+        raise OptionError(
+            f"verify={verify!r} must be 'spread' (some samples, at growing intervals), 'all' or "
+            "False."
+        )
+
+
+class Schedule:
+    """Which samples of which batches are checked.
+
+    Two of the first batch and of every batch whose graph has other operations; one of the batches
+    1, 3, 9, 27, ..., of the 1st, 2nd, 4th, 8th, ... batch of sizes not seen before and, as long as
+    some parameters have had no gradient in any check, of batches 2, 4, 8, ...
+
+    Args:
+        verify: `spread`, `all` or False.
+        names: What is measured.
+        seed: Seed of the choice of samples.
+    """
+
+    def __init__(self, verify: Verify, names: Iterable[str], seed: int = 0) -> None:
+        check_verify(verify)
+        self.verify, self._unseen = verify, set(names)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._batches = self._sizes = 0
+        self._known: set[Hashable] = set()
+
+    def rows(self, structure: Hashable, sizes: Hashable, samples: int) -> slice | None:
+        """Samples of the next batch to check, if any.
+
+        Args:
+            structure: Tells graphs of other operations apart.
+            sizes: Tells graphs of other sizes apart.
+            samples: Samples in the batch.
+        """
+        if not self.verify:
+            return None
+        self._batches += 1
+        new = structure not in self._known
+        resized = not new and sizes not in self._known
+        self._known |= {structure, sizes}
+        self._sizes += resized
+        if self.verify == "all":
+            return slice(None)
+        if not (
+            new
+            or (resized and _is_power(self._sizes, 2))
+            or _is_power(self._batches, 3)
+            or (self._unseen and _is_power(self._batches, 2))
+        ):
+            return None
+        chosen = torch.randperm(samples, generator=self._generator)[: 1 + new].sort().values
+        first, last = chosen[0].item(), chosen[-1].item()
+        return slice(first, last + 1, max(1, last - first))
+
+    def wrong(
+        self, found: Sketches, alone: Sketches, precision: torch.dtype, power: int = 2
+    ) -> set[str]:
+        """Names whose squares differ from those of the same samples alone beyond rounding.
+
+        Args:
+            found: Sketches of the squares of the checked samples, as measured in the batch.
+            alone: Of the same samples, each alone.
+            precision: What the model computes in.
+            power: 2 for squares, 1 for gradients.
+        """
+        if not alone:
+            return set()
+        relative = _TOLERANCE.get(precision, _ROUGH)
+        # Gradients that cancel to zero leave rounding behind.
+        noise = (4 if relative == _ROUGH else 32) * torch.finfo(precision).eps
+        rows = [_compared(found[name], value) for name, value in alone.items()]
+        errors, sizes, largest = torch.stack(rows).cpu().unbind(1)
+        counts = torch.tensor([a.numel() for a in alone.values()], dtype=torch.float64)
+        floor = noise**power * largest.max() * counts.sqrt()
+        seen, off = sizes > floor, ~(errors <= relative * sizes + floor)
+        self._unseen -= {name for name, flag in zip(alone, seen.tolist(), strict=True) if flag}
+        return {name for name, flag in zip(alone, off.tolist(), strict=True) if flag}
+
+
+def _compared(found: Tensor, alone: Tensor) -> Tensor:
+    """Norm of the difference, norm of the larger, and largest entry."""
+    if not alone.numel():
+        return alone.new_zeros(3)
+    larger = torch.maximum(alone.abs(), found.abs())
+    return torch.stack([(found - alone).norm(), larger.norm(), alone.abs().max()])
+
+
+def distrusted(wrong: set[str], before: set[str], names: Iterable[str]) -> set[str]:
+    """What is measured one sample at a time after a failed check: all, if it was not the first.
+
+    Args:
+        wrong: Names for which it failed.
+        before: Names for which another one has.
+        names: Everything that is measured.
+    """
+    logger.warning(
+        "The check of single samples failed for %s: measured with the whole model, one sample at a "
+        "time, which is right and slow. Samples may be mixed in the batch, or a rule of a layer "
+        "may be wrong.",
+        "parameters again, so all are" if before else ", ".join(sorted(wrong)),
+    )
+    return set(names) if before else wrong
+
+
+def sketch(squares: Tensor) -> Tensor:
+    """Means along the first dimension and along the others: few numbers, and no error hides.
+
+    Args:
+        squares: A tensor of any shape.
+
+    Returns:
+        One dimension, float64.
+    """
+    if squares.dim() < 2:
+        return squares.reshape(-1).double()
+    rows = squares.flatten(1)
+    if not rows.numel():
+        return rows.new_zeros(0, dtype=torch.float64)
+    return torch.cat([rows.mean(1, dtype=torch.float64), rows.mean(0, dtype=torch.float64)])
+
+
+def add_sketch(sketches: Sketches, squares: Mapping[str, Tensor]) -> None:
+    """Add the sketches of some squares to those of the same names.
+
+    Args:
+        sketches: Changed in place.
+        squares: `{name: tensor}`.
+    """
+    for name, value in squares.items():
+        new = sketch(value)
+        sketches[name] = sketches[name] + new if name in sketches else new
+
+
+def computed_in(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The lowest precision that a model with these parameters computes in."""
+    found = list(tensors)
+    kinds = {t.dtype.to_real() for t in found if t.is_floating_point() or t.is_complex()}
+    for device in {t.device.type for t in found}:
+        if torch.is_autocast_enabled(device):
+            kinds.add(torch.get_autocast_dtype(device))
+        if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
+            kinds.add(torch.bfloat16)
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
+
+
+def _is_power(number: int, base: int) -> bool:
+    return number >= 1 and base ** round(math.log(number, base)) == number
