@@ -112,6 +112,23 @@ def part(batch: Any, which: slice | list[int]) -> Any:
     return map_tensors(cut, batch, lambda v: Uncut(type(v).__name__))
 
 
+def sample_count(batch: Any) -> int:
+    """Number of samples in a batch: the length of dimension 0 of all its tensors.
+
+    Args:
+        batch: Any nested container; tensors without a dimension do not count.
+
+    Raises:
+        DataError: If tensors differ in it.
+    """
+    sizes = {len(t) for t in tensors_in(batch) if t.dim()}
+    if len(sizes) > 1:
+        raise DataError(
+            f"A batch must hold tensors with the same number of samples; found {sorted(sizes)}."
+        )
+    return sizes.pop() if sizes else 0
+
+
 def check_cuttable(batch: Any, what: str) -> None:
     """Raise a DataError that names an object in a batch that cannot be cut into samples.
 

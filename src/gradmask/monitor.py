@@ -9,13 +9,14 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from gradmask.containers import part
+from gradmask.containers import part, sample_count, tensors_in
 from gradmask.errors import DataError, OptionError, StateError, check_choice
 from gradmask.fisher.batch import check_batches
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.sampling import random_samples
+from gradmask.fisher.verify import Verify
 from gradmask.influence import gradient_norms, influence
 from gradmask.influence.measure import METHODS
 from gradmask.seeding import seeded_generator
@@ -39,6 +40,7 @@ class InfluenceOptions(TypedDict, total=False):
     fisher: str
     loss: Loss
     memory: int
+    verify: Verify
 
 
 class InfluenceMonitor:
@@ -64,7 +66,7 @@ class InfluenceMonitor:
         methods: Forms to measure: `quadratic`, `diagonal`, `kl`.
         seed: Seed of the choice of samples and of sampled labels.
         writer: Where the numbers are logged, for example TensorBoard's `SummaryWriter`.
-        options: `step`, `loss` and `memory` of `gradmask.influence`, and `fisher`, which is
+        options: `step`, `loss`, `memory` and `verify` of `gradmask.influence`, and `fisher`, which is
             `"sampled"` here unless given: unbiased for the mean over the probe set, and cheap.
 
     Attributes:
@@ -184,7 +186,7 @@ class InfluenceMonitor:
         return {name: values.double().cpu() for name, values in found.items()}
 
     def _norms(self, samples: Any) -> Tensor:
-        options = {k: v for k, v in self._options.items() if k in ("loss", "memory")}
+        options = {k: v for k, v in self._options.items() if k in ("loss", "memory", "verify")}
         return gradient_norms(self.model, samples, **options)
 
 
@@ -200,6 +202,7 @@ def _two_parts(data: Iterable[Any], sources: int, probe: int, seed: int) -> tupl
             raise DataError(
                 f"The data gave a {type(batch).__name__}: expected (inputs, targets) batches."
             )
+        sample_count(batch)
         batches.append((batch[0], batch[1]))
     found = sum(len(targets) for _, targets in batches)
     if found < wanted:
@@ -207,7 +210,7 @@ def _two_parts(data: Iterable[Any], sources: int, probe: int, seed: int) -> tupl
             f"sources={sources} and probe={probe} need {wanted} samples, but the data have "
             f"{found}: lower one of them."
         )
-    shapes = {tuple(t.shape[1:] for t in tree_leaves(b) if isinstance(t, Tensor)) for b in batches}
+    shapes = {tuple(t.shape[1:] for t in tensors_in(b)) for b in batches}
     if len(shapes) > 1:
         raise DataError(
             "The samples have different shapes from batch to batch: give one pair (inputs, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gradmask.containers import check_cuttable, map_tensors, part, tensors_in
+from gradmask.containers import check_cuttable, map_tensors, part, sample_count
 from gradmask.distributed import Groups, sum_over, together
 from gradmask.errors import DataError, ModelError
 from gradmask.fisher.calls import full_precision
@@ -271,9 +271,5 @@ def unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
             f"The targets of a batch are a {type(targets).__name__}: expected a tensor of shape "
             "(samples, ...)."
         )
-    sizes = {len(t) for t in tensors_in((inputs, targets)) if t.dim()}
-    if len(sizes) != 1:
-        raise DataError(
-            f"A batch must hold tensors with the same number of samples; found {sorted(sizes)}."
-        )
+    sample_count((inputs, targets))
     return inputs, targets

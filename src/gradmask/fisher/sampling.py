@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-from gradmask.containers import part
+from gradmask.containers import map_tensors, part, sample_count
+
+logger = logging.getLogger("gradmask")
+
+# A loader that must be read in order is read until it has given so many times what is wanted.
+WINDOW = 4
+_SAMPLERS = (
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 
 def random_samples(loader: Iterable[Any], count: int, seed: int) -> Iterator[Any]:
     """Yield batches with `count` samples drawn without replacement (all, if there are fewer).
 
-    A `DataLoader` over a map-style dataset reads only the drawn samples. Any other iterable is
-    read to its end; the drawn samples come in batches as large as its own.
+    A plain `DataLoader` over a map-style dataset reads only the drawn samples. Any other iterable
+    (a subclass of it too) is read in order, at most `WINDOW * count` samples of it, and what is
+    drawn stays in the batches in which it came, in their order.
 
     Args:
         loader: Iterable of batches.
@@ -26,43 +49,65 @@ def random_samples(loader: Iterable[Any], count: int, seed: int) -> Iterator[Any
 
     Yields:
         Batches of the same form.
+
+    Raises:
+        DataError: If a batch holds tensors with different numbers of samples.
     """
     generator = torch.Generator().manual_seed(seed)
-    if (
-        isinstance(loader, DataLoader)
+    if _is_plain(loader):
+        yield from _rebuilt(loader, count, generator)
+    else:
+        yield from _in_order(loader, count, generator)
+
+
+def _is_plain(loader: Any) -> TypeGuard[DataLoader[Any]]:
+    """Whether it is certain how the loader makes batches of a dataset's samples."""
+    return (
+        type(loader) is DataLoader
         and loader.batch_size is not None
         and not isinstance(loader.dataset, IterableDataset)
-        and type(loader.sampler).__module__.startswith("torch.utils.data")
-    ):
-        # The sampler may leave samples out (a validation part). Its order must not matter.
-        available = sorted(loader.sampler)
-        chosen = torch.randperm(len(available), generator=generator)[:count].sort().values.tolist()
-        yield from DataLoader(
-            Subset(loader.dataset, [available[i] for i in chosen]),
-            batch_size=loader.batch_size,
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=generator,
-        )
-        return
-    # Keep the `count` samples with the smallest random keys: one reading, bounded memory.
+        and type(loader.batch_sampler) is BatchSampler
+        and type(loader.sampler) in _SAMPLERS
+    )
+
+
+def _rebuilt(loader: DataLoader[Any], count: int, generator: torch.Generator) -> Iterator[Any]:
+    """Read the drawn samples alone."""
+    # The sampler may leave samples out (a validation part). Its order must not matter.
+    available = sorted(loader.sampler)
+    chosen = torch.randperm(len(available), generator=generator)[:count].sort().values.tolist()
+    yield from DataLoader(
+        Subset(loader.dataset, [available[i] for i in chosen]),
+        batch_size=loader.batch_size,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=generator,
+    )
+
+
+def _in_order(loader: Iterable[Any], count: int, generator: torch.Generator) -> Iterator[Any]:
+    """Keep the `count` samples with the smallest random keys: one reading, bounded memory."""
     kept: list[tuple[Tensor, Any]] = []
-    bound, size = 2.0, 1
+    bound, read = 2.0, 0
     for batch in loader:
-        n = next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 0)
-        size = max(size, n)
+        if read >= WINDOW * count:
+            logger.warning(
+                "max_samples: %d samples were drawn at random from the first %d that the %s gave; "
+                "the rest was not read. If its order is not random, shuffle it.",
+                *(count, read, type(loader).__name__),
+            )
+            break
+        n = sample_count(batch)
+        read += n
         keys = torch.rand(n, generator=generator, dtype=torch.float64)
         kept.append(_choose(keys, batch, bound))
         if sum(len(k) for k, _ in kept) > 2 * count:
             bound, kept = _smallest(kept, count)
     if sum(len(k) for k, _ in kept) > count:
         _, kept = _smallest(kept, count)
-    for batch in _merged([batch for keys, batch in kept if len(keys)]):
-        n = next(len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim())
-        for start in range(0, n, size):
-            yield part(batch, slice(start, start + size))
+    yield from (batch for keys, batch in kept if len(keys))
 
 
 def _smallest(kept: list[tuple[Tensor, Any]], count: int) -> tuple[float, list[tuple[Tensor, Any]]]:
@@ -74,20 +119,4 @@ def _choose(keys: Tensor, batch: Any, bound: float) -> tuple[Tensor, Any]:
     chosen = (keys <= bound).nonzero().flatten()
     if len(chosen) == len(keys):
         return keys, part(batch, slice(None))
-    pick = lambda t: t[chosen.to(t.device)] if isinstance(t, Tensor) and t.dim() else t  # noqa: E731
-    return keys[chosen], tree_map(pick, batch)
-
-
-def _merged(batches: list[Any]) -> Iterator[Any]:
-    """Join batches whose tensors fit together; a few samples at a time would be slow to measure."""
-    groups: dict[Any, list[Any]] = {}
-    for batch in batches:
-        leaves, form = tree_flatten(batch)
-        kinds = [
-            (t.shape[1:], t.dtype, t.device) if isinstance(t, Tensor) and t.dim() else repr(t)
-            for t in leaves
-        ]
-        groups.setdefault((str(form), str(kinds)), []).append(batch)
-    for group in groups.values():
-        join = lambda *ts: torch.cat(ts) if isinstance(ts[0], Tensor) and ts[0].dim() else ts[0]  # noqa: E731
-        yield tree_map(join, *group)
+    return keys[chosen], map_tensors(lambda t: t[chosen.to(t.device)] if t.dim() else t, batch)

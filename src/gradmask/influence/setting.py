@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmask.containers import map_tensors, part, tensors_in
+from gradmask.containers import map_tensors, part, sample_count, tensors_in
 from gradmask.errors import DataError, OptionError
 from gradmask.fisher.batch import safe_ways, unpack
 from gradmask.fisher.likelihood import Loss, draw_directions
@@ -216,7 +216,7 @@ def prepare(
         loss,
         head,
         samples(inputs, targets, len(targets)),
-        samples(probe_inputs, probe_targets, _count(probe_inputs)),
+        samples(probe_inputs, probe_targets, sample_count(probe_inputs)),
         memory,
         max(activation, other),
         map_tensors(lambda t: t.detach(), example),
@@ -319,19 +319,15 @@ def _labelled(name: str, data: Any, device: torch.device) -> tuple[Any, Tensor]:
             f"The {name} are a {type(data).__name__}: expected one pair (inputs, targets); join "
             "the batches of a loader with torch.cat."
         )
-    _check_some(name, _count(data))
+    _check_some(name, sample_count(data))
     return unpack(data, device)
 
 
 def _unlabelled(data: Any, device: torch.device) -> Any:
-    _check_some("probe", _count(data))
-    return unpack((data, torch.empty(_count(data), device=device)), device)[0]
+    _check_some("probe", sample_count(data))
+    return unpack((data, torch.empty(sample_count(data), device=device)), device)[0]
 
 
 def _check_some(name: str, count: int) -> None:
     if count == 0:
         raise DataError(f"The {name} set has no samples: give at least one, in dimension 0.")
-
-
-def _count(data: Any) -> int:
-    return next((len(t) for t in tensors_in(data) if t.dim()), 0)
