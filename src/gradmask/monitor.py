@@ -66,8 +66,8 @@ class InfluenceMonitor:
         methods: Forms to measure: `quadratic`, `diagonal`, `kl`.
         seed: Seed of the choice of samples and of sampled labels.
         writer: Where the numbers are logged, for example TensorBoard's `SummaryWriter`.
-        options: `step`, `loss`, `memory` and `verify` of `gradmask.influence`, and `fisher`, which is
-            `"sampled"` here unless given: unbiased for the mean over the probe set, and cheap.
+        options: `step`, `loss`, `memory` and `verify` of `gradmask.influence`, and `fisher`, which
+            is `"sampled"` here unless given: unbiased for the mean over the probe set, and cheap.
 
     Attributes:
         history: The records so far: `step` (calls of `step` when it was measured),

@@ -14,19 +14,19 @@ from torch.utils.data import Dataset
 from gradmask.containers import check_cuttable, map_tensors, part, sample_count
 from gradmask.distributed import Groups, sum_over, together
 from gradmask.errors import DataError, ModelError
-from gradmask.fisher.calls import full_precision
 from gradmask.fisher.capture import Capture, Settle, Way, Ways
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
 from gradmask.fisher.losses import nll
 from gradmask.fisher.reference import add_per_sample_squares, call, sample_gradients
 from gradmask.fisher.rules import squared
 from gradmask.fisher.verify import (
+    Check,
+    Excerpts,
     Schedule,
-    Sketches,
     Verify,
-    add_sketch,
     computed_in,
     distrusted,
+    excerpt,
 )
 
 logger = logging.getLogger("gradmask")
@@ -123,16 +123,16 @@ class Pass:
                 batch = self._terms(outputs, targets)
                 capture.resolve(outputs, batch.first)
                 unexplained = (ways or {}).keys() & capture.reached - capture.ways().keys()
-                rows = self._schedule.rows(capture.structure, capture.sizes(), n)
-                if n > 1 and self._may_mix(capture, rows, groups):
+                check = self._schedule.check(capture.structure, capture.sizes(), n)
+                if n > 1 and self._may_mix(capture, check, groups):
                     capture.drop(capture.mixed(outputs))
             again = first and trusts and bool(unexplained)
             if not again:
                 handled = {k: p for k, p in fast.items() if k in capture.handled}
                 self._note(capture, groups)
-                rows = None if groups else rows
+                check = None if groups else check
                 terms = chain([batch.first], batch.rest)
-                found = capture.add_squares(terms, totals, settle, rows)
+                found = capture.add_squares(terms, totals, settle, check)
             del outputs
         if again:  # a dimension was 2 long by chance: the probe finds out
             self._trusts, self._ways = False, None
@@ -141,12 +141,13 @@ class Pass:
         rest = {k: p for k, p in self.parameters.items() if k not in handled}
         if rest:
             add_per_sample_squares(*data, rest, totals, **options)
-        if rows is None or not handled:
+        if check is None or not handled:
             return True
-        by_itself: Sketches = {name: torch.zeros_like(value) for name, value in found.items()}
-        for gradients in sample_gradients(*data, handled, rows=rows, **options):
-            add_sketch(by_itself, {k: squared(full_precision(g)) for k, g in gradients.items()})
-        wrong = self._schedule.wrong(found, by_itself, self._precision)
+        alone: Excerpts = {name: torch.zeros_like(value) for name, value in found.items()}
+        for gradients in sample_gradients(*data, handled, rows=check.rows, **options):
+            for name, g in gradients.items():
+                alone[name] += squared(excerpt(g, check.turn))
+        wrong = self._schedule.wrong(found, alone, self._precision)
         if wrong:
             self._distrust(wrong)
         return not wrong
@@ -163,9 +164,9 @@ class Pass:
         total, empty = nll(outputs, targets, loss)
         return _Terms(total, iter(()), targets, {"loss": loss, "skip": empty})
 
-    def _may_mix(self, capture: Capture, rows: slice | None, groups: Groups) -> bool:
+    def _may_mix(self, capture: Capture, check: Check | None, groups: Groups) -> bool:
         """Whether to look for samples that are mixed; all ranks must run the same passes."""
-        may = capture.rearranges or (bool(groups) and rows is not None)
+        may = capture.rearranges or (bool(groups) and check is not None)
         flag = torch.tensor([may], dtype=torch.int32, device="cpu")
         return bool(sum_over(flag, groups)) if groups else may
 

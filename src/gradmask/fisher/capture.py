@@ -24,7 +24,7 @@ from gradmask.fisher.graph import Node, enclosed, leaves, lowest, rearranges, st
 from gradmask.fisher.observe import Observer
 from gradmask.fisher.operations import Layout, operation_calls
 from gradmask.fisher.reference import zero_squares
-from gradmask.fisher.verify import Sketches, add_sketch
+from gradmask.fisher.verify import Check, Excerpts, excerpt
 
 Way = tuple[Any, ...]  # the kinds of the calls that explain a parameter
 Ways = dict[str, Way]
@@ -62,7 +62,7 @@ class Capture:
         self._norms: dict[tuple[Call, int], Tensor] | None = None
         self._totals: dict[str, Tensor] | None = None
         self._settle: Settle = lambda _: None
-        self._checked: tuple[slice, Sketches] | None = None
+        self._checked: tuple[Check, Excerpts] | None = None
         self.handled: set[str] = set()
         self.reached: set[str] = set()
         self.rearranges = False
@@ -219,17 +219,20 @@ class Capture:
             )
             # Squared at once, so that the gradient need not be kept.
             if alone and self._totals is not None and call.add_squares(self._totals):
-                self._sketch(call.names.values(), call.add_squares)
+                self._excerpt(call.names.values(), call.add_squares)
                 call.gradients[place] = None
                 self._settle(call.names.values())
 
-    def _sketch(self, names: Iterable[str], add: Callable[[dict[str, Tensor], slice], Any]) -> None:
-        """Add the squares of the checked samples alone, by the same way, to their sketches."""
+    def _excerpt(
+        self, names: Iterable[str], add: Callable[[dict[str, Tensor], slice], Any]
+    ) -> None:
+        """Keep an excerpt of the squares of the checked samples alone, added up in the same way."""
         if self._checked is not None:
-            rows, sketches = self._checked
+            (rows, turn), excerpts = self._checked
             squares = {name: zero_squares(self._parameters[name]) for name in names}
             add(squares, rows)
-            add_sketch(sketches, squares)
+            for name, value in squares.items():
+                excerpts[name] += excerpt(value, turn)
 
     def _backward(self, term: Tensor) -> None:
         if not self._returned:
@@ -271,11 +274,12 @@ class Capture:
             found.append(self._norms)
         self._norms = None
         plain, weighted = found
+        near = 1e-10 if all(t.dtype.to_real() == torch.float64 for t in tensors) else 1e-4
         return {
             name
             for key, norms in weighted.items()
             for name in key[0].names.values()
-            if not torch.allclose(norms, plain[key] * weights.to(norms.device), rtol=1e-4, atol=0)
+            if not torch.allclose(norms, plain[key] * weights.to(norms.device), rtol=near, atol=0)
         }
 
     def drop(self, names: set[str]) -> None:
@@ -290,8 +294,8 @@ class Capture:
         terms: Iterable[Tensor],
         totals: dict[str, Tensor],
         settle: Settle = lambda _: None,
-        checked: slice | None = None,
-    ) -> Sketches:
+        check: Check | None = None,
+    ) -> Excerpts:
         """Add, over samples and terms, the squared per-sample gradients of each handled name.
 
         Args:
@@ -299,22 +303,23 @@ class Capture:
             totals: `{name: tensor of the parameter's shape}`, changed in place.
             settle: Told the names of totals that a term adds nothing more to, in an order that
                 depends on the model alone.
-            checked: Samples to check.
+            check: What to check.
 
         Returns:
-            Sketches of the squares of the samples to check, of every handled name.
+            Excerpts of the squares of the samples to check, of every handled name.
         """
         self._totals, self._settle = totals, settle
-        sketches: Sketches = {}
-        if checked is not None:
-            add_sketch(sketches, {n: zero_squares(self._parameters[n]) for n in self.handled})
-            self._checked = checked, sketches
+        excerpts: Excerpts = {}
+        if check is not None:
+            for name in self.handled:
+                excerpts[name] = excerpt(self._parameters[name].detach(), check.turn).abs().mul_(0)
+            self._checked = check, excerpts
         for term in terms:
             self._backward(term)
             with torch.no_grad():
                 self._square_rest(totals)
         self._checked = None
-        return sketches
+        return excerpts
 
     def gradients(self, term: Tensor) -> list[list[Call]]:
         """Run the backward pass of a term; the calls keep their gradients until the next one.
@@ -343,7 +348,7 @@ class Capture:
             names = dict.fromkeys(n for call in group for n in call.names.values())
             together = partial(square_together, group, n=self._batch_size)
             together(totals)
-            self._sketch(names, lambda squares, rows: together(squares, samples=rows))  # noqa: B023
+            self._excerpt(names, lambda squares, rows: together(squares, samples=rows))  # noqa: B023
             self._settle(names)
             for call in group:
                 call.gradients = [None] * len(call.edges)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Hashable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from gradmask.errors import OptionError
 logger = logging.getLogger("gradmask")
 
 Verify = Literal["spread", "all"] | bool
-Sketches = dict[str, Tensor]
+Excerpts = dict[str, Tensor]
 
 # Relative to the norm of what one sample alone gives; a wrong rule or layout is off by its size.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
 _ROUGH = 0.3  # half precision and autocast
+_EXCERPT = 1 << 16  # entries of a tensor that are compared, about
 
 
 def check_verify(verify: Any) -> None:
@@ -35,11 +36,23 @@ def check_verify(verify: Any) -> None:
         )
 
 
+class Check(NamedTuple):
+    """What is checked in a batch.
+
+    Attributes:
+        rows: Samples.
+        turn: Number of the check, which says the entries of large tensors.
+    """
+
+    rows: slice
+    turn: int
+
+
 class Schedule:
     """Which samples of which batches are checked.
 
-    Two of the first batch and of every batch whose graph has other operations; one of the batches
-    1, 3, 9, 27, ..., of the 1st, 2nd, 4th, 8th, ... batch of sizes not seen before and, as long as
+    Two of the first batch and of every batch whose graph has other operations; one of batches 9,
+    81, 729, ..., of the 1st, 2nd, 4th, 8th, ... batch of sizes not seen before and, as long as
     some parameters have had no gradient in any check, of batches 2, 4, 8, ...
 
     Args:
@@ -52,11 +65,11 @@ class Schedule:
         check_verify(verify)
         self.verify, self._unseen = verify, set(names)
         self._generator = torch.Generator().manual_seed(seed)
-        self._batches = self._sizes = 0
+        self._batches = self._sizes = self._turn = 0
         self._known: set[Hashable] = set()
 
-    def rows(self, structure: Hashable, sizes: Hashable, samples: int) -> slice | None:
-        """Samples of the next batch to check, if any.
+    def check(self, structure: Hashable, sizes: Hashable, samples: int) -> Check | None:
+        """What to check in the next batch, if anything.
 
         Args:
             structure: Tells graphs of other operations apart.
@@ -70,26 +83,27 @@ class Schedule:
         resized = not new and sizes not in self._known
         self._known |= {structure, sizes}
         self._sizes += resized
-        if self.verify == "all":
-            return slice(None)
-        if not (
+        due = (
             new
             or (resized and _is_power(self._sizes, 2))
-            or _is_power(self._batches, 3)
+            or _is_power(self._batches, 9)
             or (self._unseen and _is_power(self._batches, 2))
-        ):
+        )
+        if not (due or self.verify == "all"):
             return None
+        self._turn += 1
         chosen = torch.randperm(samples, generator=self._generator)[: 1 + new].sort().values
-        first, last = chosen[0].item(), chosen[-1].item()
-        return slice(first, last + 1, max(1, last - first))
+        first, last = int(chosen[0]), int(chosen[-1])
+        pair = slice(first, last + 1, max(1, last - first))
+        return Check(slice(None) if self.verify == "all" else pair, self._turn)
 
     def wrong(
-        self, found: Sketches, alone: Sketches, precision: torch.dtype, power: int = 2
+        self, found: Excerpts, alone: Excerpts, precision: torch.dtype, power: int = 2
     ) -> set[str]:
         """Names whose squares differ from those of the same samples alone beyond rounding.
 
         Args:
-            found: Sketches of the squares of the checked samples, as measured in the batch.
+            found: Excerpts of the squares of the checked samples, as measured in the batch.
             alone: Of the same samples, each alone.
             precision: What the model computes in.
             power: 2 for squares, 1 for gradients.
@@ -133,33 +147,21 @@ def distrusted(wrong: set[str], before: set[str], names: Iterable[str]) -> set[s
     return set(names) if before else wrong
 
 
-def sketch(squares: Tensor) -> Tensor:
-    """Means along the first dimension and along the others: few numbers, and no error hides.
+def excerpt(tensor: Tensor, turn: int) -> Tensor:
+    """Some entries of a tensor: all if there are few, else some of every row.
 
     Args:
-        squares: A tensor of any shape.
+        tensor: Any shape; a row is what has the same place in dimension 0 (a row of an embedding
+            may be zero in most samples).
+        turn: Says which entries.
 
     Returns:
-        One dimension, float64.
+        One dimension, float64 or complex128.
     """
-    if squares.dim() < 2:
-        return squares.reshape(-1).double()
-    rows = squares.flatten(1)
-    if not rows.numel():
-        return rows.new_zeros(0, dtype=torch.float64)
-    return torch.cat([rows.mean(1, dtype=torch.float64), rows.mean(0, dtype=torch.float64)])
-
-
-def add_sketch(sketches: Sketches, squares: Mapping[str, Tensor]) -> None:
-    """Add the sketches of some squares to those of the same names.
-
-    Args:
-        sketches: Changed in place.
-        squares: `{name: tensor}`.
-    """
-    for name, value in squares.items():
-        new = sketch(value)
-        sketches[name] = sketches[name] + new if name in sketches else new
+    matrix = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
+    step = max(1, tensor.numel() // _EXCERPT)
+    chosen = matrix[:, turn % max(1, min(step, matrix.shape[1])) :: step].reshape(-1)
+    return chosen.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def computed_in(tensors: Iterable[Tensor]) -> torch.dtype:

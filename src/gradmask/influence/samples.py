@@ -15,7 +15,7 @@ from gradmask.fisher.calls import Call, LayerCall, full_precision, per_sample_to
 from gradmask.fisher.capture import Capture, Ways
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.reference import alone, call
-from gradmask.fisher.verify import Schedule, Sketches, Verify, computed_in, distrusted, sketch
+from gradmask.fisher.verify import Excerpts, Schedule, Verify, computed_in, distrusted, excerpt
 
 Parameters = dict[str, nn.Parameter]
 # Some samples of a batch; an index may come twice.
@@ -70,17 +70,18 @@ class Guard:
         Raises:
             Refuted: If they differ.
         """
-        rows = self._schedule.rows(capture.structure, capture.sizes(), count)
+        check = self._schedule.check(capture.structure, capture.sizes(), count)
         names = {name: p for name, p in self.fast.items() if name in capture.handled}
-        if rows is None or not names:
+        if check is None or not names:
             return
         whole.restrict(names)
         with torch.no_grad():
-            expected = _sketches(whole.per_sample(rows))
-            found: dict[str, Tensor] = {name: torch.zeros_like(s) for name, s in expected.items()}
+            expected = _excerpts(whole.per_sample(check.rows), check.turn)
+            found: Excerpts = {name: torch.zeros_like(s) for name, s in expected.items()}
             for group in groups.values():
-                for gradients in _all_forms(group, rows, self.parameters):
-                    known = {n: s for n, s in _sketches(gradients).items() if n in names}
+                for gradients in _all_forms(group, check.rows, self.parameters):
+                    excerpts = _excerpts(gradients, check.turn)
+                    known = {name: e for name, e in excerpts.items() if name in names}
                     expected_too = {name: expected[name] for name in known}
                     if bad := self._schedule.wrong(known, expected_too, self._precision, power=1):
                         self._distrust(bad)
@@ -93,13 +94,14 @@ class Guard:
         raise Refuted
 
 
-def _sketches(gradients: dict[str, Tensor]) -> Sketches:
-    """Sketches of weighted sums over the samples, so that their signs count."""
-    found: Sketches = {}
+def _excerpts(gradients: dict[str, Tensor], turn: int) -> Excerpts:
+    """Excerpts of weighted sums over the samples, so that their signs count."""
+    found: Excerpts = {}
     for name, g in gradients.items():
-        real = (torch.view_as_real(g) if g.is_complex() else g).double()
-        weights = torch.arange(1, len(g) + 1, device=g.device, dtype=torch.float64)
-        found[name] = sketch(torch.tensordot(weights, real, 1))
+        weights = torch.arange(1, len(g) + 1, device=g.device).to(g.dtype)
+        found[name] = excerpt(torch.tensordot(weights, g, 1), turn)
+        if g.is_complex():
+            found[name] = torch.view_as_real(found[name]).reshape(-1)
     return found
 
 
