@@ -138,14 +138,18 @@ def p(*shape):
 PARTS = {
     "linear": lambda: Net(lambda m, h: m.fc(h), fc=linear()),
     "time-first": lambda: Net(lambda m, h: m.fc(h.transpose(0, 1)).transpose(0, 1), fc=linear()),
-    "features-first": lambda: Net(lambda m, h: m.fc(h.permute(1, 0, 2)).permute(1, 0, 2), fc=linear()),
+    "features-first": lambda: Net(
+        lambda m, h: m.fc(h.permute(1, 0, 2)).permute(1, 0, 2), fc=linear()
+    ),
     "fold": lambda: Net(fold, fc=linear()),
     "fold-time-first": lambda: Net(fold_time_first, fc=linear()),
     "conv": lambda: Net(lambda m, h: m.c(h.mT).mT, c=nn.Conv1d(D, D, 3, padding=1)),
     "conv-over-features": lambda: Net(lambda m, h: m.c(h), c=nn.Conv1d(T, T, 3, padding=1)),
     "depthwise": lambda: Net(lambda m, h: m.c(h.mT).mT, c=nn.Conv1d(D, D, 3, padding=1, groups=D)),
     "batch-norm": lambda: Net(lambda m, h: m.n(h.mT).mT, n=nn.BatchNorm1d(D)),
-    "batch-norm-fold": lambda: Net(lambda m, h: m.n(h.flatten(0, 1)).view_as(h), n=nn.BatchNorm1d(D)),
+    "batch-norm-fold": lambda: Net(
+        lambda m, h: m.n(h.flatten(0, 1)).view_as(h), n=nn.BatchNorm1d(D)
+    ),
     "layer-norm": lambda: Net(lambda m, h: m.n(h), n=nn.LayerNorm(D)),
     "layer-norm-time-first": lambda: Net(
         lambda m, h: m.n(h.transpose(0, 1)).transpose(0, 1), n=nn.LayerNorm(D)
@@ -226,7 +230,9 @@ def data(seed):
     """Batches of a kind, some as long as other dimensions."""
     choose = random.Random(seed)
     kind = choose.choice(DATA)
-    sizes = choose.choice([(T, T), (2, 3), (1, T, 3), (D, T), (8,), (T,), (5, 2, 1), (2, 2, 2, 2), (6, T)])
+    sizes = choose.choice(
+        [(T, T), (2, 3), (1, T, 3), (D, T), (8,), (T,), (5, 2, 1), (2, 2, 2, 2), (6, T)]
+    )
     found = []
     for number, n in enumerate(sizes):
         x = torch.randn(n, T, D, dtype=torch.float64)
