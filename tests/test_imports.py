@@ -11,9 +11,12 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "gradmask"
 # and these foundations.
 CORE = [
     "errors",
+    "containers",
     "seeding",
     "parameters",
     "distributed",
+    "preserve",
+    "measuring",
     "kernels",
     "fisher",
     "influence",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -17,9 +19,10 @@ from gradmask.distributed import (
     unwrapped,
     warn_if_alone,
 )
-from gradmask.errors import check_choice, check_keep, check_max_samples
+from gradmask.errors import GradmaskWarning, check_choice, check_keep, check_max_samples
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
+from gradmask.fisher.losses import standard_loss
 from gradmask.mask_state import check_shapes, check_state, placed
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed, seeded_generator
@@ -59,7 +62,8 @@ class FisherMask:
         strategy: `fisher`, or a control of the same share: `random`, `random_matched` (the share
             of every tensor as in the Fisher mask) or `inverse` (the least information).
         kind: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
-        loss: Negative log-likelihood: `cross_entropy`, `bernoulli` or a callable.
+        loss: Negative log-likelihood: `cross_entropy`, `bernoulli`, `mse` or a callable; the
+            trainable parameters of a module are masked as well, as `loss.<name>`.
         max_samples: Size of the random part of the data a refresh measures on; None for all of it.
         seed: Seed of random parts, drawn labels and random masks; each refresh draws afresh.
         group: Ranks that train the model together (default: those it is wrapped for).
@@ -85,9 +89,9 @@ class FisherMask:
         check_keep(keep)
         check_choice("scope", scope, SCOPES)
         check_choice("strategy", strategy, STRATEGIES)
-        check_likelihood(kind, loss)
+        check_likelihood(kind, standard_loss(loss))
         check_max_samples(max_samples)
-        trainable_parameters(model)  # refuses a model that has none
+        trainable_parameters(model, loss)  # refuses a model that has none
         self._wrapped, self._group = model, group
         warn_if_alone(data_groups(model, group))  # refuses shards that cannot be measured
         self.model, self.scope, self.strategy = unwrapped(model), scope, strategy
@@ -97,7 +101,7 @@ class FisherMask:
         self.max_samples = None if max_samples is None else int(max_samples)
         self.refreshes = 0
         self._kept: dict[str, int] = {}
-        self._steps = MaskedSteps(self.model, scope)
+        self._steps = MaskedSteps(self.model, scope, loss)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -154,28 +158,46 @@ class FisherMask:
         self._steps.check(groups)
         if self.strategy == "random":  # needs shapes only
             reshard(self.model)
-            self.update({name: p.detach() for name, p in trainable_parameters(self.model).items()})
+            self.update({name: p.detach() for name, p in self._trainable().items()})
             return
+        unused: set[str] = set()
         options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "group": self._group}
-        options["seed"] = derive_seed(self.seed, "fisher", self.refreshes)
-        self.update(fisher_diagonal(self._wrapped, loader, max_samples=self.max_samples, **options))
+        options |= {"seed": derive_seed(self.seed, "fisher", self.refreshes), "unused": unused}
+        fisher = fisher_diagonal(self._wrapped, loader, max_samples=self.max_samples, **options)
+        if unused:
+            share = sum(fisher[n].numel() for n in unused) / sum(f.numel() for f in fisher.values())
+            names = sorted(unused)
+            rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warnings.warn(
+                f"In eval mode the loss does not depend on {', '.join(names[:5])}{rest} "
+                f"({share:.1%} of the parameters): they have no Fisher information, stay out of "
+                "the threshold and go on learning. Freeze what should not learn.",
+                GradmaskWarning,
+                stacklevel=2,
+            )
+        self.update(fisher, unused)
 
-    def update(self, fisher: dict[str, Tensor]) -> None:
+    def update(self, fisher: dict[str, Tensor], unused: Collection[str] = ()) -> None:
         """Make the mask from a Fisher diagonal that was measured already.
 
         Args:
             fisher: `{parameter name: tensor}` for all trainable parameters; the same on all ranks,
                 or DTensors for sharded parameters.
+            unused: Names on which the loss does not depend in eval mode (`fisher_diagonal` tells
+                them). They learn, whatever the others' threshold is.
 
         Raises:
             StateError: If names or shapes are not those of the model's trainable parameters.
             DataError: If values are NaN, infinite or negative (`random` reads only the shapes).
             OptimizerError: If weights were moved where the mask could not hold them. It stays.
         """
-        check_shapes(fisher, trainable_parameters(self.model), "Fisher diagonal")
+        check_shapes(fisher, self._trainable(), "Fisher diagonal")
         self._steps.check(shard_groups(self.model.parameters()))
         generator = seeded_generator(self.seed, "mask", self.refreshes)
-        self.masks = make_masks(fisher, self.keep, strategy=self.strategy, generator=generator)
+        used = {name: f for name, f in fisher.items() if name not in unused}
+        masks = make_masks(used, self.keep, strategy=self.strategy, generator=generator)
+        masks |= {name: torch.ones_like(fisher[name], dtype=torch.bool) for name in unused}
+        self.masks = {name: masks[name] for name in fisher}
         self._kept = kept_counts(self.masks)
         self._steps.masks_made()
         self.refreshes += 1
@@ -195,7 +217,7 @@ class FisherMask:
     def kept_fractions(self) -> dict[str, float]:
         """The same share for every parameter by name."""
         if not self.masks:
-            return dict.fromkeys(trainable_parameters(self.model), 1.0)
+            return dict.fromkeys(self._trainable(), 1.0)
         # A parameter without entries has nothing masked.
         return {n: self._kept[n] / m.numel() if m.numel() else 1.0 for n, m in self.masks.items()}
 
@@ -220,13 +242,16 @@ class FisherMask:
         check_state(state, self._options())
         masks = state["masks"]
         if masks:
-            check_shapes(masks, trainable_parameters(self.model), "state")
+            check_shapes(masks, self._trainable(), "state")
         self._steps.read_parameters()
         parameters = self._steps.parameters
         self.masks = {name: placed(mask, parameters[name]) for name, mask in masks.items()}
         self._kept = kept_counts(self.masks)
         self.refreshes = state["refreshes"]
         self._steps.masks_loaded()
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return trainable_parameters(self.model, self.loss)
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OPTIONS}

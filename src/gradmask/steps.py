@@ -14,6 +14,7 @@ from gradmask.attach import held_parameters, optimizers_to_hook
 from gradmask.distributed import Groups, local, reshard, shard_like, together
 from gradmask.errors import OptimizerError, StateError
 from gradmask.kernels import keep_where
+from gradmask.parameters import named_parameters
 from gradmask.watch import WeightWatch, fingerprint
 
 Arguments = tuple[Any, ...]
@@ -37,10 +38,11 @@ class MaskedSteps:
     Args:
         model: The model.
         scope: `gradient` or `update`.
+        loss: The loss, whose parameters are masked too if it is a module.
     """
 
-    def __init__(self, model: nn.Module, scope: str) -> None:
-        self.model, self.scope = model, scope
+    def __init__(self, model: nn.Module, scope: str, loss: Any = None) -> None:
+        self.model, self.scope, self._loss = model, scope, loss
         self.masks: dict[str, Tensor] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}
@@ -51,7 +53,7 @@ class MaskedSteps:
     def read_parameters(self) -> None:
         """Look them up anew; frozen ones too, which may thaw while their mask is in force."""
         reshard(self.model)
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = named_parameters(self.model, self._loss)
         self._names = {id(p): name for name, p in self.parameters.items()}
 
     def attach(self, optimizer: Optimizer) -> None:

@@ -48,13 +48,13 @@ class Comparison:
         data: `digits` (embedded), a Hugging Face hub name, a parquet folder or an image folder.
         train_size: Take a seeded stratified part of the training images (default: all).
         classes: Take a seeded choice of the classes (default: all).
-        image_size: Resize images to this many pixels (needed when they differ in size, and with
-            `streaming`).
+        image_size: Take the middle of each image, of this many pixels (needed when they differ in
+            size, and with `streaming`).
         streaming: Decode images when they are needed, for data that do not fit into memory:
             random resized crops in training, the middle of each image to measure on.
         workers: Processes that decode with `streaming` (default: one a processor, at most 8).
-        skip_damaged: With `streaming`, leave out images that cannot be decoded, found by decoding
-            all of them once (default: the first one ends the run, by name).
+        skip_damaged: Leave out images that cannot be decoded, found by decoding all of them once
+            (default: the first one ends the run, by name).
         label_noise: Share of training labels replaced by a different class, drawn once per seed.
         labels: `given`, or `random`: every training label drawn from all classes, once per seed.
         validation: Share of the training images held out to choose an epoch.
@@ -177,8 +177,8 @@ class Comparison:
             )
         if self.streaming and self.monitor:
             raise OptionError("The influence monitor needs images in memory: leave streaming out.")
-        if (self.workers is not None or self.skip_damaged) and not self.streaming:
-            raise OptionError("workers and skip_damaged are options of streaming.")
+        if self.workers is not None and not self.streaming:
+            raise OptionError("workers is an option of streaming.")
         if self.workers is not None and self.workers < 0:
             raise OptionError(f"workers={self.workers} must be 0 or more.")
         if not 0.0 <= self.label_noise <= 1.0:

@@ -44,6 +44,7 @@ def fisher_diagonal(
     seed: int = 0,
     verify: Verify = "spread",
     group: ProcessGroup | None = None,
+    unused: set[str] | None = None,
 ) -> dict[str, Tensor]:
     """Diagonal of the Fisher information: a_jj = (1/n) Σ_i |∂ log f(x_i) / ∂θ_j|².
 
@@ -74,6 +75,8 @@ def fisher_diagonal(
         seed: Seed of that part and of the random directions.
         verify: What is checked: `spread` (some samples, at growing intervals), `all`, or False.
         group: Ranks that measure together (default: those the model is wrapped for).
+        unused: A set to which the names are added on which no sample's loss depends (auxiliary
+            heads, parts that only training uses). Their information is 0.
 
     Returns:
         `{parameter name: tensor of the parameter's shape}`, the mean over samples, real, in the
@@ -89,22 +92,6 @@ def fisher_diagonal(
             read in part and can be read only once.
         DistributedError: If that happened on another rank.
     """
-    options: dict[str, Any] = {"max_samples": max_samples, "seed": seed, "verify": verify}
-    return measured_diagonal(model, loader, kind, loss, group=group, **options)[0]
-
-
-def measured_diagonal(
-    model: nn.Module,
-    loader: Iterable[Any],
-    kind: str,
-    loss: Loss,
-    *,
-    max_samples: int | None = None,
-    seed: int = 0,
-    verify: Verify = "spread",
-    group: ProcessGroup | None = None,
-) -> tuple[dict[str, Tensor], set[str]]:
-    """`fisher_diagonal`, and the names on which the loss of no sample depends."""
     check_likelihood(kind, loss := standard_loss(loss))
     check_max_samples(max_samples)
     check_verify(verify)
@@ -136,8 +123,9 @@ def measured_diagonal(
             count = int(sum_over(torch.tensor([count], device="cpu"), groups))
     if count == 0:
         raise DataError("The loader gave no samples: an iterator may be used up already.")
-    unused = parameters.keys() - _of_any_rank(single_pass.reached, list(parameters), groups)
-    return {name: total.div_(count) for name, total in totals.items()}, unused
+    if unused is not None:
+        unused |= parameters.keys() - _of_any_rank(single_pass.reached, list(parameters), groups)
+    return {name: total.div_(count) for name, total in totals.items()}
 
 
 def _sums(single_pass: Pass, read: Callable[[], Iterator[tuple[Any, Tensor]]], once: bool) -> Sums:
