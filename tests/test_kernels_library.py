@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,14 +52,8 @@ def files(folder):
 @pytest.fixture
 def builds(monkeypatch):
     """What the compiler was run for."""
-    commands = []
-    run = library.run
-
-    def counted(command, folder):
-        commands.append(command)
-        run(command, folder)
-
-    monkeypatch.setattr(library, "run", counted)
+    commands, run = [], library.run
+    monkeypatch.setattr(library, "run", lambda *words: (commands.append(words), run(*words)))
     return commands
 
 
@@ -209,11 +204,18 @@ def test_a_full_disk_costs_only_the_cache(fresh, monkeypatch):
     assert not files(fresh)
 
 
+def runs(process):
+    """Whether a process still runs, on Linux."""
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().rsplit(")")[-1].split()[0] != "Z"
+
+
 @pytest.mark.parametrize("step", ["at once", "in a child"])
 def test_a_compiler_that_hangs_is_waited_for_once(step, fresh, monkeypatch, caplog, tmp_path):
     caplog.set_level(logging.INFO, "gradmask")
     monkeypatch.setattr(compiler, "SECONDS", 0.3)
-    wait = {"at once": "exec sleep 100", "in a child": "sleep 100 & wait"}[step]
+    child = f"sleep 100 & echo $! > {tmp_path}/child; wait"
+    wait = {"at once": "exec sleep 100", "in a child": child}[step]
     script = shell(tmp_path / "compiler", f"echo >> {tmp_path}/calls\n{wait}")
     monkeypatch.setenv("CC", script)
     before = time.monotonic()
@@ -225,6 +227,7 @@ def test_a_compiler_that_hangs_is_waited_for_once(step, fresh, monkeypatch, capl
     calls = lambda: len((tmp_path / "calls").read_text())  # noqa: E731
     assert calls() == 1
     assert "stopped after" in caplog.text
+    assert step == "at once" or not runs(int((tmp_path / "child").read_text()))
     (note,) = fresh.glob("hung-*")
     os.utime(note, (1, time.time() - 3601))  # an hour later
     forget()
@@ -235,6 +238,16 @@ def test_a_compiler_that_hangs_is_waited_for_once(step, fresh, monkeypatch, capl
     caplog.clear()
     assert load() is None
     assert "hung" not in caplog.text
+
+
+def test_a_compiler_that_hangs_where_nothing_can_be_kept(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiler, "SECONDS", 0.3)
+    monkeypatch.setattr(library, "find_folder", lambda: None)
+    script = shell(tmp_path / "compiler", f"echo >> {tmp_path}/calls\nexec sleep 100")
+    monkeypatch.setenv("CC", script)
+    for word in ("uint16_t", "uint32_t"):
+        assert library.load(SOURCE, Word=word) is None
+    assert len((tmp_path / "calls").read_text()) == 1
 
 
 @needs_compiler

@@ -86,8 +86,7 @@ def _is_fresh(note: Path) -> bool:
 
 
 def _run(command: list[str]) -> None:
-    # A session of its own, so that what the compiler started can be ended with it: it would keep
-    # the pipe open, and this process waiting.
+    # A session of its own, so that what the compiler started can be ended with it.
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
