@@ -35,12 +35,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
     versions = {name: (p, p._version) for name, p in model.named_parameters()}
     sharded = any(is_sharded(p) for p, _ in versions.values())  # fully_shard changes slots itself
     noted = _Noted(model, {id(p) for p, _ in versions.values()}, slots=not sharded)
-    handles = [] if sharded else _watch_first_call(model, noted)
+    first = None if sharded else _FirstCall(model, noted)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        if first is not None:
+            first.end()
         rewritten = [name for name, (p, version) in versions.items() if p._version != version]
         noted.put_back()
     copied = {id(tensor) for tensor, _ in noted.tensors}
@@ -146,21 +146,24 @@ def _put_back(container: Any, before: Any) -> None:
         (container.update if isinstance(container, set) else container.extend)(before)
 
 
-def _watch_first_call(model: nn.Module, noted: _Noted) -> list[Any]:
-    """Hooks around the model's first call that note the parameters which it rewrites."""
-    copies: list[tuple[Tensor, Tensor]] = []
+class _FirstCall:
+    """Hooks around a model's first call that note the parameters which it rewrites."""
 
-    def before(*_: Any) -> None:
-        copies.extend((p, _copy(p)) for p in model.parameters() if not p.is_meta)
+    def __init__(self, model: nn.Module, noted: _Noted) -> None:
+        self._model, self._noted = model, noted
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._handles = [
+            model.register_forward_pre_hook(self._before, prepend=True),
+            model.register_forward_hook(self.end, always_call=True),
+        ]
 
-    def after(*_: Any) -> None:
-        for handle in handles:
+    def _before(self, *_: Any) -> None:
+        self._copies += [(p, _copy(p)) for p in self._model.parameters() if not p.is_meta]
+
+    def end(self, *_: Any) -> None:
+        """After the call, or when it was interrupted, which runs no hooks."""
+        for handle in self._handles:
             handle.remove()
-        noted.tensors += [(p, c) for p, c in copies if not torch.equal(p.detach(), c)]
-        copies.clear()
-
-    handles = [
-        model.register_forward_pre_hook(before, prepend=True),
-        model.register_forward_hook(after, always_call=True),
-    ]
-    return handles
+        changed = [(p, c) for p, c in self._copies if not torch.equal(p.detach(), c)]
+        self._noted.tensors += changed
+        self._copies.clear()

@@ -196,6 +196,6 @@ def _check_samples(loss: Any, outputs: Any, targets: Any, values: Tensor, left: 
             "The loss of a batch is neither the sum nor the mean of its samples' losses "
             f"({whole.item():.6g}; sum {found.sum().item():.6g}), so a sample has no loss of its "
             "own: it is weighted or averaged over the batch (class weights, a mean over tokens), "
-            "or compares samples. Use reduction='sum', or give nn.CrossEntropyLoss(weight=...) "
-            "itself, which is taken as a weighted sum."
+            "compares samples, or uses outputs made over the batch. Use reduction='sum', or give "
+            "nn.CrossEntropyLoss(weight=...) itself, which is taken as a weighted sum."
         )

@@ -271,7 +271,7 @@ def _mixes(setting: Setting) -> bool:
 
 def precision(parameters: Parameters) -> torch.dtype:
     """The precision of results: the parameters', but float32 for half-precision ones."""
-    double = any(p.dtype == torch.float64 for p in parameters.values())
+    double = any(p.dtype.to_real() == torch.float64 for p in parameters.values())
     return torch.float64 if double else torch.float32
 
 
