@@ -9,7 +9,7 @@ is changed, and all hooks go when the context ends.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from gradmask.distributed import note_whole_parameters
 from gradmask.errors import ModelError
 from gradmask.fisher.calls import Call, differentiable, spans, square_together
-from gradmask.fisher.graph import Node, enclosed, leaves, lowest, rearranges, structure, walk
+from gradmask.fisher.explain import explanations
+from gradmask.fisher.graph import Node, leaves, lowest, rearranges, structure, walk
 from gradmask.fisher.observe import Observer
-from gradmask.fisher.operations import Layout, operation_calls
 from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.verify import Check, Excerpts, excerpt
 
@@ -120,7 +120,10 @@ class Capture:
         # What the loss does not depend on has gradient zero.
         self.handled = self._parameters.keys() - reached.keys()
         for name, leaf in reached.items():
-            for calls in self._explanations(name, leaf, parents, set(roots)):
+            explained = explanations(
+                (name, self._parameters[name]), leaf, parents, set(roots), self._observer
+            )
+            for calls in explained:
                 if calls and self._permits(name, _way(calls)):
                     self._owner[name] = calls
                     self.handled.add(name)
@@ -143,33 +146,6 @@ class Capture:
     def _permits(self, name: str, way: Way) -> bool:
         allowed = self._allowed is None or self._allowed.get(name) == way
         return allowed and (name, way) not in self._refused
-
-    def _explanations(
-        self, name: str, leaf: Node, parents: dict[Node, list[Node]], roots: set[Node]
-    ) -> Iterator[list[Call]]:
-        """Calls that explain a parameter completely, the cheapest kind first."""
-
-        def explain(calls: Sequence[Call]) -> bool:
-            outputs = {edge.node for call in calls for edge in call.edges}
-            inputs = {node for call in calls for node in call.inputs}
-            return bool(calls) and enclosed(leaf, outputs, inputs, parents, roots)
-
-        layers = [call for call in self._observer.layers if name in call.names.values()]
-        if explain(layers):
-            yield list(layers)
-        parameter = self._parameters[name]
-        # Operations alone, or together with calls of layers where these are one operation each.
-        found = {call.edges[0].node: call for call in layers}
-        for explained in (found, {}) if found else ({},):
-            for order in (0, 1):
-                layout = Layout(self._batch_size, order)
-                yield operation_calls(name, leaf, parameter.shape, parents, layout, explained)
-        # Hooks fire for inner modules first: the innermost module that encloses the parameter.
-        for module in dict.fromkeys(call.module for call in self._observer.modules):
-            if any(parameter is p for p in module.parameters()):
-                calls = [call for call in self._observer.modules if call.module is module]
-                if all(call.is_sound(parents) for call in calls) and explain(calls):
-                    yield list(calls)
 
     def _keep_used_names(self) -> None:
         """Forget calls, and names of calls, that explain nothing."""

@@ -29,7 +29,7 @@ class Observer:
     def __init__(self, model: nn.Module, names: dict[int, str], batch_size: int) -> None:
         self.layers: list[LayerCall] = []
         self.modules: list[ModuleCall] = []
-        self._names, self._batch_size = names, batch_size
+        self._names, self.batch_size = names, batch_size
         self._arguments: dict[nn.Module, list[Any]] = defaultdict(list)
         self._watching = True
         self._handles: list[Any] = []
@@ -84,7 +84,7 @@ class Observer:
         self._handles.append(handle)
 
     def _spans(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and spans(value, self._batch_size)
+        return isinstance(value, Tensor) and spans(value, self.batch_size)
 
     def _note_layer(
         self, rule: LayerRule, names: dict[str, str], module: nn.Module, *found: Any
@@ -102,6 +102,6 @@ class Observer:
         args, kwargs = self._arguments[module].pop()  # as they were before hooks of the user
         tensors = tensors_in((args, kwargs))
         if tensors and all(map(self._spans, tensors)):
-            call = ModuleCall(module, args, kwargs, output, self._batch_size)
+            call = ModuleCall(module, args, kwargs, output, self.batch_size)
             if call.edges:
                 self.modules.append(call)

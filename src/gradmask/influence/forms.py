@@ -13,8 +13,9 @@ from gradmask.containers import part
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import exact_terms
 from gradmask.fisher.verify import Verify
+from gradmask.influence.guard import Rows
 from gradmask.influence.products import gram_matrix, weighted_squares
-from gradmask.influence.samples import Block, Rows, captured
+from gradmask.influence.samples import Block, captured
 from gradmask.influence.setting import Blocks, LossTerm, Setting
 from gradmask.influence.steps import can_differentiate, variances
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradmask.fisher.calls import Call, LayerCall, per_sample_together
 from gradmask.fisher.rules import Product, chunk_size, squared
-from gradmask.influence.samples import Block, Groups, Parameters, same_groups
+from gradmask.influence.guard import Groups, Parameters
+from gradmask.influence.samples import Block, same_groups
 
 # Calls that explain the same parameters, for the samples of a block in each slice.
 Parts = Sequence[tuple[slice, Sequence[Call]]]
