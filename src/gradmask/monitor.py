@@ -58,8 +58,8 @@ class InfluenceMonitor:
     Args:
         model: The model in training; it is left as it was.
         data: A DataLoader or another iterable of `(inputs, targets)` batches, or one such pair.
-            Read once, other than a plain DataLoader to its end; a generator of its own moves on by
-            that. Augmentation, if it does any, is frozen as it is read.
+            Read once, other than a plain DataLoader up to four times what is wanted; a generator of
+            its own moves on by that. Augmentation, if it does any, is frozen as it is read.
         every: Calls of `step` from one measurement to the next.
         sources: Samples whose gradient steps are measured.
         probe: Other samples, on which they are measured.
