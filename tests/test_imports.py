@@ -11,6 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "gradmask"
 # and these foundations.
 CORE = [
     "errors",
+    "interrupts",
     "containers",
     "seeding",
     "parameters",
@@ -30,7 +31,7 @@ CORE = [
     "__init__",
 ]
 TOP = ["experiments", "benchmarks", "cli"]
-PUBLIC = ["__init__", "errors", "seeding", "distributed"]
+PUBLIC = ["__init__", "errors", "interrupts", "seeding", "distributed"]
 HEAVY = {"torchvision", "sklearn", "datasets", "matplotlib", "scipy", "rich", "jsonargparse"}
 
 

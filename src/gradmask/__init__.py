@@ -1,5 +1,10 @@
 """Mask the gradients of parameters with low Fisher information."""
 
+# ruff: noqa: E402
+from gradmask.interrupts import end_at_once
+
+end_at_once()  # PyTorch takes seconds to import; does nothing but on the command line
+
 from gradmask.fisher import fisher_diagonal, register_rule
 from gradmask.influence import gradient_norms, influence
 from gradmask.mask import FisherMask

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gradmask.benchmarks.timing import interleave, ratio
+from gradmask.errors import OptionError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.batches import Batches, training_batches
 from gradmask.experiments.data.images import ImageData
@@ -37,6 +38,7 @@ from gradmask.experiments.training.state import new_state
 from gradmask.seeding import seeded_generator
 
 CLASSES = 10
+FEWEST = 10 * CLASSES  # a tenth of them is held out, of each class
 
 
 def bench_loop(
@@ -187,7 +189,13 @@ def bench_processes(
     Returns:
         Table: images a second (median over visits of the median over epochs after the first), and
         as a multiple of the first row's.
+
+    Raises:
+        OptionError: If the model is unknown, or the images are too few to be held out.
     """
+    if steps * batch_size < FEWEST:
+        raise OptionError(f"{steps} steps of {batch_size} images: give {FEWEST} images or more.")
+    new_model(Comparison(model=model, width=width), random_images(CLASSES), 0)  # or an error
     engines = [("ddp", counts[0])] + [(e, n) for n in counts[1:] for e in ("ddp", "fsdp")]
     found: dict[tuple[str, int], list[float]] = {key: [] for key in engines}
     for _ in range(rounds):

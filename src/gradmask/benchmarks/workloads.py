@@ -90,7 +90,7 @@ def find_workload(name: str) -> Workload:
         module, _, function = name.partition(":")
         try:
             build = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # of the user's module as well
             raise OptionError(
                 f"model={name!r} cannot be imported ({error}): expected package.module:function, "
                 "a function without arguments that returns the network."
@@ -119,16 +119,24 @@ def make(
         Network, inputs, labels.
 
     Raises:
-        OptionError: If the name is unknown, or the network gives no logits (samples, classes).
+        OptionError: If the name is unknown, or the network cannot run or gives no logits (samples,
+            classes).
     """
     workload = find_workload(name)
     size = batch_size or workload.batch_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = workload.build().eval().to(device)
         inputs = torch.randn(size, *(shape or workload.shape)).to(device)
-        with torch.no_grad():
-            logits = model(inputs[:1])
+        try:
+            model = workload.build().eval().to(device)
+            with torch.no_grad():
+                logits = model(inputs[:1])
+        except Exception as error:  # of the user's own function as well
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OptionError(
+                f"model={name!r} cannot run on samples of shape {tuple(inputs.shape[1:])} on "
+                f"{device}: {reason.rstrip('.')}. Give another --shape, or another --model."
+            ) from error
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise OptionError(f"model={name!r} does not return logits of shape (samples, classes).")
         targets = torch.randint(0, logits.shape[1], (size,)).to(device)

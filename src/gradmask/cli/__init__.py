@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradmask import __version__
 from gradmask.cli.bench import add_bench, bench_refresh, run_bench
+from gradmask.cli.ending import end
 from gradmask.cli.options import read_options
-from gradmask.cli.terminal import terminal
-from gradmask.errors import GradmaskError, OptionError, check_choice
+from gradmask.cli.parser import Parser, count, count_or_none, usable_path
+from gradmask.cli.terminal import prepare_streams, terminal
+from gradmask.errors import OptionError, check_choice
+from gradmask.interrupts import work_begins
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
     from gradmask.experiments.reports.statistics import Results
@@ -28,36 +33,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `gradmask` (default: the process's own).
 
     Returns:
-        Exit status: 0, 2 for a mistake of the user, 75 when `--stop-after` left work to do (by
-        convention: try again), 130 when interrupted.
+        Exit status: 0, 1 when the work failed, 2 for wrong use or a place that cannot be used, 75
+        when `--stop-after` left work to do (by convention: try again), 130 when interrupted, 141
+        when nobody reads the output.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    prepare_streams()
     try:
-        return _main(words)
-    except (GradmaskError, PermissionError) as error:
-        print(f"gradmask: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\ngradmask: interrupted. A run has its last checkpoint: the same command goes on.",
-            file=sys.stderr,
-        )
-        return 130
+        try:
+            return _main(words)
+        finally:
+            sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        if arguments is None:  # the process ends: nothing is to interrupt that
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if debug:
+            traceback.print_exc()
+        return end(error, run=words[:1] == ["run"])
 
 
 def _main(words: list[str]) -> int:
-    if words and not words[0].startswith("-"):
+    if words and words[0].startswith("--"):
+        check_choice("option", words[0], ("--help", "--version", "--debug"))
+    elif words and words[0] != "-h":
         check_choice("command", words[0], COMMANDS)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gradmask", description="Train with a gradient mask, with controls, and compare."
     )
     parser.add_argument("--version", action="version", version=f"gradmask {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run a recipe: gradmask run demo", add_help=False)
     run.add_argument("options", nargs=argparse.REMAINDER)
     commands.add_parser("recipes", help="list the recipes")
     report = commands.add_parser("report", help="build the report of a run again")
-    report.add_argument("directory", type=Path, help="output folder of a run")
+    report.add_argument("directory", help="output folder of a run")
     _add_audit(commands)
     add_bench(commands)
     # Argparse would take a leading option for its own.
@@ -72,10 +84,11 @@ def _main(words: list[str]) -> int:
         return run_bench(parsed)
     if parsed.command == "audit":
         return _audit(parsed)
-    return _report(parsed.directory)
+    return _report(usable_path("directory", parsed.directory))
 
 
 def _run(words: list[str]) -> int:
+    config = read_options(words)  # before imports that take seconds
     from gradmask.experiments.compare import run_comparison
     from gradmask.experiments.config import Comparison
     from gradmask.experiments.processes import joined
@@ -84,7 +97,7 @@ def _run(words: list[str]) -> int:
     from gradmask.experiments.training.budget import EpochsSpent
     from gradmask.experiments.training.components import resolve_device
 
-    config = read_options(words)
+    work_begins()
     with joined(cuda=resolve_device(config.device).type == "cuda") as ours:
         try:
             if isinstance(config, Comparison):
@@ -103,6 +116,7 @@ def _report(directory: Path) -> int:
     from gradmask.experiments.folder import read_results
     from gradmask.experiments.theorem.run import FILE
 
+    work_begins()
     if (directory / FILE).is_file():
         return _show_theorem(directory, read_results(directory, FILE))
     return _show(directory, read_results(directory))
@@ -114,7 +128,7 @@ def _show(directory: Path, results: Results) -> int:
     console = terminal()
     print_summary(results, console)
     page = write_report(directory, results)
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+    console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
@@ -124,7 +138,8 @@ def _show_theorem(directory: Path, results: Results) -> int:
     console = terminal()
     print_theorem(results, console)
     write_theorem(directory, results)
-    console.print(f"Tables and figure: {directory}", soft_wrap=True, highlight=False)
+    place = f"Tables and figure: {directory}"
+    console.print(place, soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
@@ -145,16 +160,16 @@ def _recipes() -> int:
 
 def _add_audit(commands: Any) -> None:
     audit = commands.add_parser("audit", help="rank training samples by what is memorised")
-    audit.add_argument("folder", type=Path, help="output folder of a run with --save-every")
+    audit.add_argument("folder", help="output folder of a run with --save-every")
     audit.add_argument("--arm", help="kind of mask of the runs (none)")
-    audit.add_argument("--seeds", type=int, nargs="+", help="seeds to audit (all)")
-    audit.add_argument("--epochs", type=int, nargs="+", help="epochs to score at (all kept)")
+    audit.add_argument("--seeds", type=count_or_none, nargs="+", help="seeds to audit (all)")
+    audit.add_argument("--epochs", type=count, nargs="+", help="epochs to score at (all kept)")
     audit.add_argument("--fisher", help="empirical, sampled or exact (empirical)")
-    audit.add_argument("--probe", type=int, help="training samples to measure influence on (200)")
+    audit.add_argument("--probe", type=count, help="training samples to measure influence on (200)")
     audit.add_argument("--score", help="what ranks the samples: loss, influence, ... (loss)")
-    audit.add_argument("--top", type=int, help="images on the contact sheet (100)")
+    audit.add_argument("--top", type=count, help="images on the contact sheet (100)")
     audit.add_argument("--device", help="auto, cpu, cuda, ... (auto)")
-    audit.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice)")
+    audit.add_argument("--threads", type=count, help="CPU threads (PyTorch's choice)")
 
 
 def _audit(parsed: argparse.Namespace) -> int:
@@ -165,12 +180,14 @@ def _audit(parsed: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(parsed).items()
-        if value is not None and name != "command"
+        if value is not None and name not in ("command", "debug")
     }
+    options["folder"] = usable_path("folder", options["folder"])
     console = terminal()
+    work_begins()
     audited = run_audit(Audit(**options), console)
     write_audit_files(audited)
     page = write_audit_report(audited)
     print_audit(audited, console)
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+    console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0

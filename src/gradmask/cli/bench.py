@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from gradmask.cli.options import read_options
+from gradmask.cli.parser import count, count_or_none
 from gradmask.cli.terminal import terminal
 from gradmask.errors import OptionError
+from gradmask.interrupts import work_begins
 
 
 def add_bench(commands: Any) -> None:
@@ -24,15 +26,15 @@ def add_bench(commands: Any) -> None:
     ):
         kind = kinds.add_parser(what, help=text)
         rounds = 3 if what == "influence" else 7
-        kind.add_argument("--rounds", type=int, default=rounds, help="times everything is timed")
+        kind.add_argument("--rounds", type=count, default=rounds, help="times everything is timed")
         kind.add_argument("--device", default="cpu")
         if what == "threshold":
-            kind.add_argument("--entries", type=int, default=10**8)
+            kind.add_argument("--entries", type=count, default=10**8)
             continue
         names = "resnet18, mlp, ..., a torchvision classifier, or package.module:function"
         kind.add_argument("--model", default="resnet18", help=names)
-        kind.add_argument("--batch-size", type=int, help="samples in a batch")
-        kind.add_argument("--shape", type=int, nargs="+", help="shape of one sample: 3 224 224")
+        kind.add_argument("--batch-size", type=count, help="samples in a batch")
+        kind.add_argument("--shape", type=count, nargs="+", help="shape of one sample: 3 224 224")
         if what == "influence":
             for option, default, text in (
                 ("--sources", 1000, "sources of the Gram matrix and the diagonal form"),
@@ -41,9 +43,9 @@ def add_bench(commands: Any) -> None:
                 ("--step-probe", 200, "probe samples of these"),
                 ("--memory", 1024, "MiB that gradients and activations may take, about"),
             ):
-                kind.add_argument(option, type=int, default=default, help=text)
+                kind.add_argument(option, type=count, default=default, help=text)
         if what == "fisher":
-            kind.add_argument("--batches", type=int, default=8, help="batches in a pass")
+            kind.add_argument("--batches", type=count, default=8, help="batches in a pass")
             kind.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
             kind.add_argument("--no-peers", dest="peers", action="store_false")
     _add_training(kinds)
@@ -58,21 +60,21 @@ def _add_training(kinds: Any) -> None:
     ):
         kind = kinds.add_parser(what, help=text)
         kind.add_argument("--model", default="cifar_resnet18", help="a model of `gradmask run`")
-        kind.add_argument("--width", type=int, help="its width")
-        kind.add_argument("--batch-size", type=int, default=128, help="images in a batch")
+        kind.add_argument("--width", type=count, help="its width")
+        kind.add_argument("--batch-size", type=count, default=128, help="images in a batch")
         steps = 8 if what == "loop" else 4
-        kind.add_argument("--steps", type=int, default=steps, help="batches in an epoch")
+        kind.add_argument("--steps", type=count, default=steps, help="batches in an epoch")
         rounds = 7 if what == "loop" else 3
-        kind.add_argument("--rounds", type=int, default=rounds, help="times everything is timed")
+        kind.add_argument("--rounds", type=count, default=rounds, help="times everything is timed")
         if what == "loop":
             kind.add_argument("--device", default="cpu")
             kind.add_argument("--no-variants", dest="variants", action="store_false")
     loading = kinds.add_parser("loading", help="decoding JPEGs, against torchvision's pipeline")
-    loading.add_argument("--images", type=int, default=512, help="JPEGs to make")
-    loading.add_argument("--image-size", type=int, default=224, help="size of the crops")
-    loading.add_argument("--batch-size", type=int, default=64, help="images in a batch")
-    loading.add_argument("--workers", type=int, nargs="+", default=(0, 1, 2))
-    loading.add_argument("--rounds", type=int, default=5, help="times everything is timed")
+    loading.add_argument("--images", type=count, default=512, help="JPEGs to make")
+    loading.add_argument("--image-size", type=count, default=224, help="size of the crops")
+    loading.add_argument("--batch-size", type=count, default=64, help="images in a batch")
+    loading.add_argument("--workers", type=count_or_none, nargs="+", default=(0, 1, 2))
+    loading.add_argument("--rounds", type=count, default=5, help="times everything is timed")
 
 
 def run_bench(parsed: argparse.Namespace) -> int:
@@ -83,6 +85,7 @@ def run_bench(parsed: argparse.Namespace) -> int:
     from gradmask.benchmarks.loading import bench_loading
     from gradmask.benchmarks.loop import bench_loop, bench_processes
     from gradmask.benchmarks.mask import bench_step, bench_threshold
+    from gradmask.experiments.training.components import resolve_device
 
     benches: dict[str, Callable[..., Any]] = {
         "fisher": bench_fisher,
@@ -94,7 +97,11 @@ def run_bench(parsed: argparse.Namespace) -> int:
         "processes": bench_processes,
         "loading": bench_loading,
     }
-    options = {k: v for k, v in vars(parsed).items() if k not in ("command", "what", "model")}
+    if "device" in parsed:
+        parsed.device = str(resolve_device(parsed.device))
+    others = ("command", "debug", "what", "model")
+    options = {k: v for k, v in vars(parsed).items() if k not in others}
+    work_begins()
     model = [parsed.model] if "model" in parsed else []
     terminal().print(benches[parsed.what](*model, **options))
     return 0
@@ -110,5 +117,6 @@ def bench_refresh(words: list[str]) -> int:
         raise OptionError("bench refresh trains one network: give no recipe, or a comparison's.")
     if config.stop_after is not None:
         raise OptionError("bench refresh cannot go on later: leave --stop-after out.")
+    work_begins()
     refresh.bench_refresh(config)
     return 0

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradmask.cli.parser import usable_path
 from gradmask.errors import OptionError, check_choice
 
 if TYPE_CHECKING:
@@ -64,7 +64,11 @@ def read_options(words: list[str]) -> Comparison | TheoremCheck:
         parsed = parser.parse_args(normal)
     except argparse.ArgumentError as error:
         raise OptionError(_plain(str(error))) from error
-    return recipe.kind(**{name: getattr(parsed, name) for name in names})
+    except (ValueError, RecursionError, TypeError) as error:
+        raise OptionError(f"An option cannot be read: {error}") from error
+    options = {name: getattr(parsed, name) for name in names}
+    options["output"] = usable_path("output", options["output"])
+    return recipe.kind(**options)
 
 
 def _size(words: list[str]) -> tuple[str | None, list[str]]:
@@ -99,6 +103,8 @@ def _normal_form(words: list[str], known: list[str]) -> list[str]:
             text = ",".join(items)
             normal.append(f"--{name}={text if text.startswith('[') else f'[{text}]'}")
         else:
+            if name == "output" and (equals or place < len(words)):
+                usable_path(name, value if equals else words[place])
             normal.append(f"--{name}{equals}{value}")
     return normal
 
@@ -108,18 +114,22 @@ def _check_file(file: str, names: list[str]) -> None:
     import yaml
 
     try:
-        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        options = yaml.safe_load(usable_path("config", file).read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"config={file!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "it is not plain text in UTF-8"
+        unreadable = isinstance(error, UnicodeDecodeError | yaml.reader.ReaderError)
+        other = "it is not plain text in UTF-8" if unreadable else str(error)
+        reason = getattr(error, "problem", None) or other
         raise OptionError(f"config={file!r} is not valid YAML{where}: {reason}.") from error
     if not isinstance(options, dict):
         raise OptionError(f"config={file!r} holds no options: write lines such as 'keep: 0.25'.")
     for name in options:
         check_choice(f"{file} option", name, names)
+    if "output" in options:
+        usable_path("output", str(options["output"]))
 
 
 def _plain(message: str) -> str:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import codecs
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_PLAIN = {"±": "+-", "÷": "/", "\u00d7": "x", "\u2013": "-", "…": "...", "²": "^2", "ε": "e"}
 
 
 def terminal(quiet: bool = False) -> Console:
@@ -15,3 +22,44 @@ def terminal(quiet: bool = False) -> Console:
     console = Console(quiet=quiet)
     wide = max(console.width, 120)
     return console if console.is_terminal else Console(width=wide, quiet=quiet)
+
+
+def prepare_streams() -> None:
+    """Make closed streams go nowhere, and write what an encoding does not have in plain letters."""
+    codecs.register_error("plain", _plain)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        with contextlib.suppress(AttributeError, OSError):
+            getattr(sys, name).reconfigure(errors="plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    if isinstance(error, UnicodeEncodeError):
+        letter = error.object[error.start]
+        if letter in _PLAIN:
+            return _PLAIN[letter], error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
+def say(text: str) -> None:
+    """Print one line on stderr, whatever is in it and wherever that goes."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+    settle(sys.stderr)
+
+
+def settle(stream: TextIO | Any) -> bool:
+    """Write what waits to be written; if that fails, let all else go nowhere.
+
+    Returns:
+        Whether it could be written.
+    """
+    try:
+        stream.flush()
+        return True
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        return False

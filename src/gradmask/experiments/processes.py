@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradmask.distributed import Groups, sum_over, together
+from gradmask.errors import OptionError
 
 LIMIT = timedelta(minutes=10)  # a rank that waits for longer ends with an error
 Result = TypeVar("Result")
@@ -95,6 +97,38 @@ def processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
+def launched() -> int:
+    """How many processes a launcher has started, by its variables in the environment.
+
+    Raises:
+        OptionError: If they are not those of a launcher: to wait for the others would be in vain.
+    """
+    count = _number("WORLD_SIZE", 1, 2**20, "1")
+    if count > 1:
+        _number("RANK", 0, count - 1)
+        _number("LOCAL_RANK", 0, count - 1)
+        port, address = _number("MASTER_PORT", 0, 2**16 - 1), os.environ.get("MASTER_ADDR", "")
+        try:
+            socket.getaddrinfo(address or "unknown.invalid", port)
+        except (OSError, UnicodeError) as error:
+            raise _no_launcher("MASTER_ADDR", address, "the name of a machine") from error
+    return count
+
+
+def _number(name: str, least: int, most: int, default: str | None = None) -> int:
+    text = os.environ.get(name, default)
+    if text is None or not text.isdecimal() or not least <= int(text) <= most:
+        raise _no_launcher(name, text, f"a whole number from {least} to {most}")
+    return int(text)
+
+
+def _no_launcher(name: str, text: str | None, expected: str) -> OptionError:
+    return OptionError(
+        f"The environment has {name}={text!r}, not {expected}: start several processes with "
+        "torchrun, or unset WORLD_SIZE for one."
+    )
+
+
 @contextmanager
 def joined(cuda: bool) -> Iterator[Processes]:
     """Join the processes that `torchrun` has started; without it there is this one only.
@@ -104,9 +138,11 @@ def joined(cuda: bool) -> Iterator[Processes]:
 
     Yields:
         This process among them.
+
+    Raises:
+        OptionError: If the environment is not that of a launcher.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone or dist.is_initialized():
+    if dist.is_initialized() or launched() == 1:
         yield processes()
         return
     if cuda:
