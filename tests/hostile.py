@@ -57,6 +57,7 @@ PATHS = [
             ("/dev/full/out", "/dev/full"),
             ("/proc/self/fd/out", "/proc/self/fd"),
             ("~nobody-of-this-name/out", "home folder"),
+            ("\udcff\udcfe", "no name in UTF-8"),
             (".", "holds files"),
             ("/", "holds files"),
         )
@@ -73,7 +74,7 @@ PATHS = [
             (LONG, "too long|No results.json"),
             ("~nobody-of-this-name", "home folder"),
             ("o/x[/bold]y", "results.json in o/x./bold.y"),
-            ("\udcff\udcfe", "results.json"),
+            ("\udcff\udcfe", "no name in UTF-8"),
             ("line\nbreak", "results.json"),
             ("\x1b[31mred", "results.json in .x1b"),
         )

@@ -59,11 +59,13 @@ def usable_path(option: str, text: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
-        OptionError: If it is empty, has a NUL, or names nobody's home.
+        OptionError: If it is empty, has a NUL, is not UTF-8, or names nobody's home.
     """
     name = os.fspath(text)
     if not name or "\0" in name:
         raise OptionError(f"{option}={name!r} is no path: give the name of a file or folder.")
+    if name != name.encode(errors="replace").decode():
+        raise OptionError(f"{option}={name!r} is no name in UTF-8: rename it.")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

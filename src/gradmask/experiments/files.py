@@ -34,12 +34,12 @@ def atomic_file(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if previous is not None and path.exists():
-        os.replace(path, previous)
-    os.replace(temporary, path)
 
 
 def is_temporary(path: Path) -> bool:

@@ -63,7 +63,7 @@ def _sole_writer(folder: Path) -> Iterator[None]:
     """Keep other processes from writing runs into a folder.
 
     The lock ends with the process, however that ends. A folder that was not there is made, and
-    removed again if nothing was written into it.
+    removed again, with the folders above it that were made, if nothing was written into it.
 
     Args:
         folder: The output folder.
@@ -71,7 +71,7 @@ def _sole_writer(folder: Path) -> Iterator[None]:
     Raises:
         StateError: If another process has it.
     """
-    is_new = not folder.exists()
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     lock = FileLock(path, timeout=LOCK_SECONDS)
@@ -86,8 +86,8 @@ def _sole_writer(folder: Path) -> Iterator[None]:
     finally:
         if list(folder.iterdir()) == [path]:
             path.unlink()
-            if is_new:
-                folder.rmdir()
+            for parent in made:
+                parent.rmdir()
         lock.release()
 
 
