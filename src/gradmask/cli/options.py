@@ -11,7 +11,7 @@ import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from gradmask.cli.parser import usable_path
+from gradmask.cli.parser import Printing, usable_path
 from gradmask.errors import OptionError, check_choice
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def read_options(words: list[str]) -> Comparison | TheoremCheck:
 
     from gradmask.experiments.recipes import find_recipe
 
-    class Parser(ArgumentParser):
+    class Parser(Printing, ArgumentParser):
         def format_help(self, *args: Any, **kwargs: Any) -> str:
             text = super().format_help(*args, **kwargs)
             return re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)

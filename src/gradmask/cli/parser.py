@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +15,14 @@ from gradmask.errors import OptionError, check_choice
 _MOST = 2**40  # what no computer has
 
 
-class Parser(argparse.ArgumentParser):
+class Printing:
+    """Prints help so that a full disk is an error, which argparse passes over."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file or sys.stderr)
+
+
+class Parser(Printing, argparse.ArgumentParser):
     """An argument parser that raises `OptionError`, and takes no abbreviations for options."""
 
     def __init__(self, **options: Any) -> None:
