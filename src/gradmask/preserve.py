@@ -15,6 +15,7 @@ from gradmask.distributed import is_sharded
 from gradmask.errors import ModelError
 
 _SLOTS = ("_parameters", "_buffers", "_modules")
+_COPIED = 1 << 31  # bytes of parameters that are copied for the first forward pass
 _OBJECTS = 2  # levels of objects below a module's attributes whose own attributes are noted
 
 
@@ -24,7 +25,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     Attributes are put back as far as they are tensors and random generators, and lists, dicts, sets
     and simple objects of these. Parameters are compared after the first forward pass, since a
-    copy of all would cost memory for longer; layers known to rewrite theirs are copied.
+    copy of all would cost memory for longer; layers known to rewrite theirs are copied, and models of
+    more than 2 GiB not even for that.
 
     Args:
         model: Any module; its parameters and buffers stay the same objects.
@@ -47,8 +49,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     lost = [name for name in rewritten if id(versions[name][0]) not in copied]
     if lost and not sharded:
         raise ModelError(
-            f"The model's forward pass rewrites its own parameter {lost[0]!r}, though not in the "
-            "first one, so it could not be put back: keep such changes out of eval mode."
+            f"The model's forward pass rewrites its own parameter {lost[0]!r}, and no copy was made "
+            "to put it back from: keep such changes out of eval mode."
         )
 
 
@@ -158,7 +160,9 @@ class _FirstCall:
         ]
 
     def _before(self, *_: Any) -> None:
-        self._copies += [(p, _copy(p)) for p in self._model.parameters() if not p.is_meta]
+        parameters = [p for p in self._model.parameters() if not p.is_meta]
+        if sum(p.nbytes for p in parameters) <= _COPIED:
+            self._copies += [(p, _copy(p)) for p in parameters]
 
     def end(self, *_: Any) -> None:
         """After the call, or when it was interrupted, which runs no hooks."""
