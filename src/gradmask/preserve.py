@@ -25,8 +25,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     Attributes are put back as far as they are tensors and random generators, and lists, dicts, sets
     and simple objects of these. Parameters are compared after the first forward pass, since a
-    copy of all would cost memory for longer; layers known to rewrite theirs are copied, and models of
-    more than 2 GiB not even for that.
+    copy of all would cost memory for longer; layers known to rewrite theirs are copied, and models
+    of more than 2 GiB not even for that.
 
     Args:
         model: Any module; its parameters and buffers stay the same objects.
@@ -49,7 +49,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     lost = [name for name in rewritten if id(versions[name][0]) not in copied]
     if lost and not sharded:
         raise ModelError(
-            f"The model's forward pass rewrites its own parameter {lost[0]!r}, and no copy was made "
+            f"The model's forward pass rewrites its own parameter {lost[0]!r}, and there is no copy "
             "to put it back from: keep such changes out of eval mode."
         )
 
