@@ -511,13 +511,25 @@ def test_hooks_on_parameters_stay_out_of_it():
     assert_close(case.measure(), expected, 1e-12)
 
 
+class Output:
+    """One of the outputs, summed."""
+
+    empty, loss = frozenset(), "mse"
+
+    def __init__(self, place):
+        self.place = place
+
+    def __call__(self, outputs, rows, alone=False):
+        return outputs[self.place].sum()
+
+
 def test_gradients_of_one_term_do_not_stay_for_the_next():
     model = Net(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
     guard = samples.Guard(dict(model.named_parameters()), set(), False)
     data = samples.Samples(torch.randn(4, 3), None, 4, "mse", guard)
     with samples.captured(model, data, slice(0, 4)) as batch:
         for place, name in enumerate("ab"):
-            groups = batch.gradients(lambda outputs, rows, place=place: outputs[place].sum())
+            groups = batch.gradients(Output(place))
             assert set(groups) == {frozenset({f"{name}.weight", f"{name}.bias"})}
 
 

@@ -49,8 +49,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     lost = [name for name in rewritten if id(versions[name][0]) not in copied]
     if lost and not sharded:
         raise ModelError(
-            f"The model's forward pass rewrites its own parameter {lost[0]!r}, and there is no copy "
-            "to put it back from: keep such changes out of eval mode."
+            f"The model's forward pass rewrites its own parameter {lost[0]!r}, and there is no "
+            "copy to put it back from: keep such changes out of eval mode."
         )
 
 

@@ -199,6 +199,23 @@ def test_a_loss_that_uses_parameters_of_the_model(verify):
     assert_close(found, oracle(model, data, loss))
 
 
+HEAD = nn.AdaptiveLogSoftmaxWithLoss(CLASSES, 6, [2, 4]).double()
+
+
+@pytest.mark.parametrize(
+    "measure", [fisher_diagonal, lambda m, d, **o: gradient_norms(m, d[0], **o)]
+)
+def test_parameters_that_a_function_uses_and_nobody_handed_over(measure):
+    model, head, data = classifier(), Uncertain(), batches(floats(3), (5,), classes=6)
+    hidden = lambda o, t: head(o, t % CLASSES)  # noqa: E731
+    with pytest.raises(ModelError, match="'log_variance' of a Uncertain"):
+        measure(model, data, loss=hidden)
+    with pytest.raises(ModelError, match=r"'head.weight' of a AdaptiveLogSoftmaxWithLoss"):
+        measure(model, data, loss=lambda o, t: HEAD(o, t).loss)
+    head.requires_grad_(False)
+    measure(model, data, loss=hidden)
+
+
 def test_a_name_for_two_parameters_is_refused():
     model = classifier()
     model.loss = nn.Linear(1, 1)

@@ -16,7 +16,7 @@ from gradmask.distributed import Groups, sum_over, together
 from gradmask.errors import DataError, ModelError
 from gradmask.fisher.capture import Capture, Settle, Way, Ways
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
-from gradmask.fisher.losses import nll
+from gradmask.fisher.losses import check_parameters_of, nll
 from gradmask.fisher.reference import add_per_sample_squares, call, sample_gradients
 from gradmask.fisher.rules import squared
 from gradmask.fisher.verify import (
@@ -122,6 +122,8 @@ class Pass:
                 outputs = call(self.model, inputs)
                 batch = self._terms(outputs, targets)
                 capture.resolve(outputs, batch.first)
+                known = chain(self.model.parameters(), self.parameters.values())
+                check_parameters_of(self._loss, capture.of_loss, known)
                 unexplained = (ways or {}).keys() & capture.reached - capture.ways().keys()
                 check = self._schedule.check(capture.structure, capture.sizes(), n)
                 if n > 1 and self._may_mix(capture, check, groups):

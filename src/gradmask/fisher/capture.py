@@ -65,6 +65,7 @@ class Capture:
         self._checked: tuple[Check, Excerpts] | None = None
         self.handled: set[str] = set()
         self.reached: set[str] = set()
+        self.of_loss: list[nn.Parameter] = []
         self.rearranges = False
         self.structure = 0
 
@@ -109,8 +110,11 @@ class Capture:
         self.structure = structure(order)
         self.rearranges = rearranges(order, self._batch_size)
         if term is not None:
+            before = {id(node) for node in order}
             roots = (roots if all_outputs else []) + [term.grad_fn] * (term.grad_fn is not None)
             order, parents = walk(roots)
+            variables = (getattr(n, "variable", None) for n in order if id(n) not in before)
+            self.of_loss = [v for v in variables if isinstance(v, nn.Parameter)]
             of_batch = {t.grad_fn for t in tensors if not spans(t, self._batch_size)}
             if any(parents.get(node) for node in of_batch):  # the loss uses what has no samples
                 self.reached = set(self._parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmask.containers import part
-from gradmask.errors import DataError
+from gradmask.errors import DataError, ModelError
 from gradmask.fisher.likelihood import (
     IGNORED,
     Loss,
@@ -199,3 +199,35 @@ def _check_samples(loss: Any, outputs: Any, targets: Any, values: Tensor, left: 
             "compares samples, or uses outputs made over the batch. Use reduction='sum', or give "
             "nn.CrossEntropyLoss(weight=...) itself, which is taken as a weighted sum."
         )
+
+
+def check_parameters_of(loss: Loss, used: Iterable[nn.Parameter], known: Iterable[Tensor]) -> None:
+    """Raise a ModelError if a loss uses parameters that nobody has handed over.
+
+    Args:
+        loss: The loss.
+        used: Parameters that the loss depends on, and the outputs do not.
+        known: Those of the model and of the loss.
+    """
+    ids = {id(p) for p in known}
+    for parameter in used:
+        if id(parameter) not in ids:
+            raise ModelError(
+                f"The loss depends on a trainable parameter ({_name_of(parameter, loss)}) that is "
+                "neither the model's nor that of a loss handed over as a module: give the loss as "
+                "an nn.Module that holds it, or freeze it with requires_grad_(False)."
+            )
+
+
+def _name_of(parameter: nn.Parameter, loss: Any) -> str:
+    """A name by which the user may know a parameter, from what a function holds."""
+    inner = [loss, getattr(loss, "__self__", None), *getattr(loss, "args", ())]
+    inner += [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
+    names = getattr(getattr(loss, "__code__", None), "co_names", ())
+    inner += [getattr(loss, "__globals__", {}).get(name) for name in names]
+    for holder in inner:
+        if isinstance(holder, nn.Module):
+            for name, p in holder.named_parameters():
+                if p is parameter:
+                    return f"{name!r} of a {type(holder).__name__}"
+    return f"of shape {tuple(parameter.shape)}"

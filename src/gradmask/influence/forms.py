@@ -79,11 +79,11 @@ class LabelTerm:
 
     def __init__(self, setting: Setting, number: int) -> None:
         assert setting.head is not None
-        self._head, self._loss, self._number = setting.head, setting.loss, number
+        self._head, self.loss, self._number = setting.head, setting.loss, number
 
     def __call__(self, outputs: Any, rows: Rows, alone: bool = False) -> Tensor:
         """The sum over the samples that the outputs are of."""
-        terms = exact_terms(outputs, self._head.blank_targets(outputs), self._loss)
+        terms = exact_terms(outputs, self._head.blank_targets(outputs), self.loss)
         return next(islice(terms, self._number, None))
 
 

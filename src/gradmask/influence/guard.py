@@ -26,9 +26,11 @@ class Term(Protocol):
 
     Attributes:
         empty: Samples whose gradient is known to be zero, once the term was asked for all.
+        loss: The negative log-likelihood.
     """
 
     empty: frozenset[int]
+    loss: Any
 
     def __call__(self, outputs: Any, rows: Rows, alone: bool = False) -> Tensor:
         """The sum over some samples, from their outputs."""

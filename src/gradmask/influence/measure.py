@@ -16,13 +16,13 @@ from gradmask.fisher.likelihood import KINDS, LOSSES, Loss, directional
 from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.verify import Verify, check_verify
 from gradmask.influence.forms import diagonal_forms, quadratic_forms
-from gradmask.influence.prepare import guarded
 from gradmask.influence.setting import (
     Blocks,
     Setting,
     check_losses,
     check_memory,
     drawn_directions,
+    guarded,
     precision,
 )
 from gradmask.influence.steps import divergences

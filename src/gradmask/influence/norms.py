@@ -13,8 +13,7 @@ from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.verify import Verify, check_verify
 from gradmask.influence.forms import source_squares
-from gradmask.influence.prepare import guarded
-from gradmask.influence.setting import Setting, check_memory, precision
+from gradmask.influence.setting import Setting, check_memory, guarded, precision
 from gradmask.measuring import measuring
 from gradmask.parameters import trainable_parameters
 

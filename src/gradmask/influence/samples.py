@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from gradmask.containers import part
 from gradmask.fisher.calls import Call, LayerCall, per_sample_together
 from gradmask.fisher.capture import Capture, Ways
 from gradmask.fisher.likelihood import Loss
+from gradmask.fisher.losses import check_parameters_of
 from gradmask.fisher.reference import call
 from gradmask.influence.guard import Groups, Guard, Parameters, Term, WholeCall
 
@@ -92,6 +94,8 @@ class Batch:
         total = term(self.outputs, slice(None))
         if self._first:
             capture.resolve(self.outputs, total, all_outputs=True)
+            known = chain(self._model.parameters(), parameters.values())
+            check_parameters_of(term.loss, capture.of_loss, known)
             if self._count > 1 and capture.rearranges:
                 capture.drop(capture.mixed(self.outputs))
         groups: list[list[Call]] = capture.gradients(total)
