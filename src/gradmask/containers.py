@@ -70,15 +70,15 @@ def map_tensors(change: Change, value: Any, opaque: Callable[[Any], Any] = lambd
         return type(value)(*map(again, value))
     try:
         if isinstance(value, MutableMapping):  # its own class, whatever its constructor takes
-            new: Any = copy.copy(value)
-            for key, v in value.items():
-                new[key] = again(v)
-            return new
+            return _copied_mapping(value, again) or opaque(value)
         if dataclasses.is_dataclass(value):
-            new = copy.copy(value)
-            for field in dataclasses.fields(value):
-                if hasattr(value, field.name):  # frozen ones too
-                    object.__setattr__(new, field.name, again(getattr(value, field.name)))
+            new: Any = copy.copy(value)
+            names = {f.name for f in dataclasses.fields(value)} | set(
+                getattr(value, "__dict__", ())
+            )
+            for name in names:
+                if hasattr(value, name):  # frozen ones too
+                    object.__setattr__(new, name, again(getattr(value, name)))
             return new
         if type(value) in pytree.SUPPORTED_NODES:
             children, form = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
@@ -90,15 +90,42 @@ def map_tensors(change: Change, value: Any, opaque: Callable[[Any], Any] = lambd
     return opaque(value) if _holds_tensors(value) else value
 
 
+def _copied_mapping(value: Any, again: Callable[[Any], Any]) -> Any:
+    """A copy with other values, in its attributes too; None if it shares them with the original."""
+    new = copy.copy(value)
+    entries = dict(value.items())
+    for key, v in entries.items():
+        new[key] = again(v)
+        if value[key] is not v:
+            value[key] = v
+            return None
+    for name, v in getattr(value, "__dict__", {}).items():
+        if name not in entries and name != "data":
+            vars(new)[name] = again(v)
+    return new
+
+
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors of a nested container, in order.
+    """All tensors of a nested container, in order; none of an object that cannot be cut.
 
     Args:
         value: Any nested container.
     """
-    found: list[Tensor] = []
-    map_tensors(found.append, value)
-    return found
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (*_PLAIN, PackedSequence)):
+        return []
+    if isinstance(value, MutableMapping):
+        inner = list(value.values())
+    elif isinstance(value, tuple | list):
+        inner = list(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = [getattr(value, f.name, None) for f in dataclasses.fields(value)]
+    elif type(value) in pytree.SUPPORTED_NODES:
+        inner = pytree.tree_leaves(value, is_leaf=lambda v: v is not value)
+    else:
+        inner = []
+    return [tensor for v in inner for tensor in tensors_in(v)]
 
 
 def part(batch: Any, which: slice | list[int]) -> Any:

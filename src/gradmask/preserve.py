@@ -15,7 +15,10 @@ from gradmask.distributed import is_sharded
 from gradmask.errors import ModelError
 
 _SLOTS = ("_parameters", "_buffers", "_modules")
-_COPIED = 1 << 31  # bytes of parameters that are copied for the first forward pass
+_COPIED = 1 << 31  # bytes of parameters that are copied for the first forward pass,
+_KEPT = 1 << 24  # and for all of them
+_LONG = 10_000  # entries of a container that are looked into
+_HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
 _OBJECTS = 2  # levels of objects below a module's attributes whose own attributes are noted
 
 
@@ -61,19 +64,28 @@ class _Noted:
         self.tensors: list[tuple[Tensor, Tensor]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
         self._seen = set(parameters)
+        self._modules, self._slots = set(model.modules()), slots
+        small = sum(p.nbytes for p in model.parameters()) <= _KEPT
         for module in model.modules():
-            for buffer in module._buffers.values():
-                self._note(buffer, 0)
-            if getattr(module, "max_norm", None) is not None:  # embeddings shrink their own rows
-                self.tensors += [(p, _copy(p)) for p in module.parameters(recurse=False)]
-            if not slots:
-                continue
-            self._containers += [(module.__dict__[s], dict(module.__dict__[s])) for s in _SLOTS]
-            attributes = {k: v for k, v in vars(module).items() if not _is_own(k)}
-            self._containers.append((module, attributes))
-            for value in attributes.values():
+            self._note_module(module, small=small)
+
+    def _note_module(self, module: nn.Module, *, small: bool) -> None:
+        for buffer in module.buffers(recurse=False):
+            self._note(buffer, 0)
+        if small or getattr(module, "max_norm", None) is not None:  # which shrinks its own rows
+            self.tensors += [(p, _copy(p)) for p in module.parameters(recurse=False)]
+        if not self._slots or isinstance(module, torch.jit.ScriptModule):
+            return
+        self._containers += [(module.__dict__[s], dict(module.__dict__[s])) for s in _SLOTS]
+        attributes = {k: v for k, v in vars(module).items() if not _is_own(k)}
+        self._containers.append((module, attributes))
+        for name, value in attributes.items():
+            if name not in _HOOKS:
                 self._note(value, 0)
+            elif isinstance(value, dict):  # hooks of a forward pass go, those of the user stay
+                self._containers.append((value, dict(value)))
 
     def _note(self, value: Any, depth: int) -> None:
         if id(value) in self._seen:
@@ -84,14 +96,21 @@ class _Noted:
                 self.tensors.append((value, _copy(value)))
         elif isinstance(value, torch.Generator):
             self._generators.append((value, value.get_state()))
+        elif isinstance(value, nn.Module):  # one that is not registered
+            self._seen.add(id(value))
+            for module in value.modules():
+                if module not in self._modules:
+                    self._modules.add(module)
+                    self._note_module(module, small=True)
+                    self._modes.append((module, module.training))
         elif isinstance(value, tuple):
-            inner = list(value)
+            inner = list(value[:_LONG])
         elif isinstance(value, list | deque | set):
             self._containers.append((value, copy.copy(value)))
-            inner = list(value)
+            inner = list(value) if len(value) <= _LONG else []
         elif isinstance(value, dict):
             self._containers.append((value, dict(value)))
-            inner = list(value.values())
+            inner = list(value.values()) if len(value) <= _LONG else []
         elif depth < _OBJECTS and _is_simple(value):
             self._containers.append((vars(value), dict(vars(value))))
             inner, depth = list(vars(value).values()), depth + 1
@@ -109,8 +128,10 @@ class _Noted:
             for tensor, before in self.tensors:
                 if tensor.shape != before.shape:
                     tensor.data = before
-                elif not torch.equal(tensor.detach(), before):
+                elif not _same(tensor, before):
                     tensor.detach().copy_(before)
+        for module, training in self._modes:
+            module.training = training
         for generator, state in self._generators:
             generator.set_state(state)
 
@@ -119,9 +140,17 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
+def _same(tensor: Tensor, before: Tensor) -> bool:
+    """Whether two tensors have the same bits, NaN or not."""
+    now = tensor.detach()
+    if torch.equal(now, before):
+        return True
+    return bool((now.isnan() & before.isnan() | (now == before)).all())
+
+
 def _is_own(name: str) -> bool:
-    """Attributes of `nn.Module` that are kept apart, or not changed by forward passes."""
-    return name in _SLOTS or name == "training" or "hook" in name
+    """Attributes of `nn.Module` that are put back elsewhere."""
+    return name in _SLOTS or name == "training"
 
 
 def _is_simple(value: Any) -> bool:
@@ -168,6 +197,6 @@ class _FirstCall:
         """After the call, or when it was interrupted, which runs no hooks."""
         for handle in self._handles:
             handle.remove()
-        changed = [(p, c) for p, c in self._copies if not torch.equal(p.detach(), c)]
+        changed = [(p, c) for p, c in self._copies if not _same(p, c)]
         self._noted.tensors += changed
         self._copies.clear()

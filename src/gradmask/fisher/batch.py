@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gradmask.containers import check_cuttable, map_tensors, part, sample_count
+from gradmask.containers import check_cuttable, map_tensors, part, sample_count, tensors_in
 from gradmask.distributed import Groups, sum_over, together
 from gradmask.errors import DataError, ModelError
+from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.capture import Capture, Settle, Way, Ways
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
 from gradmask.fisher.losses import check_parameters_of, nll
-from gradmask.fisher.reference import add_per_sample_squares, call, sample_gradients
+from gradmask.fisher.reference import UNFIT, add_per_sample_squares, call, sample_gradients
 from gradmask.fisher.rules import squared
 from gradmask.fisher.verify import (
     Check,
@@ -88,6 +89,7 @@ class Pass:
         self._generator.set_state(self._start)
         self._schedule = Schedule(self._verify, self.parameters, self._generator.initial_seed())
         self._ways: Ways | None = None
+        self._layouts: set[str] = set()
         self._seen: dict[str, str] = {}
 
     def add(
@@ -126,7 +128,8 @@ class Pass:
                 check_parameters_of(self._loss, capture.of_loss, known)
                 unexplained = (ways or {}).keys() & capture.reached - capture.ways().keys()
                 check = self._schedule.check(capture.structure, capture.sizes(), n)
-                if n > 1 and self._may_mix(capture, check, groups):
+            if n > 1 and self._may_mix(capture, check, groups):
+                with together(groups, DOING):
                     capture.drop(capture.mixed(outputs))
             again = first and trusts and bool(unexplained)
             if not again:
@@ -134,7 +137,12 @@ class Pass:
                 self._note(capture, groups)
                 check = None if groups else check
                 terms = chain([batch.first], batch.rest)
-                found = capture.add_squares(terms, totals, settle, check)
+                try:
+                    found = capture.add_squares(terms, totals, settle, check)
+                except Unmeasurable:
+                    self._trusts = False
+                    self._distrust(set(fast))
+                    return False
             del outputs
         if again:  # a dimension was 2 long by chance: the probe finds out
             self._trusts, self._ways = False, None
@@ -145,14 +153,45 @@ class Pass:
             add_per_sample_squares(*data, rest, totals, **options)
         if check is None or not handled:
             return True
+        if check.turn == 1:
+            self._check_repeatable(inputs, range(n)[check.rows][0])
         alone: Excerpts = {name: torch.zeros_like(value) for name, value in found.items()}
         for gradients in sample_gradients(*data, handled, rows=check.rows, **options):
             for name, g in gradients.items():
                 alone[name] += squared(excerpt(g, check.turn))
         wrong = self._schedule.wrong(found, alone, self._precision)
-        if wrong:
+        if wrong and not self._saturated(inputs, batch, check.rows):
             self._distrust(wrong)
-        return not wrong
+            return False
+        return True
+
+    def _saturated(self, inputs: Any, batch: _Terms, rows: slice) -> bool:
+        """Whether the checked samples are so sure of their labels that rounding decides."""
+        if self._loss not in ("cross_entropy", "bernoulli"):
+            return False  # the scale of its gradients is not known
+        with torch.no_grad():
+            outputs = call(self.model, part(inputs, rows))
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            total = nll(outputs, part(batch.targets, rows), batch.options["loss"]).total
+            (slopes,) = torch.autograd.grad(total, outputs)
+        return bool(slopes.abs().max() < 3200 * torch.finfo(self._precision).eps)
+
+    def _check_repeatable(self, inputs: Any, row: int) -> None:
+        """Refuse a model that gives the same sample different outputs each time."""
+        try:
+            with torch.no_grad():
+                first, second = (call(self.model, part(inputs, [row])) for _ in range(2))
+        except UNFIT:  # it takes no batch of one
+            return
+        near = 10 * torch.finfo(self._precision).eps
+        for a, b in zip(tensors_in(first), tensors_in(second), strict=False):
+            if a.shape == b.shape and not torch.allclose(a, b, rtol=near, atol=0, equal_nan=True):
+                raise ModelError(
+                    "The model gives the same sample other outputs each time, in eval mode: its "
+                    "forward pass is random or changes its own state (a counter, a moving average, "
+                    "a memory), so a sample has no gradient of its own. Switch that off."
+                )
 
     def _terms(self, outputs: Any, targets: Tensor) -> _Terms:
         """Scalars whose squared per-sample gradients add up to what is measured."""
@@ -163,8 +202,23 @@ class Pass:
         if self._kind == "sampled":
             targets = draw_directions(outputs, targets, loss, self._generator)
             loss = directional
+        self._check_layout(outputs, targets)
         total, empty = nll(outputs, targets, loss)
         return _Terms(total, iter(()), targets, {"loss": loss, "skip": empty})
+
+    def _check_layout(self, outputs: Any, targets: Tensor) -> None:
+        """Refuse logits (N, T, C) whose T is C in one batch: there they look like (N, C, T)."""
+        if self._loss != "cross_entropy" or not isinstance(outputs, Tensor) or outputs.dim() < 3:
+            return
+        first = targets.shape == (outputs.shape[0], *outputs.shape[2:])
+        last = targets.shape == outputs.shape[:-1]
+        self._layouts.add("either" if first and last else "first" if first else "last")
+        if {"either", "last"} <= self._layouts:
+            raise DataError(
+                f"Logits of shape {tuple(outputs.shape)} have as many positions as classes in one "
+                "batch and the classes last in others, so which is which cannot be told: give "
+                "logits as (samples, classes, positions)."
+            )
 
     def _may_mix(self, capture: Capture, check: Check | None, groups: Groups) -> bool:
         """Whether to look for samples that are mixed; all ranks must run the same passes."""
@@ -183,11 +237,11 @@ class Pass:
         self._seen |= ways
 
     def _distrust(self, wrong: set[str]) -> None:
-        """Measure names one sample at a time from now on; all of them when it happens again."""
+        """Measure one sample at a time from now on: if one name is wrong, others may be."""
         if self._trusts:  # the probe of two samples has not been asked yet
             self._trusts = False
             return
-        self.alone |= distrusted(wrong, self.alone, self.parameters)
+        self.alone |= distrusted(wrong, self.parameters)
 
 
 def unpacked(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
@@ -267,6 +321,12 @@ def unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
             f"The loader gave a {type(batch).__name__}: expected (inputs, targets) batches."
         )
     check_cuttable(batch[0], "inputs")
+    for tensor in tensors_in(batch[0]):
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise DataError(
+                "The inputs hold a sparse or nested tensor, which cannot be cut into samples: use "
+                "to_dense() or to_padded_tensor()."
+            )
     move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
     inputs, targets = map_tensors(move, batch[0]), map_tensors(move, batch[1])
     if not isinstance(targets, Tensor) or not targets.dim():

@@ -22,6 +22,10 @@ from gradmask.fisher.rules import LayerRule, Product, chunk_size, squared
 ALL = slice(None)
 
 
+class Unmeasurable(Exception):
+    """A module cannot be run again by itself for one sample."""
+
+
 class Call:
     """One use of parameters in a forward pass.
 
@@ -163,14 +167,16 @@ class ModuleCall(Call):
     def _gradients(self, n: int, wanted: list[nn.Parameter]) -> list[Tensor]:
         sample = slice(n, n + 1)
         args, kwargs = map_tensors(lambda t: t.detach()[sample], self.arguments)
-        with torch.enable_grad():
-            result = self.module(*args, **kwargs)
-            outputs = differentiable(result)
-            pairs = [
-                (outputs[place], g[sample])
-                for place, g in zip(self.places, self.gradients, strict=True)
-                if g is not None
-            ]
+        try:
+            with torch.enable_grad():
+                outputs = differentiable(self.module(*args, **kwargs))
+                pairs = [
+                    (outputs[place], g[sample])
+                    for place, g in zip(self.places, self.gradients, strict=True)
+                    if g is not None
+                ]
+        except Exception as error:  # what it was given were no samples, or it keeps some state
+            raise Unmeasurable from error
         found = torch.autograd.grad(
             [out for out, _ in pairs],
             wanted,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmask.containers import check_cuttable
 from gradmask.distributed import note_whole_parameters
 from gradmask.errors import ModelError
 from gradmask.fisher.calls import Call, differentiable, spans, square_together
@@ -105,6 +106,7 @@ class Capture:
         tensors = differentiable(outputs)
         roots = list(dict.fromkeys(t.grad_fn for t in tensors))
         if not roots and (term is None or term.grad_fn is None):
+            check_cuttable(outputs, "outputs")
             raise ModelError("The model's outputs do not depend on its trainable parameters.")
         order, parents = walk(roots)
         self.structure = structure(order)
@@ -115,12 +117,10 @@ class Capture:
             order, parents = walk(roots)
             variables = (getattr(n, "variable", None) for n in order if id(n) not in before)
             self.of_loss = [v for v in variables if isinstance(v, nn.Parameter)]
-            of_batch = {t.grad_fn for t in tensors if not spans(t, self._batch_size)}
-            if any(parents.get(node) for node in of_batch):  # the loss uses what has no samples
-                self.reached = set(self._parameters)
-                return
         reached = leaves(order, lambda variable: self._names.get(id(variable)))
         self.reached = set(reached)
+        if term is not None and self._uses_batch(term, tensors):
+            return
         # What the loss does not depend on has gradient zero.
         self.handled = self._parameters.keys() - reached.keys()
         for name, leaf in reached.items():
@@ -136,6 +136,22 @@ class Capture:
                     break
         self._keep_used_names()
         self._place_hooks(order)
+
+    def _uses_batch(self, term: Tensor, tensors: list[Tensor]) -> bool:
+        """Whether a loss uses an output that belongs to no sample, not by way of others."""
+        spanning = {t.grad_fn for t in tensors if spans(t, self._batch_size)}
+        of_batch = {t.grad_fn for t in tensors} - spanning
+        stack, seen = [term.grad_fn], {term.grad_fn}
+        while stack and of_batch:
+            node = stack.pop()
+            if node in of_batch:
+                return True
+            if node is None or node in spanning:
+                continue
+            fresh = [below for below, _ in node.next_functions if below not in seen]
+            seen.update(fresh)
+            stack += fresh
+        return False
 
     def ways(self) -> Ways:
         """How each captured parameter is measured; a way's first word says by what kind of call."""

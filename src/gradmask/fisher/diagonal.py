@@ -118,7 +118,7 @@ def fisher_diagonal(
             totals, count = sharded_sums(single_pass, read(), groups)
         else:
             with together(groups, DOING):
-                totals, count = _sums(single_pass, read, once=iter(loader) is loader)
+                totals, count = _sums(single_pass, read, once=isinstance(loader, Iterator))
             totals = {name: sum_over(total, groups) for name, total in totals.items()}
             count = int(sum_over(torch.tensor([count], device="cpu"), groups))
     if count == 0:
@@ -136,7 +136,7 @@ def _sums(single_pass: Pass, read: Callable[[], Iterator[tuple[Any, Tensor]]], o
         read: Reads the data from the start.
         once: Whether they can be read only once.
     """
-    batches, kept = read(), None
+    batches, kept, before = read(), None, 0
     while True:
         if kept is not None:
             batches, kept = chain([kept], batches), None
@@ -149,17 +149,22 @@ def _sums(single_pass: Pass, read: Callable[[], Iterator[tuple[Any, Tensor]]], o
             if count == 0:  # nothing has been lost
                 kept = inputs, targets
             elif once:
-                raise DataError(
-                    f"After {count} samples a check failed for {', '.join(single_pass.alone)}: the "
-                    "data must be read again from the start, but this iterator can be read only "
-                    "once. Give a DataLoader or a list of batches, or more in the first batch."
-                )
+                raise _read_once(count)
             else:
-                batches = read()
+                batches, before = read(), max(before, count + len(targets))
             single_pass.restart()
             break
         else:
+            if count < before:
+                raise _read_once(before)
             return totals, count
+
+
+def _read_once(count: int) -> DataError:
+    return DataError(
+        f"After {count} samples a check failed: the data must be read again from the start, but "
+        "they can be read only once. Give a DataLoader or a list of batches."
+    )
 
 
 def _of_any_rank(names: set[str], all_names: list[str], groups: Any) -> set[str]:

@@ -123,9 +123,13 @@ def check_means(outputs: Any, targets: Tensor) -> None:
         )
 
 
-def not_finite(value: float) -> DataError:
+class NotFiniteError(DataError):
+    """The loss is NaN or infinite."""
+
+
+def not_finite(value: float) -> NotFiniteError:
     """What to say of a loss that is NaN or infinite."""
-    return DataError(
+    return NotFiniteError(
         f"The loss of a batch is {value}: check the inputs for NaN or infinity, and "
         "that training has not diverged (a lower learning rate)."
     )
@@ -203,14 +207,14 @@ def exact_terms(outputs: Tensor, targets: Tensor, loss: Loss) -> Iterator[Tensor
     """
     if loss == "mse":
         check_means(outputs, targets)
-        means = outputs.reshape(len(outputs), -1)
+        means = outputs.reshape(len(targets), -1)
         if not means.isfinite().all():
             raise not_finite(math.nan)
         yield from means.sum(0)
         return
     if loss == "bernoulli":
         check_binary(outputs, targets)
-        logits = outputs.reshape(len(outputs), -1)
+        logits = outputs.reshape(len(targets), -1)
         if not logits.isfinite().all():
             raise not_finite(math.nan)
         weights = (logits.sigmoid() * (-logits).sigmoid()).detach().sqrt()

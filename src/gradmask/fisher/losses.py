@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmask.containers import part
-from gradmask.errors import DataError, ModelError
+from gradmask.errors import DataError, GradmaskError, ModelError
 from gradmask.fisher.likelihood import (
     IGNORED,
     Loss,
@@ -46,10 +46,11 @@ class WeightedCrossEntropy:
         options = dict(self.options)
         if isinstance(options.get("weight"), Tensor):
             options["weight"] = options["weight"].to(outputs)
-        if isinstance(outputs, Tensor) and not targets.is_floating_point() and outputs.dim() > 1:
+        if isinstance(outputs, Tensor) and not targets.is_floating_point():
+            outputs = classes_last(outputs, targets)
             counted = targets[targets.long() != options.get("ignore_index", IGNORED)]
-            check_labels(counted, outputs.shape[1])
-            targets = targets.long()
+            check_labels(counted, outputs.shape[-1])
+            outputs, targets = outputs.flatten(0, -2), targets.long().flatten()
         total: Tensor = self.function(outputs, targets, reduction="sum", **options)
         return total
 
@@ -135,6 +136,11 @@ def nll(outputs: Any, targets: Any, loss: Loss, *, alone: bool = False) -> Nll:
     value = total.item()
     if not math.isfinite(value):
         raise not_finite(value)
+    if value and not total.requires_grad and torch.is_grad_enabled():
+        raise ModelError(
+            "The loss does not depend on any parameter: it, or the model, detaches the outputs, or "
+            "counts instead of measuring (an accuracy)."
+        )
     return Nll(total, empty)
 
 
@@ -166,7 +172,15 @@ def _all_ignored(targets: Any) -> bool:
 def _sample_by_sample(outputs: Any, targets: Any, loss: Any) -> tuple[Tensor, frozenset[int]]:
     """The sum over samples of a callable, and the samples that have nothing left to score."""
     rows = [slice(n, n + 1) for n in range(len(targets))]
-    values = torch.stack([_value(loss, part(outputs, n), part(targets, n)) for n in rows])
+    try:
+        values = torch.stack([_value(loss, part(outputs, n), part(targets, n)) for n in rows])
+    except GradmaskError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise DataError(
+            f"The loss cannot be evaluated on the outputs of one sample ({error}): it takes the "
+            "outputs and targets of samples, which are dimension 0 of every tensor in both."
+        ) from error
     left = ~values.detach().isnan()
     if not left.any() and _all_ignored(targets):
         return values.new_zeros(()), frozenset(range(len(rows)))
@@ -179,8 +193,8 @@ def _sample_by_sample(outputs: Any, targets: Any, loss: Any) -> tuple[Tensor, fr
 def _check_samples(loss: Any, outputs: Any, targets: Any, values: Tensor, left: Tensor) -> None:
     """The loss of all samples together must be the sum or the mean of those of each alone."""
     try:
-        with torch.no_grad():
-            whole = _value(loss, outputs, targets).double()
+        with torch.enable_grad():  # it may differentiate something itself
+            whole = _value(loss, outputs, targets).detach().double()
     except Exception:  # a function of one sample only need not take more
         whole = None
     if not left.all() and (whole is None or not whole.isfinite() or not left.any()):
@@ -190,7 +204,7 @@ def _check_samples(loss: Any, outputs: Any, targets: Any, values: Tensor, left: 
     found = values[left].double()
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(values.dtype, 5e-2)
     scale = found.abs().sum()
-    sums = [(found.sum(), scale), (found.mean(), scale / len(found)), (values[0].double(), scale)]
+    sums = [(found.sum(), scale), (found.mean(), scale / len(found)), (found[0], found[0].abs())]
     if not any((whole - expected).abs() <= tolerance * size for expected, size in sums):
         raise DataError(
             "The loss of a batch is neither the sum nor the mean of its samples' losses "

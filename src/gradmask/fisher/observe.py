@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradmask.containers import tensors_in
+from gradmask.containers import check_cuttable, tensors_in
+from gradmask.errors import DataError
 from gradmask.fisher.calls import LayerCall, ModuleCall, spans
 from gradmask.fisher.rules import LayerRule, find_rule
 
@@ -101,6 +102,10 @@ class Observer:
     def _note_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         args, kwargs = self._arguments[module].pop()  # as they were before hooks of the user
         tensors = tensors_in((args, kwargs))
+        try:
+            check_cuttable((args, kwargs), "arguments")
+        except DataError:  # a cache, which holds all samples
+            return
         if tensors and all(map(self._spans, tensors)):
             call = ModuleCall(module, args, kwargs, output, self.batch_size)
             if call.edges:

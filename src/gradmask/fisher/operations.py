@@ -29,7 +29,7 @@ _RESHAPES = (
     "UnsafeViewBackward0",
     "ToCopyBackward0",
 )
-_TRANSPOSES = ("TBackward0", "TransposeBackward0")
+_TRANSPOSES = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
 _PRODUCTS = ("MmBackward0", "AddmmBackward0")
 
 
@@ -183,7 +183,11 @@ def operation_calls(
             if node in explained:
                 found.append(explained[node])
                 continue
-            if node.name() in _TRANSPOSES and len(operand) == 2:
+            if (
+                node.name() in _TRANSPOSES
+                and len(operand) == 2
+                and output == torch.Size(operand[::-1])
+            ):
                 stack.append((node, output, not transposed))
                 continue
             if node.name() in _RESHAPES and not transposed and operand.numel() == output.numel():

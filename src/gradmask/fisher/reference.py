@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmask.containers import map_tensors, part
+from gradmask.containers import map_tensors, part, sample_count, tensors_in
+from gradmask.errors import ModelError
 from gradmask.fisher.calls import full_precision
-from gradmask.fisher.likelihood import Loss, exact_terms
+from gradmask.fisher.likelihood import Loss, NotFiniteError, exact_terms
 from gradmask.fisher.losses import nll
 from gradmask.fisher.rules import squared
+
+# What models and losses raise where the number of samples does not suit them.
+UNFIT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -70,12 +74,32 @@ def alone(
     sample = part(inputs, slice(n, n + 1))
     try:
         return evaluate(call(model, sample), 1, True), 1
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # as after `squeeze`
+    except NotFiniteError:
+        raise
+    except UNFIT as error:
         twice = map_tensors(lambda t: torch.cat([t] * 2) if t.dim() else t, sample)
-        try:
-            return evaluate(call(model, twice), 2, False), 2
+        try:  # `squeeze` may have taken the samples away, or the model refuses a batch of one
+            found = evaluate(outputs := call(model, twice), 2, False), 2
         except Exception:
             raise error from None
+        _check_apart(model, inputs, n, outputs)
+        return found
+
+
+def _check_apart(model: nn.Module, inputs: Any, n: int, twice: Any) -> None:
+    """A sample that cannot run alone must give the same beside itself and beside another."""
+    count = sample_count(inputs)
+    if count < 2:
+        return
+    with torch.no_grad():
+        beside = call(model, part(inputs, [n, (n + 1) % count]))
+    for a, b in zip(tensors_in(twice), tensors_in(beside), strict=False):
+        near = 1e-6 if a.dtype == torch.float64 else 1e-2
+        if a.dim() and a.shape == b.shape and not a.detach()[0].allclose(b[0], near, near):
+            raise ModelError(
+                "The model takes no batch of one, and what it gives for a sample depends on the "
+                "others in its batch: a sample has no gradient of its own."
+            )
 
 
 def sample_gradients(

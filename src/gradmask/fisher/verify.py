@@ -130,21 +130,22 @@ def _compared(found: Tensor, alone: Tensor) -> Tensor:
     return torch.stack([(found - alone).norm(), larger.norm(), alone.abs().max()])
 
 
-def distrusted(wrong: set[str], before: set[str], names: Iterable[str]) -> set[str]:
-    """What is measured one sample at a time after a failed check: all, if it was not the first.
+def distrusted(wrong: set[str], names: Iterable[str]) -> set[str]:
+    """What is measured one sample at a time after a failed check: everything.
+
+    If samples are mixed, names whose gradient happened to be zero in the check are wrong too.
 
     Args:
         wrong: Names for which it failed.
-        before: Names for which another one has.
         names: Everything that is measured.
     """
     logger.warning(
-        "The check of single samples failed for %s: measured with the whole model, one sample at a "
-        "time, which is right and slow. Samples may be mixed in the batch, or a rule of a layer "
-        "may be wrong.",
-        "parameters again, so all are" if before else ", ".join(sorted(wrong)),
+        "The check of single samples failed for %s: all parameters are measured with the whole "
+        "model, one sample at a time, which is right and slow. Samples may be mixed in the batch, "
+        "or a rule of a layer may be wrong.",
+        ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
     )
-    return set(names) if before else wrong
+    return set(names)
 
 
 def excerpt(tensor: Tensor, turn: int) -> Tensor:

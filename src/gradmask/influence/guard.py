@@ -125,7 +125,7 @@ class Guard:
             self._distrust(bad)
 
     def _distrust(self, wrong: set[str]) -> None:
-        self.alone |= distrusted(wrong, self.alone, self.parameters)
+        self.alone |= distrusted(wrong, self.parameters)
         raise Refuted
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gradmask.containers import map_tensors, part, sample_count, tensors_in
-from gradmask.errors import DataError, OptionError
+from gradmask.errors import DataError, ModelError, OptionError
 from gradmask.fisher.batch import safe_ways, unpack
+from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.likelihood import Loss, draw_directions
 from gradmask.fisher.losses import nll
-from gradmask.fisher.reference import call
+from gradmask.fisher.reference import UNFIT, call
 from gradmask.fisher.verify import Verify, computed_in
 from gradmask.influence.distribution import Head, find_head
 from gradmask.influence.guard import Guard, Parameters, Refuted, Rows
@@ -224,7 +225,11 @@ def prepare(
     probe_inputs, probe_targets = (
         _labelled("probe", probe, device) if labelled else (_unlabelled(probe, device), None)
     )
-    first, activation = activation_bytes(model, inputs)
+    try:
+        first, activation = activation_bytes(model, inputs)
+    except UNFIT as error:
+        _refuse_if_two_work(model, inputs, error)
+        raise
     try:
         example, other = activation_bytes(model, probe_inputs)
     except TypeError as error:
@@ -256,7 +261,7 @@ def prepare(
         max(activation, other),
         map_tensors(lambda t: t.detach(), example),
     )
-    if verify and _mixes(setting):
+    if verify and _mixes(setting, verify == "all"):
         return replace(setting, probe=replace(setting.probe, apart=True))
     return setting
 
@@ -281,26 +286,50 @@ def guarded(
             return measure(prepare(model, parameters, alone=alone, **options))
         except Refuted:
             continue  # more is measured alone now
+        except Unmeasurable:
+            alone |= set(parameters)
 
 
-def _mixes(setting: Setting) -> bool:
-    """Whether the outputs of the first probe sample depend on the batch that it is in."""
+def _refuse_if_two_work(model: nn.Module, inputs: Any, error: Exception) -> None:
+    """Say so if the model takes two samples and not one."""
+    try:
+        with torch.no_grad():
+            call(model, part(inputs, slice(2)))
+    except Exception:
+        return
+    if sample_count(inputs) > 1:
+        raise ModelError(
+            f"The model does not take one sample alone ({error}), and influence needs that: let "
+            "its forward pass accept a batch of one."
+        ) from error
+
+
+def _mixes(setting: Setting, every: bool) -> bool:
+    """Whether the outputs of probe samples depend on the batch that they are in.
+
+    Args:
+        setting: What is measured.
+        every: Look at all samples of the first block, and not at four.
+    """
     columns = next(setting.probe.blocks(setting.together))
     if columns.stop == 1:
         return False
-    with torch.no_grad():
-        outputs = tensors_in(call(setting.model, part(setting.probe.inputs, columns)))
-    pairs = zip(tensors_in(setting.example), outputs, strict=False)
     near = 1e-6 if computed_in(setting.parameters.values()) == torch.float64 else 1e-2
-    for one, many in pairs:
-        if one.is_floating_point() and one.dim() and one.shape[1:] == many.shape[1:]:
-            a, b = one[0].double(), many[0].double()
-            if (a - b).norm() > near * torch.maximum(a.norm(), b.norm()):
-                logger.warning(
-                    "The outputs of a sample depend on the batch that it is in: the probe set "
-                    "runs one sample at a time, which is slow."
-                )
-                return True
+    last = columns.stop - 1
+    rows = range(columns.stop) if every else {0, last // 3, 2 * last // 3, last}
+    with torch.no_grad():
+        together = tensors_in(call(setting.model, part(setting.probe.inputs, columns)))
+        for row in rows:
+            sample = part(setting.probe.inputs, slice(row, row + 1))
+            for one, many in zip(tensors_in(call(setting.model, sample)), together, strict=False):
+                if one.dim() and one.is_floating_point() and one.shape[1:] == many.shape[1:]:
+                    a, b = one[0].double(), many[row].double()
+                    if (a - b).norm() > near * torch.maximum(a.norm(), b.norm()):
+                        logger.warning(
+                            "The outputs of a sample depend on the batch that it is in: the probe "
+                            "set runs one sample at a time, which is slow."
+                        )
+                        return True
     return False
 
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradmask.containers import part
+from gradmask.containers import part, tensors_in
+from gradmask.errors import ModelError
 from gradmask.fisher.reference import call
+from gradmask.fisher.verify import computed_in
 from gradmask.influence.samples import captured, stacked
 from gradmask.influence.setting import Blocks, LossTerm, Setting, check_outputs
 
@@ -45,6 +47,7 @@ def divergences(setting: Setting, step: float) -> Blocks:
     head = setting.head
     assert head is not None
     together = setting.device.type not in ONE_BY_ONE
+    check_reached(setting)
     passes = _probe_outputs(setting, together)
     before = {columns.start: head.logits(outputs) for columns, outputs in passes}
 
@@ -67,12 +70,66 @@ def variances(setting: Setting) -> Blocks:
 
 
 def can_differentiate(setting: Setting) -> bool:
-    """Whether all the model's operations have a forward derivative; tried on one sample."""
-    ones = {n: torch.ones_like(p) for n, p in setting.parameters.items()}
-    works = _works(lambda: _variance_along(setting)(ones, slice(1)))
+    """Whether forward derivatives can be had and are those of backward passes; by one sample.
+
+    What runs without gradients, and hooks on gradients, count in backward passes only.
+    """
+    head = setting.head
+    assert head is not None
+    directions = {n: _direction(p) for n, p in setting.parameters.items()}
+    sample = part(setting.probe.inputs, slice(1))
+    works = _works(lambda: _variance_along(setting)(directions, slice(1)))
+    if works:
+        here = {n: p.detach() for n, p in setting.parameters.items()}
+        run = lambda moved: head.logits(_run(setting, moved, sample))  # noqa: E731
+        with torch.no_grad(), plain_attention():
+            changes = jvp(run, (here,), (directions,))[1]
+        weights = torch.arange(1, changes.numel() + 1, device=changes.device).cos()
+        along = (changes.flatten() * weights).sum().item()
+        outputs = head.logits(call(setting.model, sample)).flatten()
+        total = (outputs * weights).sum()
+        found = torch.autograd.grad(total, list(setting.parameters.values()), allow_unused=True)
+        pairs = [(g, d) for g, d in zip(found, directions.values(), strict=True) if g is not None]
+        terms = [(g.conj() * d).real.double() for g, d in pairs]
+        size = sum(t.abs().sum().item() for t in terms)
+        near = 1e-8 if computed_in(setting.parameters.values()) == torch.float64 else 1e-3
+        works = not abs(along - sum(t.sum().item() for t in terms)) > near * size  # NaN: told later
     if not works:
-        logger.info("An operation has no forward derivative: gradients of all labels instead.")
+        logger.info("Forward derivatives do not serve: gradients of all labels instead.")
     return works
+
+
+def _direction(parameter: Tensor) -> Tensor:
+    """Entries of either sign, all different."""
+    numbers = torch.arange(1, parameter.numel() + 1, device=parameter.device).sin()
+    return numbers.reshape(parameter.shape).to(parameter.dtype)
+
+
+def check_reached(setting: Setting) -> None:
+    """Refuse a model that uses parameters by other references than its modules' own.
+
+    Raises:
+        ModelError: If putting others in their places does not move the outputs, and changing their
+            values does.
+    """
+    sample = part(setting.probe.inputs, slice(1))
+    for name, parameter in setting.parameters.items():
+        kept = parameter.detach().clone()
+        moved = kept + _direction(kept) * (kept.abs().mean() + 1)
+        with torch.no_grad():
+            swapped = tensors_in(_run(setting, {name: moved}, sample))
+            try:
+                parameter.data.copy_(moved)
+                changed = tensors_in(call(setting.model, sample))
+            finally:
+                parameter.data.copy_(kept)
+        for a, b in zip(swapped, changed, strict=True):
+            if a.shape == b.shape and not torch.allclose(a, b, rtol=1e-3, equal_nan=True):
+                raise ModelError(
+                    f"The model uses its parameter {name!r} by a reference of its own (in a list, "
+                    "a function), so a step cannot be tried on it: use the module's attribute, or "
+                    "nn.ParameterList."
+                )
 
 
 def _variance_along(setting: Setting) -> Value:
