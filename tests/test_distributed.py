@@ -292,7 +292,7 @@ def check_errors(rank, world):
 
     model = wrap("ddp", world)
     model.module.conv.register_forward_pre_hook(lambda _, args: drawn.append(len(args[0])))
-    fisher_diagonal(model, batches(x, y, 1), max_samples=5)
+    fisher_diagonal(model, batches(x, y, 1), max_samples=5, verify=False)
     assert sum(drawn) == 3 - rank
 
 

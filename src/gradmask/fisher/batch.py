@@ -18,7 +18,12 @@ from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.capture import Capture, Settle, Way, Ways
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
 from gradmask.fisher.losses import check_parameters_of, nll
-from gradmask.fisher.reference import UNFIT, add_per_sample_squares, call, sample_gradients
+from gradmask.fisher.reference import (
+    add_per_sample_squares,
+    call,
+    check_repeatable,
+    sample_gradients,
+)
 from gradmask.fisher.rules import squared
 from gradmask.fisher.verify import (
     Check,
@@ -154,7 +159,7 @@ class Pass:
         if check is None or not handled:
             return True
         if check.turn == 1:
-            self._check_repeatable(inputs, range(n)[check.rows][0])
+            check_repeatable(self.model, inputs, range(n)[check.rows][0], self._precision)
         alone: Excerpts = {name: torch.zeros_like(value) for name, value in found.items()}
         for gradients in sample_gradients(*data, handled, rows=check.rows, **options):
             for name, g in gradients.items():
@@ -176,22 +181,6 @@ class Pass:
             total = nll(outputs, part(batch.targets, rows), batch.options["loss"]).total
             (slopes,) = torch.autograd.grad(total, outputs)
         return bool(slopes.abs().max() < 3200 * torch.finfo(self._precision).eps)
-
-    def _check_repeatable(self, inputs: Any, row: int) -> None:
-        """Refuse a model that gives the same sample different outputs each time."""
-        try:
-            with torch.no_grad():
-                first, second = (call(self.model, part(inputs, [row])) for _ in range(2))
-        except UNFIT:  # it takes no batch of one
-            return
-        near = 10 * torch.finfo(self._precision).eps
-        for a, b in zip(tensors_in(first), tensors_in(second), strict=False):
-            if a.shape == b.shape and not torch.allclose(a, b, rtol=near, atol=0, equal_nan=True):
-                raise ModelError(
-                    "The model gives the same sample other outputs each time, in eval mode: its "
-                    "forward pass is random or changes its own state (a counter, a moving average, "
-                    "a memory), so a sample has no gradient of its own. Switch that off."
-                )
 
     def _terms(self, outputs: Any, targets: Tensor) -> _Terms:
         """Scalars whose squared per-sample gradients add up to what is measured."""

@@ -6,6 +6,7 @@ from collections import defaultdict
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradmask.containers import check_cuttable, tensors_in
@@ -35,6 +36,8 @@ class Observer:
         self._watching = True
         self._handles: list[Any] = []
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             rule = find_rule(module)
             local = self._local_names(module, rule) if rule else {}
             if rule and local:

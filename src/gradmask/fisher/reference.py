@@ -102,6 +102,31 @@ def _check_apart(model: nn.Module, inputs: Any, n: int, twice: Any) -> None:
             )
 
 
+def check_repeatable(model: nn.Module, inputs: Any, row: int, precision: torch.dtype) -> None:
+    """Refuse a model that gives the same sample different outputs each time.
+
+    Args:
+        model: The model, in eval mode.
+        inputs: Inputs of some samples.
+        row: The sample to run twice.
+        precision: What the model computes in.
+    """
+    sample = part(inputs, slice(row, row + 1))
+    try:
+        with torch.no_grad():
+            first, second = call(model, sample), call(model, sample)
+    except UNFIT:  # it takes no batch of one
+        return
+    near = 10 * torch.finfo(precision).eps
+    for a, b in zip(tensors_in(first), tensors_in(second), strict=False):
+        if a.shape == b.shape and not torch.allclose(a, b, rtol=near, atol=0, equal_nan=True):
+            raise ModelError(
+                "The model gives the same sample other outputs each time, in eval mode: its "
+                "forward pass is random or changes its own state (a counter, a moving average, a "
+                "memory), so a sample has no gradient of its own. Switch that off."
+            )
+
+
 def sample_gradients(
     model: nn.Module,
     inputs: Any,

@@ -16,7 +16,7 @@ from gradmask.fisher.batch import safe_ways, unpack
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.likelihood import Loss, draw_directions
 from gradmask.fisher.losses import nll
-from gradmask.fisher.reference import UNFIT, call
+from gradmask.fisher.reference import UNFIT, call, check_repeatable
 from gradmask.fisher.verify import Verify, computed_in
 from gradmask.influence.distribution import Head, find_head
 from gradmask.influence.guard import Guard, Parameters, Refuted, Rows
@@ -261,8 +261,10 @@ def prepare(
         max(activation, other),
         map_tensors(lambda t: t.detach(), example),
     )
-    if verify and _mixes(setting, verify == "all"):
-        return replace(setting, probe=replace(setting.probe, apart=True))
+    if verify:
+        check_repeatable(model, inputs, 0, computed_in(parameters.values()))
+        sources, others = (_apart(setting, s, verify) for s in (setting.sources, setting.probe))
+        setting = replace(setting, sources=sources, probe=others)
     return setting
 
 
@@ -304,33 +306,31 @@ def _refuse_if_two_work(model: nn.Module, inputs: Any, error: Exception) -> None
         ) from error
 
 
-def _mixes(setting: Setting, every: bool) -> bool:
-    """Whether the outputs of probe samples depend on the batch that they are in.
+def _apart(setting: Setting, samples: Samples, verify: Verify) -> Samples:
+    """The samples, none but in batches of one if their outputs depend on those beside them.
 
-    Args:
-        setting: What is measured.
-        every: Look at all samples of the first block, and not at four.
+    Four of the first block are looked at, with `verify="all"` every one of it.
     """
-    columns = next(setting.probe.blocks(setting.together))
-    if columns.stop == 1:
-        return False
+    rows = next(samples.blocks(setting.together))
+    if rows.stop == 1:
+        return samples
     near = 1e-6 if computed_in(setting.parameters.values()) == torch.float64 else 1e-2
-    last = columns.stop - 1
-    rows = range(columns.stop) if every else {0, last // 3, 2 * last // 3, last}
+    last = rows.stop - 1
+    some = range(rows.stop) if verify == "all" else {0, last // 3, 2 * last // 3, last}
     with torch.no_grad():
-        together = tensors_in(call(setting.model, part(setting.probe.inputs, columns)))
-        for row in rows:
-            sample = part(setting.probe.inputs, slice(row, row + 1))
+        together = tensors_in(call(setting.model, part(samples.inputs, rows)))
+        for row in some:
+            sample = part(samples.inputs, slice(row, row + 1))
             for one, many in zip(tensors_in(call(setting.model, sample)), together, strict=False):
                 if one.dim() and one.is_floating_point() and one.shape[1:] == many.shape[1:]:
                     a, b = one[0].double(), many[row].double()
                     if (a - b).norm() > near * torch.maximum(a.norm(), b.norm()):
                         logger.warning(
-                            "The outputs of a sample depend on the batch that it is in: the probe "
-                            "set runs one sample at a time, which is slow."
+                            "The outputs of a sample depend on the batch that it is in: all run "
+                            "one sample at a time, which is slow."
                         )
-                        return True
-    return False
+                        return replace(samples, apart=True)
+    return samples
 
 
 def _labelled(name: str, data: Any, device: torch.device) -> tuple[Any, Tensor]:
