@@ -29,7 +29,14 @@ from gradmask.experiments.files import (
     remove_temporaries,
     write_atomically,
 )
-from gradmask.experiments.folder import open_folder, run_directory, save_results
+from gradmask.experiments.folder import (
+    RESULTS_FILE,
+    mark_folder,
+    open_folder,
+    run_directory,
+    save_results,
+)
+from gradmask.experiments.identity import check_data, data_sum
 from gradmask.experiments.processes import Processes, processes
 from gradmask.experiments.progress import Progress
 from gradmask.experiments.reports.statistics import Results, summary_table
@@ -40,6 +47,7 @@ from gradmask.experiments.training.components import (
     new_model,
     resolve_device,
 )
+from gradmask.experiments.training.divergence import Diverged
 from gradmask.experiments.training.run import train_run
 
 OPENING = "opening the output folder"
@@ -76,12 +84,15 @@ def _run(config: Comparison, results: Results, progress: Progress) -> Results:
     ours, budget = processes(), EpochBudget(config.stop_after)
     device = resolve_device(config.device)
     data = load_images(config, config.seeds[0])
+    earlier = results.get("data", {})
+    described = _describe(data)
+    check_data(earlier.get("sum"), described["sum"], config.output / RESULTS_FILE)
     _check_processes(config, len(data.train_labels), ours)
     _check_model(config, data)
     ours.from_main(partial(_begin_folder, config), OPENING)
     results |= {
         "config": to_plain(config),
-        "data": _describe(data),
+        "data": described if "sum" in earlier or not results["runs"] else earlier,
         "parameters": [
             [name, p.numel()]
             for name, p in new_model(config, data, 0).named_parameters()
@@ -95,7 +106,11 @@ def _run(config: Comparison, results: Results, progress: Progress) -> Results:
         for arm, seed in _announced(missing, config, results, progress):
             directory = run_directory(config.output, arm, seed)
             data = load_images(config.for_arm(arm), seed)
-            run = train_run(config, data, arm, seed, directory, progress.epoch, budget=budget)
+            check_data(described["sum"], data_sum(data), config.output / RESULTS_FILE)
+            try:
+                run = train_run(config, data, arm, seed, directory, progress.epoch, budget=budget)
+            except Diverged as diverged:  # the others go on
+                run = diverged.run
             results["runs"].append(run | {"commit": results["environment"]["commit"]})
             results["summary"] = summary_table(results)
             if ours.main:
@@ -108,6 +123,7 @@ def _run(config: Comparison, results: Results, progress: Progress) -> Results:
 
 
 def _begin_folder(config: Comparison) -> None:
+    mark_folder(config.output)
     remove_temporaries(config.output)
     write_atomically(config.output / "config.yaml", to_yaml(config))
 
@@ -172,6 +188,7 @@ def _describe(data: ImageData) -> dict[str, Any]:
         "test": len(data.test_labels),
         "classes": len(data.class_names),
         "image": list(data.train_images.shape[1:]),
+        "sum": data_sum(data),
     }
 
 

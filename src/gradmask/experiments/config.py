@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import yaml
 
 from gradmask.errors import OptionError, check_choice, check_keep
 from gradmask.experiments.arms import MASKS, parse_arm
+from gradmask.experiments.schema import check_types
 
 # What may change between two visits to a folder: more arms and seeds are added to it.
 EXTENDABLE = ("arms", "seeds")
@@ -38,6 +39,9 @@ class RunOptions(Options, Protocol):
     @property
     def output(self) -> Path:
         """Folder for results."""
+
+
+Kind = TypeVar("Kind", bound=RunOptions)
 
 
 @dataclass(frozen=True)
@@ -232,15 +236,29 @@ def to_plain(config: Options) -> dict[str, Any]:
     }
 
 
-def from_plain(options: dict[str, Any]) -> Comparison:
-    """Options as `to_plain` wrote them, perhaps by an earlier version that had fewer."""
-    known = {field.name for field in fields(Comparison)}
+def from_plain(kind: type[Kind], options: dict[str, Any]) -> Kind:
+    """Options as `to_plain` wrote them, perhaps by an earlier version that had fewer.
+
+    Args:
+        kind: The dataclass of the options.
+        options: Plain values by name, from a file; those of unknown names are left out.
+
+    Returns:
+        The options.
+
+    Raises:
+        Wrong: If a value is of another type.
+        OptionError: If one cannot work.
+    """
+    known = {field.name for field in fields(kind)}
+    options = {name: value for name, value in options.items() if name in known}
+    check_types(kind, options)
     turned: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in options.items()
-        if name in known
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
     }
-    return Comparison(**turned | {"output": Path(options["output"])})
+    if "output" in turned:
+        turned["output"] = Path(turned["output"])
+    return kind(**turned)
 
 
 def to_yaml(config: Options) -> str:

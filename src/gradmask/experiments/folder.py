@@ -1,33 +1,116 @@
-"""The output folder of a run: what it holds, and that one process at a time writes into it."""
+"""The output folder of a run: what it holds, and that one process at a time writes into it.
+
+A folder that this tool made has a marker, `.gradmask`. Only such a folder is written into, one
+that is empty, or one of an earlier version that holds results or checkpoints and their options.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from filelock import FileLock, Timeout
 
 from gradmask.errors import OptionError, StateError
-from gradmask.experiments.config import EXTENDABLE, NOT_RESULTS, RunOptions, to_plain
-from gradmask.experiments.files import is_temporary, write_json
-from gradmask.experiments.reports.statistics import Results
+from gradmask.experiments.config import EXTENDABLE, NOT_RESULTS, RunOptions, from_plain, to_plain
+from gradmask.experiments.files import (
+    damaged,
+    is_temporary,
+    read_json,
+    read_yaml,
+    write_atomically,
+    write_json,
+)
+from gradmask.experiments.results import CHECKS, Results
+from gradmask.experiments.schema import Wrong
 from gradmask.experiments.training.checkpoint import has_checkpoint
 
 RESULTS_VERSION = 1
 RESULTS_FILE = "results.json"
+OPTIONS_FILE = "config.yaml"
+MARKER = ".gradmask"
 LOCK = ".lock"
 LOCK_SECONDS = 6  # the workers of a process that was killed end within five
 Options = TypeVar("Options", bound=RunOptions)
+_RUN_NAME = re.compile(r"[\w.=+-]+-seed-?\d+", re.ASCII)
 
 
 def run_directory(folder: Path, arm: str, seed: int) -> Path:
-    """Where the files of one run lie in the folder of a comparison."""
-    return folder / "runs" / f"{arm.replace(':', '-')}-seed{seed}"
+    """Where the files of one run lie in the folder of a comparison.
+
+    Args:
+        folder: The comparison's folder.
+        arm: The arm; perhaps read from a file.
+        seed: The seed; perhaps read from a file.
+
+    Returns:
+        A folder inside `folder`.
+
+    Raises:
+        StateError: If it would be anywhere else.
+    """
+    name = f"{arm.replace(':', '-')}-seed{seed}"
+    path = folder / "runs" / name
+    where = folder.resolve() / "runs" / name
+    if not _RUN_NAME.fullmatch(name) or path.resolve() != where:
+        raise StateError(
+            f"Run {name!r} would not lie in {folder}: mend the names in its {RESULTS_FILE} and "
+            f"{OPTIONS_FILE}, remove links from it, or choose another --output."
+        )
+    return path
+
+
+def mark_folder(folder: Path) -> None:
+    """Say that this tool made a folder."""
+    if not (folder / MARKER).exists():
+        write_atomically(folder / MARKER, "gradmask writes into this folder.\n")
+
+
+def check_ours(folder: Path) -> None:
+    """Check that a folder may be written into, before anything is.
+
+    Args:
+        folder: A folder that this tool made, or an empty one, or none yet.
+
+    Raises:
+        OptionError: If it is a file, or holds something else.
+        StateError: If options in it are damaged.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"output={str(folder)!r} is a file: choose another --output.")
+    if _is_empty(folder) or (folder / MARKER).is_file():
+        return
+    options = folder / OPTIONS_FILE
+    if not any((folder / file).is_file() for file in CHECKS) and not _begun(folder):
+        raise OptionError(
+            f"{folder} holds files, but no run that gradmask made: choose another --output, or an "
+            "empty folder."
+        )
+    if not options.is_file() or not {"data", "seeds", "epochs", "output"} <= _read(options).keys():
+        raise OptionError(
+            f"{folder} holds results, but no {OPTIONS_FILE} of theirs: choose another folder, or "
+            "copy the whole folder of the run."
+        )
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or what a process left that was killed at its first file."""
+    if not folder.exists():
+        return True
+    first = (f".{MARKER}.", f".{OPTIONS_FILE}.")
+    return all(
+        (p.name == LOCK and p.is_file() and not p.stat().st_size)
+        or (is_temporary(p) and p.name.startswith(first))
+        for p in folder.iterdir()
+    )
+
+
+def _begun(folder: Path) -> bool:
+    return any(map(has_checkpoint, (folder / "runs").glob("*-seed*")))
 
 
 def open_folder(
@@ -51,7 +134,7 @@ def open_folder(
 
     Raises:
         OptionError: If the folder holds a different run, or other files, all left as they are.
-        StateError: If another process has it.
+        StateError: If another process has it, or a file in it is damaged.
     """
     _held(config, file, extendable)
     stack.enter_context(_sole_writer(config.output))
@@ -94,21 +177,20 @@ def _sole_writer(folder: Path) -> Iterator[None]:
 def _held(config: Options, file: str, extendable: tuple[str, ...]) -> tuple[Options, Results]:
     results: Results = {"version": RESULTS_VERSION, "runs": []}
     folder = config.output
-    if folder.exists() and not folder.is_dir():
-        raise OptionError(f"output={str(folder)!r} is a file: choose another --output.")
-    if not folder.exists() or all(p.name == LOCK or is_temporary(p) for p in folder.iterdir()):
-        return config, results
-    if not (folder / "config.yaml").exists():
-        raise OptionError(
-            f"{folder} holds files, but no run (no config.yaml): choose another --output."
-        )
-    written, ours = _read_options(folder / "config.yaml"), to_plain(config)
+    check_ours(folder)
+    path = folder / OPTIONS_FILE
     if (folder / file).exists():
         results = read_results(folder, file)
-    begun = results["runs"] or any(map(has_checkpoint, (folder / "runs").glob("*")))
-    if not begun and written.keys() == ours.keys():  # not a user's own config.yaml
+    if not path.exists() and not results["runs"] and not _begun(folder):
         return config, results
-    earlier = to_plain(type(config)()) | written  # options it does not name are younger than it
+    written = _read(path)
+    try:
+        earlier_config = from_plain(type(config), written)
+    except (Wrong, OptionError) as error:
+        raise damaged(path, error, _MEND) from error
+    if not results["runs"] and not _begun(folder):
+        return config, results
+    earlier, ours = to_plain(earlier_config), to_plain(config)
     for name, value in ours.items():
         if name not in (*extendable, *NOT_RESULTS) and earlier.get(name) != value:
             raise OptionError(
@@ -116,23 +198,20 @@ def _held(config: Options, file: str, extendable: tuple[str, ...]) -> tuple[Opti
                 f"{value!r}: choose another --output, or delete it."
             )
     merged: dict[str, Any] = {
-        name: tuple(dict.fromkeys([*earlier.get(name, []), *ours[name]])) for name in extendable
+        name: tuple(dict.fromkeys([*earlier[name], *ours[name]])) for name in extendable
     }
     return replace(config, **merged), results
 
 
-def _read_options(path: Path) -> dict[str, Any]:
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        options = None
-    if not isinstance(options, dict):
-        raise StateError(f"{path} is damaged: choose another --output, or delete the folder.")
-    return options
+_MEND = "choose another --output, or delete the folder."
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_yaml(path, _MEND)
 
 
 def read_results(folder: Path, file: str = RESULTS_FILE) -> Results:
-    """Read `results.json` of a comparison.
+    """Read `results.json` of a comparison, and check all that is in it.
 
     Args:
         folder: The comparison's output folder.
@@ -144,18 +223,21 @@ def read_results(folder: Path, file: str = RESULTS_FILE) -> Results:
     Raises:
         StateError: If there is none, or it is damaged or of another version.
     """
-    path = folder / file
+    path, mend = folder / file, "delete it and run again."
     if not path.is_file():
         raise StateError(f"No {file} in {folder}: give the --output folder of a run.")
-    try:
-        results: Results = json.loads(path.read_text(encoding="utf-8"))
-        version = results["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{path} is damaged ({error}): delete it and run again.") from error
-    if version != RESULTS_VERSION:
+    found = read_json(path, mend)
+    if not isinstance(found, dict) or "version" not in found:
+        raise damaged(path, "it has no version", mend)
+    if found["version"] != RESULTS_VERSION:
         raise StateError(
-            f"{path} is of version {version}; this gradmask reads version {RESULTS_VERSION}."
+            f"{path} is of version {str(found['version'])[:40]}; this gradmask reads version "
+            f"{RESULTS_VERSION}."
         )
+    try:
+        results: Results = CHECKS[file](found)
+    except (Wrong, OptionError) as error:
+        raise damaged(path, error, mend) from error
     return results
 
 

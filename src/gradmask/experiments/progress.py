@@ -21,7 +21,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("epochs"),
@@ -60,12 +60,17 @@ class Progress:
     def finish(self, run: dict[str, Any]) -> None:
         """A run is over."""
         self._finished += 1
-        last = run["epochs"][-1]
+        if "diverged" in run:
+            found = f"diverged in epoch {run['diverged']['epoch']}"
+        else:
+            last = run["epochs"][-1]
+            found = (
+                f"test accuracy {100 * last['test_accuracy']:.1f} %,  "
+                f"test loss {last['test_loss']:.3f},  train loss {last['train_loss']:.3f}"
+            )
         self.console.print(
             f"[{self._finished:>{len(str(self._runs))}}/{self._runs}] "
-            f"{arm_title(run['arm']):<{self._width}} seed {run['seed']}:  "
-            f"test accuracy {100 * last['test_accuracy']:.1f} %,  "
-            f"test loss {last['test_loss']:.3f},  train loss {last['train_loss']:.3f}  "
+            f"{arm_title(run['arm']):<{self._width}} seed {run['seed']}:  {found}  "
             f"({run['seconds']:.1f} s)",
             highlight=False,
             markup=False,

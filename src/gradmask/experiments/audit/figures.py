@@ -101,6 +101,7 @@ def contact_sheet(audited: Audited, seed: int) -> bytes:
                 loc="center",
                 pad=2,
                 color=_WRONG if wrong else "black",
+                parse_math=False,
             )
         contents = io.BytesIO()
         figure.savefig(contents, format="png", metadata={"Software": None})

@@ -11,6 +11,7 @@ from gradmask.experiments.audit.run import Audited
 from gradmask.experiments.compare import environment
 from gradmask.experiments.config import to_plain
 from gradmask.experiments.files import write_atomically, write_json
+from gradmask.experiments.folder import check_ours
 from gradmask.experiments.training.components import resolve_device
 
 AUDIT_VERSION = 1
@@ -22,6 +23,7 @@ def write_audit_files(audited: Audited) -> None:
     Args:
         audited: What the audit found.
     """
+    check_ours(audited.options.folder)
     folder = audited.options.folder / "audit"
     for seed in audited.runs:
         write_atomically(folder / f"scores-seed{seed}.csv", _csv(audited, seed))
@@ -31,6 +33,7 @@ def write_audit_files(audited: Audited) -> None:
             "version": AUDIT_VERSION,
             "audit": to_plain(audited.options),
             "config": to_plain(audited.config),
+            "data": {"sum": audited.data_sum},
             "environment": environment(resolve_device(audited.options.device)),
             "ranked_by": asdict(audited.choice),
             "detection": audited.detection and audited.detection.to_plain(),

@@ -86,7 +86,7 @@ def print_audit(audited: Audited, console: Console) -> None:
             table.add_row(*cells, style=style, end_section=last)
         console.print(table)
     for sentence in audit_verdicts(audited):
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, markup=False)
 
 
 def audit_verdicts(audited: Audited) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,14 @@ from gradmask.experiments.data.images import ImageData, load_images
 from gradmask.experiments.data.sources import in_memory, stratified
 from gradmask.experiments.data.transforms import channel_statistics, normalize
 from gradmask.experiments.files import atomic_file, read_tensors
-from gradmask.experiments.folder import read_results, run_directory
+from gradmask.experiments.folder import (
+    RESULTS_FILE,
+    check_ours,
+    read_results,
+    run_directory,
+)
+from gradmask.experiments.identity import check_data, data_sum, tensors_sum
+from gradmask.experiments.results import Results, without_diverged
 from gradmask.experiments.training.components import new_model, resolve_device
 from gradmask.experiments.training.weights import load_weights, saved_epochs, weights_path
 
@@ -100,12 +106,14 @@ class Audited:
     Attributes:
         options: Options of the audit, with seeds and epochs filled in.
         config: Options of the runs.
+        data_sum: Sum of their images and labels.
         runs: By seed.
         detection: How well wrong labels are found; None without label noise.
     """
 
     options: Audit
     config: Comparison
+    data_sum: str
     runs: dict[int, AuditedRun]
     detection: Detection | None
 
@@ -140,15 +148,22 @@ def run_audit(options: Audit, console: Console) -> Audited:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     results = read_results(options.folder)
-    config = from_plain(results["config"]).for_arm(options.arm)
+    check_ours(options.folder)
     options = _fill_in(options, results)
+    config = from_plain(Comparison, results["config"]).for_arm(options.arm)
     assert options.seeds is not None
     data = {seed: load_images(config, seed) for seed in options.seeds}
+    sums = {data_sum(found) for found in data.values()}
+    for found_sum in sums:
+        expected = results["data"].get("sum", found_sum)
+        check_data(expected, found_sum, options.folder / RESULTS_FILE)
     _check_probe(options, next(iter(data.values())))
     (options.folder / "audit" / "measured").mkdir(parents=True, exist_ok=True)
     runs = {}
     for seed in options.seeds:
-        measured = dict(_measure_epochs(options, config, data[seed], seed, device, console))
+        measured = dict(
+            _measure_epochs(options, config, data[seed], seed, device, console, results)
+        )
         runs[seed] = AuditedRun(
             data[seed],
             {form.name: by_rule({e: form.of(m) for e, m in measured.items()}) for form in FORMS},
@@ -159,19 +174,19 @@ def run_audit(options: Audit, console: Console) -> Audited:
             {seed: run.scores for seed, run in runs.items()},
             {seed: run.wrong for seed, run in runs.items()},
         )
-    return Audited(options, config, runs, detection)
+    return Audited(options, config, sums.pop(), runs, detection)
 
 
-def _fill_in(options: Audit, results: dict[str, Any]) -> Audit:
+def _fill_in(options: Audit, results: Results) -> Audit:
     """Find the seeds and epochs to audit, and check those asked for."""
-    arms = dict.fromkeys(run["arm"] for run in results["runs"])
-    check_choice("arm", options.arm, arms)
-    found = [run["seed"] for run in results["runs"] if run["arm"] == options.arm]
+    runs = without_diverged(results)["runs"]
+    check_choice("arm", options.arm, dict.fromkeys(run["arm"] for run in runs))
+    found = [run["seed"] for run in runs if run["arm"] == options.arm]
     seeds = options.seeds or tuple(found)
     for seed in seeds:
         if seed not in found:
             raise OptionError(f"seed={seed} is not in {options.folder}, which has {found}.")
-    kept = [set(saved_epochs(run_directory(options.folder, options.arm, seed))) for seed in seeds]
+    kept = [set(_kept(options, results, seed)) for seed in seeds]
     for seed, epochs in zip(seeds, kept, strict=True):
         if not epochs:
             raise StateError(
@@ -186,6 +201,19 @@ def _fill_in(options: Audit, results: dict[str, Any]) -> Audit:
             f"of {common}."
         )
     return replace(options, seeds=seeds, epochs=tuple(sorted(set(options.epochs or common))))
+
+
+def _kept(options: Audit, results: Results, seed: int) -> dict[int, str | None]:
+    """Epochs whose weights are those of the run in the results, and their sums.
+
+    Weights without a sum are of another training, unless an earlier version has written all.
+    """
+    found = saved_epochs(run_directory(options.folder, options.arm, seed))
+    if "sum" not in results["data"]:
+        return dict.fromkeys(found)
+    run = next(r for r in results["runs"] if (r["arm"], r["seed"]) == (options.arm, seed))
+    sums = {row["epoch"]: row["weights"] for row in run["epochs"] if "weights" in row}
+    return {epoch: sums[epoch] for epoch in found if epoch in sums}
 
 
 def _check_probe(options: Audit, data: ImageData) -> None:
@@ -204,6 +232,7 @@ def _measure_epochs(
     seed: int,
     device: torch.device,
     console: Console,
+    results: Results,
 ) -> Iterator[tuple[int, Measured]]:
     count = len(data.train_labels)
     probe, _ = stratified(data.train_labels, torch.arange(count), options.probe)
@@ -213,12 +242,14 @@ def _measure_epochs(
     prepare = partial(normalize, mean=statistics[0].to(device), std=statistics[1].to(device))
     images, labels = images.to(device), data.train_labels.to(device)
     assert options.epochs is not None
+    sums, labels_sum = _kept(options, results, seed), tensors_sum({"labels": labels})
     for epoch in options.epochs:
         weights = weights_path(run_directory(options.folder, options.arm, seed), epoch)
-        load_weights(weights, model)
-        path = options.folder / "audit" / "measured" / f"{options.arm}-seed{seed}-{epoch:04d}.pt"
-        # The weights' checksum: a folder that was trained again is measured again.
-        key = [options.fisher, options.probe, count, zlib.crc32(weights.read_bytes())]
+        loaded = load_weights(weights, model, sums[epoch])
+        name = run_directory(options.folder, options.arm, seed).name
+        path = options.folder / "audit" / "measured" / f"{name}-{epoch:04d}.pt"
+        # A folder that was trained again is measured again.
+        key = [options.fisher, options.probe, data_sum(data), labels_sum, loaded]
         measured = _read_measured(path, key)
         if measured is None:
             console.print(f"seed {seed}, epoch {epoch}: {count} samples ...", highlight=False)

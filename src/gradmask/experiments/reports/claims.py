@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from gradmask.experiments.arms import arm_title, controls, parse_arm
 from gradmask.experiments.reports.statistics import Difference, Results, arms, paired_difference
+from gradmask.experiments.results import without_diverged
 
 FORMS = {
     "quadratic": "Equation 4 (quadratic form)",
@@ -59,7 +60,7 @@ def forms(results: Results) -> list[str]:
     return [
         form
         for form in FORMS
-        if runs and all(run and f"influence/{form}/mean" in run[0] for run in runs)
+        if runs and all(len(run) > 1 and f"influence/{form}/mean" in run[0] for run in runs)
     ]
 
 
@@ -84,6 +85,7 @@ def findings(results: Results) -> list[Finding]:
     Returns:
         Findings by paired differences over seeds; empty if influence was not monitored.
     """
+    results = without_diverged(results)
     measured, present = forms(results), arms(results)
     if not measured:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gradmask.experiments.arms import arm_colours, arm_title, baseline, parse_arm
 from gradmask.experiments.files import write_atomically
+from gradmask.experiments.folder import check_ours
 from gradmask.experiments.reports.claims import conclusion as claims_conclusion
 from gradmask.experiments.reports.claims import findings
 from gradmask.experiments.reports.figures import draw_all, to_png, to_svg
@@ -22,6 +25,7 @@ from gradmask.experiments.reports.statistics import (
     arms,
     available,
     compare_arms,
+    divergences,
     summarise,
     values,
     verdicts,
@@ -42,6 +46,7 @@ def write_report(folder: Path, results: Results) -> Path:
     Returns:
         Path of the page.
     """
+    check_ours(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     figures: dict[str, str] = {}
     for name, figure in draw_all(results).items():
@@ -65,6 +70,7 @@ def write_report(folder: Path, results: Results) -> Path:
         sentences=sentences,
         conclusion=conclusion if masked or not found else claims_conclusion(found),
         masked=masked or not found,
+        diverged=divergences(results),
         findings=found,
         claims=claims_conclusion(found),
         monitoring=_monitoring_share(results),
@@ -106,14 +112,18 @@ def print_summary(results: Results, console: Console) -> None:
         titles = ", ".join(metric.title for metric in left_out)
         console.print(f"Left out on this narrow terminal: {titles}.", style="dim")
     *sentences, conclusion = verdicts(results)
-    for sentence in [s for s in sentences if "against no mask" in s]:
-        console.print(sentence, highlight=False)
-    found = findings(results)
-    if sentences or not found:
-        console.print(conclusion, style="bold", highlight=False)
+    gone, found, show = (
+        divergences(results),
+        findings(results),
+        partial(console.print, highlight=False, markup=False),
+    )
+    for sentence in [s for s in sentences if s in gone or "against no mask" in s]:
+        show(sentence)
+    if len(sentences) > len(gone) or not found:
+        show(conclusion, style="bold")
     if found:
-        console.print("The paper's claims on influence in these runs:", highlight=False)
-        console.print(claims_conclusion(found), style="bold", highlight=False)
+        show("The paper's claims on influence in these runs:")
+        show(claims_conclusion(found), style="bold")
 
 
 def _monitoring_share(results: Results) -> float:
@@ -132,8 +142,8 @@ def _terminal_table(results: Results, metrics: list[Metric]) -> Table:
     for metric in metrics:
         table.add_column(metric.title.removesuffix(" epoch"), justify="right", no_wrap=True)
     for row in _table(results, metrics):
-        cells = [f"[bold]{c['text']}[/bold]" if c["best"] else c["text"] for c in row["cells"]]
-        table.add_row(row["title"], *cells)
+        cells = [Text(c["text"], style="bold" if c["best"] else "") for c in row["cells"]]
+        table.add_row(Text(row["title"]), *cells)
     return table
 
 
@@ -157,11 +167,10 @@ def _best(results: Results, metric: Metric) -> str | None:
     # The lowest training loss is not a merit here: that is memorisation.
     if metric.name == "last_train_loss":
         return None
-    means = {
-        arm: summarise(list(values(results, arm, metric).values())).mean for arm in arms(results)
-    }
+    found = {arm: list(values(results, arm, metric).values()) for arm in arms(results)}
+    means = {arm: summarise(numbers).mean for arm, numbers in found.items() if numbers}
     pick = max if metric.higher_is_better else min
-    return pick(means, key=means.__getitem__)
+    return pick(means, key=means.__getitem__, default=None)
 
 
 def _mean_std(results: Results, arm: str, metric: Metric) -> str:

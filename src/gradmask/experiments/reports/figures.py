@@ -21,6 +21,7 @@ from gradmask.experiments.reports.statistics import (
     compare_arms,
     values,
 )
+from gradmask.experiments.results import without_diverged
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -47,8 +48,11 @@ def draw_all(results: Results) -> dict[str, Figure]:
         results: Contents of `results.json`.
 
     Returns:
-        `{name: figure}`, in the order of the report.
+        `{name: figure}`, in the order of the report; none if all runs diverged.
     """
+    results = without_diverged(results)
+    if not results["runs"]:
+        return {}
     with mpl.rc_context(STYLE):
         figures = {"curves": _curves(results), "differences": _differences(results)}
         figures |= {"influence": _influence(results), "kept": _kept(results)}
@@ -171,7 +175,7 @@ def _kept(results: Results) -> Figure | None:
         shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=extent, interpolation="none"
     )
     every = -(-len(names) // _MAX_LABELS)
-    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7.5)
+    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7.5, parse_math=False)
     axes.grid(visible=False)
     axes.set_xlabel("epoch")
     axes.set_title(f"Share of each parameter tensor that learns under the {arm_title(masks[0])}")

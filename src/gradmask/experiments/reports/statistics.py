@@ -11,9 +11,10 @@ from typing import Any
 from scipy import stats
 
 from gradmask.experiments.arms import arm_title, baseline, controls, parse_arm
+from gradmask.experiments.results import Results as Results
+from gradmask.experiments.results import diverged_at, without_diverged
 
 Rows = list[dict[str, Any]]
-Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ JUDGED = ("chosen_accuracy", "last_test_loss")
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean ± standard deviation (n − 1) over seeds; `std` is None for one seed."""
+    """Mean ± standard deviation (n − 1) over seeds; `std` is None for one seed.
+
+    Without any, the mean is NaN, and shown as "diverged".
+    """
 
     mean: float
     std: float | None
@@ -74,6 +78,8 @@ class Summary:
 
     def show(self, form: Callable[[float], str]) -> str:
         """As `mean ± std`, each number written by a function."""
+        if not self.n:
+            return "diverged"
         text = form(self.mean)
         return text if self.std is None else f"{text} ± {form(self.std)}"
 
@@ -94,8 +100,8 @@ class Difference:
 
 
 def available(results: Results) -> list[Metric]:
-    """Metrics that every run of the results has."""
-    rows = [row for run in results["runs"] for row in run["epochs"]]
+    """Metrics that every run of the results has that did not diverge."""
+    rows = [row for run in without_diverged(results)["runs"] for row in run["epochs"]]
     noise = bool(rows) and all("memorised" in row for row in rows)
     return [metric for metric in METRICS if metric.name != "memorised" or noise]
 
@@ -106,21 +112,42 @@ def arms(results: Results) -> list[str]:
 
 
 def values(results: Results, arm: str, metric: Metric) -> dict[int, float]:
-    """The metric of every run of an arm, by seed."""
-    return {r["seed"]: metric.of(r["epochs"]) for r in results["runs"] if r["arm"] == arm}
+    """The metric of every run of an arm that did not diverge, by seed."""
+    return {
+        run["seed"]: metric.of(run["epochs"])
+        for run in results["runs"]
+        if run["arm"] == arm and diverged_at(run) is None
+    }
+
+
+def divergences(results: Results) -> list[str]:
+    """Say of each arm which of its runs diverged; they are in no mean, difference or figure."""
+    sentences = []
+    for arm in arms(results):
+        found = {run["seed"]: diverged_at(run) for run in results["runs"] if run["arm"] == arm}
+        gone = [
+            f"seed {seed} in epoch {epoch}" for seed, epoch in found.items() if epoch is not None
+        ]
+        if gone:
+            title = arm_title(arm)
+            sentences.append(
+                f"{title[0].upper()}{title[1:]}: {len(gone)} of {len(found)} runs diverged, left "
+                f"out of all means, differences and figures: {', '.join(gone)}."
+            )
+    return sentences
 
 
 def summarise(numbers: list[float]) -> Summary:
     """Mean and standard deviation.
 
     Args:
-        numbers: One number per seed, at least one.
+        numbers: One number per seed.
 
     Returns:
         The summary.
     """
     std = stdev(numbers) if len(numbers) > 1 else None
-    return Summary(mean(numbers), std, len(numbers))
+    return Summary(mean(numbers) if numbers else math.nan, std, len(numbers))
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
@@ -155,9 +182,10 @@ def verdicts(results: Results) -> list[str]:
         results: Contents of `results.json`.
 
     Returns:
-        One sentence per Fisher mask, judged metric and compared arm, and a conclusion at the end.
+        One sentence per arm with runs that diverged, one per Fisher mask, judged metric and
+        compared arm, and a conclusion at the end.
     """
-    sentences, conclusions = [], []
+    sentences, conclusions = divergences(results), []
     judged = [metric for metric in METRICS if metric.name in JUDGED]
     for ours in (arm for arm in arms(results) if parse_arm(arm).strategy == "fisher"):
         others = controls(ours, arms(results))
@@ -168,10 +196,12 @@ def verdicts(results: Results) -> list[str]:
                 if difference is not None:
                     outcome[metric.name, other] = _sign(metric, difference)
                     sentences.append(_sentence(metric, ours, other, difference))
-        if others:
+        if not values(results, ours, judged[0]):
+            conclusions.append(f"Conclusion on the {arm_title(ours)} in this run: it diverged.")
+        elif others:
             conclusions.append(_conclusion(judged, ours, others, outcome))
     if not conclusions:
-        return ["Nothing to conclude: the Fisher mask and another arm are both needed."]
+        conclusions = ["Nothing to conclude: the Fisher mask and another arm are both needed."]
     return [*sentences, "\n".join(conclusions)]
 
 

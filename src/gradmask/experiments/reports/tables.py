@@ -28,7 +28,7 @@ def to_csv(results: Results) -> dict[str, str]:
 def _rows(results: Results, key: str) -> Iterator[dict[str, Any]]:
     for run in results["runs"]:
         for row in run.get(key, []):
-            numbers = {name: value for name, value in row.items() if not isinstance(value, list)}
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
             yield {"arm": run["arm"], "seed": run["seed"], **numbers}
 
 

@@ -14,8 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gradmask.experiments.files import write_atomically
+from gradmask.experiments.folder import check_ours
 from gradmask.experiments.reports.figures import STYLE, to_png, to_svg
 from gradmask.experiments.reports.statistics import Results, summarise
 from gradmask.experiments.theorem.numbers import KINDS, SMALL_ERROR
@@ -43,6 +45,7 @@ def write_theorem(folder: Path, results: Results) -> None:
         folder: The output folder.
         results: Contents of `theorem1.json`.
     """
+    check_ours(folder)
     write_atomically(folder / "theorem1.csv", to_csv(results))
     write_atomically(folder / "theorem1.md", to_markdown(results))
     with mpl.rc_context(STYLE):
@@ -63,7 +66,7 @@ def print_theorem(results: Results, console: Console) -> None:
         for i, name in enumerate(header):
             table.add_column(name, justify="right" if i > 1 else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         console.print(table)
     for sentence in findings(results):
         console.print(sentence, highlight=False, markup=False)

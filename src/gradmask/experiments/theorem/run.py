@@ -17,7 +17,8 @@ from gradmask.experiments.data.batches import Batches
 from gradmask.experiments.data.images import ImageData, load_images
 from gradmask.experiments.data.sources import in_memory
 from gradmask.experiments.files import remove_temporaries, write_atomically, write_json
-from gradmask.experiments.folder import open_folder
+from gradmask.experiments.folder import mark_folder, open_folder, run_directory
+from gradmask.experiments.identity import check_data, data_sum
 from gradmask.experiments.reports.statistics import Results
 from gradmask.experiments.theorem.config import TheoremCheck
 from gradmask.experiments.theorem.numbers import measure, smooth_twin
@@ -61,10 +62,14 @@ def run_theorem(config: TheoremCheck, console: Console) -> Results:
 
 def _run_missing(config: TheoremCheck, results: Results, console: Console) -> Results:
     device, budget = resolve_device(config.device), EpochBudget(config.stop_after)
-    _check(config)
+    described = {"sum": _check(config)}
+    check_data(results.get("data", described)["sum"], described["sum"], config.output / FILE)
+    mark_folder(config.output)
     remove_temporaries(config.output)
     write_atomically(config.output / "config.yaml", to_yaml(config))
     results["config"] = to_plain(config)
+    if "data" in results or not results["runs"]:  # an earlier version wrote no sum
+        results["data"] = described
     done = {(run["model"], run["seed"]) for run in results["runs"]}
     every = [(model, seed) for seed in config.seeds for model in config.models]
     missing = [pair for pair in every if pair not in done]
@@ -73,7 +78,7 @@ def _run_missing(config: TheoremCheck, results: Results, console: Console) -> Re
     if done:
         console.print(f"{len(done)} finished runs found; {len(missing)} to go.")
     for number, (model, seed) in enumerate(missing, start=1):
-        directory = config.output / "runs" / f"{model}-seed{seed}"
+        directory = run_directory(config.output, model, seed)
         run = _run(config, model, seed, device, directory, budget)
         results["runs"].append(run)
         results["runs"].sort(key=lambda r: (config.models.index(r["model"]), r["seed"]))
@@ -88,8 +93,12 @@ def _run_missing(config: TheoremCheck, results: Results, console: Console) -> Re
     return results
 
 
-def _check(config: TheoremCheck) -> None:
-    """Load the data and build every model once, so that what cannot work fails early."""
+def _check(config: TheoremCheck) -> str:
+    """Load the data and build every model once, so that what cannot work fails early.
+
+    Returns:
+        The sum of the data.
+    """
     for name in config.models:
         training = config.training(name)
         data = load_images(training, config.seeds[0])
@@ -99,6 +108,7 @@ def _check(config: TheoremCheck) -> None:
             raise DataError(
                 f"{option}={getattr(config, option)} is more than the {len(available)} images."
             )
+    return data_sum(data)
 
 
 def _run(

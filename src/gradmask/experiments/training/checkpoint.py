@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,18 @@ from gradmask.distributed import together
 from gradmask.errors import GradmaskWarning, StateError
 from gradmask.experiments.config import EXTENDABLE, NOT_RESULTS, Comparison, to_plain
 from gradmask.experiments.data.images import ImageData
-from gradmask.experiments.data.stored import StoredImages
-from gradmask.experiments.files import atomic_file, read_tensors
+from gradmask.experiments.files import atomic_file, damaged, read_tensors
+from gradmask.experiments.identity import data_sum, tensors_sum
+from gradmask.experiments.training.log import Position
 from gradmask.experiments.training.shards import read_plain, read_shards, save_shards
 from gradmask.experiments.training.state import RunState
 from gradmask.experiments.training.weights import check_shapes, shapes
 
-VERSION = 2
+VERSION = 3
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 SHARDS = ("checkpoint.shards", "checkpoint.shards.previous")
 READING = "reading a checkpoint"
+_PARTS = {"run", "log", "epoch", "rows", "processes"}
 
 
 def describe_run(config: Comparison, data: ImageData, arm: str, seed: int) -> dict[str, Any]:
@@ -46,19 +47,10 @@ def describe_run(config: Comparison, data: ImageData, arm: str, seed: int) -> di
         "arm": arm,
         "seed": seed,
         "images": list(data.train_images.shape),
-        "contents": _contents(data),
+        "contents": data_sum(data),
+        "labels": tensors_sum({"labels": data.train_labels}),
         **{name: v for name, v in options if name not in (*EXTENDABLE, *NOT_RESULTS)},
     }
-
-
-def _contents(data: ImageData) -> str:
-    """A check sum of the training images and labels."""
-    if isinstance(data.train_images, StoredImages):
-        pixels = zlib.crc32(data.train_images.rows._fingerprint.encode())
-        pixels = zlib.crc32(data.train_images.indices.numpy().tobytes(), pixels)
-    else:
-        pixels = zlib.crc32(data.train_images.cpu().contiguous().numpy().data)
-    return f"{zlib.crc32(data.train_labels.cpu().numpy().data, pixels):08x}"
 
 
 def has_checkpoint(directory: Path) -> bool:
@@ -66,7 +58,7 @@ def has_checkpoint(directory: Path) -> bool:
     return any((directory / name).exists() for name in (NEWEST, PREVIOUS, *SHARDS))
 
 
-def save_run(directory: Path, described: dict[str, Any], log: int, run: RunState) -> None:
+def save_run(directory: Path, described: dict[str, Any], log: Position, run: RunState) -> None:
     """Write a checkpoint whole or not at all, and keep the one before it.
 
     Every process must call it; where parameters are in shards each writes its own.
@@ -74,10 +66,10 @@ def save_run(directory: Path, described: dict[str, Any], log: int, run: RunState
     Args:
         directory: The run's folder.
         described: What `describe_run` returned.
-        log: Bytes of `metrics.jsonl` so far.
+        log: How far `metrics.jsonl` is.
         run: The run.
     """
-    state = {"log": log, **run.state_dict()}
+    state = {"log": list(log), **run.state_dict()}
     if run.in_shards:
         newest, previous = (directory / name for name in SHARDS)
         plain = {"version": VERSION, "run": described, **state}
@@ -87,7 +79,7 @@ def save_run(directory: Path, described: dict[str, Any], log: int, run: RunState
         save_checkpoint(directory, described, state)
 
 
-def load_run(directory: Path, described: dict[str, Any], run: RunState) -> int | None:
+def load_run(directory: Path, described: dict[str, Any], run: RunState) -> Position | None:
     """Go on from the newest checkpoint of a run that is not damaged.
 
     Every process must call it.
@@ -98,7 +90,7 @@ def load_run(directory: Path, described: dict[str, Any], run: RunState) -> int |
         run: The run as it is before the first step.
 
     Returns:
-        Bytes of `metrics.jsonl` at that time, or None if there is no checkpoint.
+        How far `metrics.jsonl` was at that time, or None if there is no checkpoint.
 
     Raises:
         StateError: If all checkpoints are damaged, or the newest sound one is of another version,
@@ -128,13 +120,13 @@ def load_run(directory: Path, described: dict[str, Any], run: RunState) -> int |
             raise StateError(f"{directory} is not the same folder on all machines: share it.")
     if found is None:
         return None
-    run.load_state_dict(found)
-    return int(found["log"])
+    _fill(directory, run, found)
+    return _position(found)
 
 
-def _load_shards(directory: Path, described: dict[str, Any], run: RunState) -> int | None:
+def _load_shards(directory: Path, described: dict[str, Any], run: RunState) -> Position | None:
     ours = run.ours
-    path, plain, damaged = _newest_sound(
+    path, plain, spoilt = _newest_sound(
         [directory / name for name in SHARDS],
         lambda path: ours.from_main(path.exists, READING),
         lambda path: read_plain(path, ours),
@@ -144,12 +136,24 @@ def _load_shards(directory: Path, described: dict[str, Any], run: RunState) -> i
     _check(path, plain, plain["shapes"], described, run.model)
     tensors = run.empty_shards(plain)
     read_shards(path, tensors)
-    run.load_state_dict(plain, tensors)
-    if damaged:
+    _fill(directory, run, plain, tensors)
+    if spoilt:
         if ours.main:
-            _warn(damaged)
+            _warn(spoilt)
         ours.from_main(lambda: shutil.rmtree(directory / SHARDS[0]), READING)
-    return int(plain["log"])
+    return _position(plain)
+
+
+def _fill(directory: Path, run: RunState, *state: Any) -> None:
+    try:
+        run.load_state_dict(*state)
+    except Exception as error:  # what it holds is of another kind: the objects raise anything
+        raise damaged(directory, f"a checkpoint: {error}", _mend(directory)) from error
+
+
+def _position(state: dict[str, Any]) -> Position:
+    size, found = state["log"]
+    return int(size), str(found)
 
 
 def _newest_sound(
@@ -159,16 +163,16 @@ def _newest_sound(
 
     Without any checkpoint all are None; if all are damaged, a StateError.
     """
-    damaged: Path | None = None
+    spoilt: Path | None = None
     for path in paths:
         if not exists(path):  # as the newest, if its process was killed between two renames
             continue
         try:
-            return path, read(path), damaged
+            return path, read(path), spoilt
         except StateError:
-            damaged = damaged or path
-    if damaged:
-        raise StateError(f"{damaged} is damaged, and no other is sound: {_mend(damaged.parent)}")
+            spoilt = spoilt or path
+    if spoilt:
+        raise StateError(f"{spoilt} is damaged, and no other is sound: {_mend(spoilt.parent)}")
     return None, None, None
 
 
@@ -202,14 +206,14 @@ def load_checkpoint(
             run or network. No file is changed then.
     """
     paths = [directory / NEWEST, directory / PREVIOUS]
-    path, state, damaged = _newest_sound(paths, Path.exists, read_tensors)
+    path, state, spoilt = _newest_sound(paths, Path.exists, read_tensors)
     if path is None:
         return None
     found = state.get("model") if isinstance(state, dict) else None
-    _check(path, state, shapes(found or {}), run, model)
-    if damaged:
-        _warn(damaged)
-        os.replace(path, damaged)  # or the next checkpoint would keep the damaged one
+    _check(path, state, shapes(found if isinstance(found, dict) else {}), run, model)
+    if spoilt:
+        _warn(spoilt)
+        os.replace(path, spoilt)  # or the next checkpoint would keep the damaged one
     return dict(state)
 
 
@@ -221,9 +225,9 @@ def remove_checkpoints(directory: Path) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
 
 
-def _warn(damaged: Path) -> None:
+def _warn(spoilt: Path) -> None:
     warnings.warn(
-        f"{damaged} is damaged: going on from the checkpoint before it.",
+        f"{spoilt} is damaged: going on from the checkpoint before it.",
         GradmaskWarning,
         stacklevel=4,
     )
@@ -242,6 +246,8 @@ def _check(
         raise StateError(
             f"{path} is of version {version}; this gradmask reads version {VERSION}: {mend}"
         )
+    if not isinstance(state.get("run"), dict) or not state.keys() >= _PARTS:
+        raise damaged(path, "it holds no run", mend)
     for name, expected in run.items():
         found = state["run"].get(name)
         if found != expected:

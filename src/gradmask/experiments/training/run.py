@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmask import FisherMask
-from gradmask.errors import DataError
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.batches import Batches, fisher_batches, training_batches
 from gradmask.experiments.data.images import ImageData
@@ -30,9 +29,10 @@ from gradmask.experiments.training.checkpoint import (
     save_run,
 )
 from gradmask.experiments.training.components import autocast, resolve_device
-from gradmask.experiments.training.log import RunLog
+from gradmask.experiments.training.divergence import Diverged, check_finite, divergence_named
+from gradmask.experiments.training.log import START, RunLog
 from gradmask.experiments.training.state import RunState, new_state
-from gradmask.experiments.training.weights import save_weights, weights_path
+from gradmask.experiments.training.weights import remove_weights, save_weights, weights_path
 from gradmask.seeding import derive_seed
 
 Row = dict[str, Any]
@@ -78,7 +78,7 @@ def train_run(
         the records of the monitor, if there is one.
 
     Raises:
-        DataError: If the loss is no longer finite.
+        Diverged: If the loss, or the Fisher information, is no longer finite.
         StateError: If there is a checkpoint that this run cannot go on from.
         EpochsSpent: If the budget is spent before the run is over; it is saved then.
     """
@@ -100,7 +100,7 @@ def train_run(
         done = (run.epoch - 1) * steps + run.step
         if checkpoints and (now or done % (config.checkpoint_every or steps) == 0):
             run.seconds = time.perf_counter() - started
-            save_run(directory, described, log.position() if log else 0, run)
+            save_run(directory, described, log.position() if log else START, run)
 
     def after_step() -> None:
         if run.monitor is not None:
@@ -112,6 +112,17 @@ def train_run(
         if record is not None and log:
             log.write(_in_epochs(record, steps))
 
+    @contextmanager
+    def naming_divergence() -> Iterator[None]:
+        try:
+            with divergence_named(run, train_set, arm, seed, config.lr):
+                yield
+        except Diverged as error:
+            error.run["seconds"] = time.perf_counter() - started
+            if checkpoints and ours.main:  # going on from one would end here again
+                remove_checkpoints(directory)
+            raise
+
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         worker_errors(),
@@ -119,13 +130,17 @@ def train_run(
     ):
         torch.manual_seed(derive_seed(seed, "dropout", *[ours.rank] * (ours.rank > 0)))
         position = load_run(directory, described, run) if checkpoints else None
-        log = stack.enter_context(RunLog(directory, position or 0)) if ours.main else None
+        log = stack.enter_context(RunLog(directory, position or START)) if ours.main else None
         if position is not None:
             started -= run.seconds
             for row in run.rows:
                 on_epoch(row)
-        elif run.monitor is not None:  # at the start as well
-            write_record(run.monitor.measure())
+        else:
+            if ours.main:
+                remove_weights(directory)  # of an earlier training
+            if run.monitor is not None:  # at the start as well
+                write_record(run.monitor.measure())
+        stack.enter_context(naming_divergence())
         while run.epoch <= config.epochs:
             budget.check()
             row = {"epoch": run.epoch, "lr": run.lr}
@@ -135,18 +150,13 @@ def train_run(
                 run, batches, len(data.train_labels), steps, precision, after_step
             )
             row["seconds"] = run.epoch_seconds
-            if not math.isfinite(row["train_loss"]):
-                if checkpoints and ours.main:  # going on from one would end here again
-                    remove_checkpoints(directory)
-                raise DataError(
-                    f"The training loss of arm {arm!r}, seed {seed} is {row['train_loss']} in "
-                    f"epoch {run.epoch}: training has diverged. Try a lower lr than {config.lr:g}."
-                )
+            check_finite(row, "train_loss")
             ours.same_buffers(run.model)
             with precision:
                 row |= _evaluation(data, run.model, partial(Batches, prepare=prepare, ours=ours))
             row |= _mask_row(run.mask)  # the mask this epoch was trained with
             if run.mask is not None and run.epoch < config.epochs:
+                check_finite(row, "val_loss", "test_loss")
                 began = time.perf_counter()
                 run.mask.refresh(fisher_batches(replace(train_set, ours=ours)))
                 row["refresh_seconds"] = time.perf_counter() - began
@@ -154,7 +164,7 @@ def train_run(
             if config.save_every and (run.epoch % config.save_every == 0 or last):
                 weights = run.weights()
                 if ours.main:
-                    save_weights(weights_path(directory, run.epoch), weights)
+                    row["weights"] = save_weights(weights_path(directory, run.epoch), weights)
             observe(row, run.model, train_set)
             run.rows.append(row)
             if log:
