@@ -11,7 +11,7 @@ from rich.console import Console
 from gradmask.errors import GradmaskError, ModelError, OptionError, StateError
 from gradmask.experiments import compare, folder
 from gradmask.experiments.compare import run_comparison
-from gradmask.experiments.config import Comparison, to_plain
+from gradmask.experiments.config import Comparison, to_plain, to_yaml
 from gradmask.experiments.data.images import load_images
 from gradmask.experiments.folder import read_results
 from gradmask.experiments.progress import Progress
@@ -120,15 +120,20 @@ def test_options_of_the_users_own_are_not_overwritten(config):
     config.output.mkdir()
     mine = config.output / "config.yaml"
     mine.write_text("keep: 0.5\n")
-    with pytest.raises(OptionError, match="different run"):
-        run_comparison(config, quiet())
-    assert mine.read_text() == "keep: 0.5\n"
+    temporary = config.output / ".notes.tmp"
+    temporary.write_text("mine")
+    for text in ("keep: 0.5\n", to_yaml(config)):
+        mine.write_text(text)
+        with pytest.raises(OptionError, match="no run that gradmask made: choose another"):
+            run_comparison(config, quiet())
+        assert mine.read_text() == text
+    assert temporary.read_text() == "mine"
 
 
 def test_folder_of_something_else_is_refused(config):
     config.output.mkdir()
     (config.output / "thesis.tex").write_text("mine")
-    with pytest.raises(OptionError, match=r"no config\.yaml"):
+    with pytest.raises(OptionError, match="no run that gradmask made"):
         run_comparison(config, quiet())
     assert [p.name for p in config.output.iterdir()] == ["thesis.tex"]
     with pytest.raises(OptionError, match="is a file"):
@@ -233,6 +238,7 @@ def test_damaged_results_are_named(text, message, tmp_path):
 
 def test_damaged_options_are_named(config):
     config.output.mkdir()
+    folder.mark_folder(config.output)
     for text in ("- 1", "{", "keep"):
         (config.output / "config.yaml").write_text(text)
         with pytest.raises(StateError, match=r"config\.yaml is damaged"):

@@ -19,7 +19,7 @@ import yaml
 from gradmask.errors import StateError
 
 _TEMPORARY = re.compile(r"\.(.+\.\d+|checkpoint\.shards)\.tmp")
-_OURS = ("", "runs/*", "runs/*/weights", "figures", "audit", "audit/measured")
+_OURS = ("runs/*", "runs/*/weights", "figures", "audit", "audit/measured")
 _DELETE = "delete the run's folder and train again."
 
 
@@ -59,10 +59,9 @@ def remove_temporaries(folder: Path) -> None:
     Args:
         folder: A folder that this tool made; only places in it that runs write to are looked at.
     """
-    places = (
-        place for pattern in _OURS for place in (folder.glob(pattern) if pattern else [folder])
-    )
-    for place in [p for p in places if p.is_dir() and p.resolve().is_relative_to(folder.resolve())]:
+    root = folder.resolve()
+    places = [folder, *(place for pattern in _OURS for place in folder.glob(pattern))]
+    for place in [p for p in places if p.is_dir() and p.resolve().is_relative_to(root)]:
         for path in filter(is_temporary, list(place.iterdir())):
             if path.is_dir() and not path.is_symlink():  # of a checkpoint in shards
                 shutil.rmtree(path)

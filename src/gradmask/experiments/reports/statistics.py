@@ -125,9 +125,7 @@ def divergences(results: Results) -> list[str]:
     sentences = []
     for arm in arms(results):
         found = {run["seed"]: diverged_at(run) for run in results["runs"] if run["arm"] == arm}
-        gone = [
-            f"seed {seed} in epoch {epoch}" for seed, epoch in found.items() if epoch is not None
-        ]
+        gone = [f"seed {seed} in epoch {at}" for seed, at in found.items() if at is not None]
         if gone:
             title = arm_title(arm)
             sentences.append(
