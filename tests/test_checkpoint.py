@@ -285,7 +285,7 @@ def test_checkpoints_that_cannot_be_used(stopped, tmp_path, monkeypatch):
             data = load_images(stopped, 0)
             changed = dataclasses.replace(data, **{name: getattr(data, name) ^ 1})
             patch.setattr(sys.modules[__name__], "load_images", lambda *_, found=changed: found)
-            kind = "labels" if name == "train_labels" else "contents"
+            kind = "given_labels" if name == "train_labels" else "contents"
             refused(rf"another run, with {kind}='\w{{32}}', not '\w{{32}}'")
     with monkeypatch.context() as patch:
         layers = (nn.Flatten(), nn.Linear(64, 10))

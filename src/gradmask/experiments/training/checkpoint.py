@@ -48,7 +48,7 @@ def describe_run(config: Comparison, data: ImageData, arm: str, seed: int) -> di
         "seed": seed,
         "images": list(data.train_images.shape),
         "contents": data_sum(data),
-        "labels": tensors_sum({"labels": data.train_labels}),
+        "given_labels": tensors_sum({"labels": data.train_labels}),
         **{name: v for name, v in options if name not in (*EXTENDABLE, *NOT_RESULTS)},
     }
 
