@@ -21,6 +21,7 @@ from rich.console import Console
 from test_checkpoint import timeless
 
 from gradmask.errors import DataError, GradmaskError, OptionError, StateError
+from gradmask.experiments.audit import run as audit_module
 from gradmask.experiments.audit.files import write_audit_files
 from gradmask.experiments.audit.report import write_audit_report
 from gradmask.experiments.audit.run import Audit, run_audit
@@ -196,8 +197,9 @@ def corrupt(made, tmp_path, count, seed):
 
 @pytest.mark.filterwarnings("ignore")
 def test_corrupted_files(made, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:  # figures are drawn in the long form
+    with pytest.MonkeyPatch.context() as patch:  # what follows reading is in the long form
         patch.setattr(comparison, "draw_all", lambda _: {})
+        patch.setattr(audit_module, "detect", lambda *_: None)
         patch.setattr(sources, "load_digits", cache(sources.load_digits))
         found = corrupt(made, tmp_path, FAULTS, 0)
     assert found.total() == FAULTS

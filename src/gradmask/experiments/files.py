@@ -113,7 +113,7 @@ def read_yaml(path: Path, mend: str) -> dict[str, Any]:
     """Read a mapping from YAML, or raise a StateError that names the file."""
     text = read_text(path, mend)
     try:
-        found = yaml.safe_load(text)
+        found = yaml.safe_load(text)  # not the C loader: deep nesting ends the process
     except Exception as error:  # PyYAML lets errors of its constructors through
         raise damaged(path, error, mend) from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
