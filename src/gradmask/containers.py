@@ -41,7 +41,12 @@ class Uncut:
         )
 
     __getattr__ = __getitem__ = __iter__ = __len__ = __call__ = __bool__ = _refuse
-    __torch_function__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, *given: Any, **_: Any) -> Any:
+        """PyTorch's functions use it as well."""
+        guards = [value for values in given if isinstance(values, tuple) for value in values]
+        return next(value for value in guards if isinstance(value, Uncut))._refuse()
 
 
 def map_tensors(change: Change, value: Any, opaque: Callable[[Any], Any] = lambda v: v) -> Any:
