@@ -156,10 +156,10 @@ class Pass:
         rest = {k: p for k, p in self.parameters.items() if k not in handled}
         if rest:
             add_per_sample_squares(*data, rest, totals, **options)
+        if check is not None and check.turn == 1:
+            check_repeatable(self.model, inputs, range(n)[check.rows][0], self._precision)
         if check is None or not handled:
             return True
-        if check.turn == 1:
-            check_repeatable(self.model, inputs, range(n)[check.rows][0], self._precision)
         alone: Excerpts = {name: torch.zeros_like(value) for name, value in found.items()}
         for gradients in sample_gradients(*data, handled, rows=check.rows, **options):
             for name, g in gradients.items():
