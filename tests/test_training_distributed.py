@@ -86,6 +86,7 @@ def test_as_in_one_process(world, single, tmp_path):
                 torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-5)
             for row, expected in zip(rows, theirs[1], strict=True):
                 assert row.pop("kept_per_parameter", 1) == expected.get("kept_per_parameter", 1)
+                row.pop("weights", None)  # a sum of their bits
                 assert row == pytest.approx({name: expected[name] for name in row}, rel=1e-3)
         results = json.loads((config.output / "results.json").read_text())
         assert len(results["runs"]) == len(config.arms)
