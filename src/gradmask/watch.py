@@ -37,6 +37,11 @@ def checksum(tensor: Tensor, mask: Tensor | None = None) -> int:
     Returns:
         The sum, modulo 2⁶⁴. 0 and -0 count alike.
     """
+    return int(_checksum(tensor, mask))
+
+
+def _checksum(tensor: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same where the tensor is: a step does not wait for its device."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
         mask = None if mask is None else mask.unsqueeze(-1).expand(tensor.shape)
@@ -52,7 +57,7 @@ def checksum(tensor: Tensor, mask: Tensor | None = None) -> int:
             part = (part << 32) | (part >> 32 & 0xFFFFFFFF)
         part *= _multipliers(bits.device)[: len(part)]
         total = total * _FACTORS[0] + part.sum()
-    return int(total)
+    return total
 
 
 @lru_cache(maxsize=8)
@@ -68,10 +73,11 @@ class Print(NamedTuple):
 
     dtype: torch.dtype
     shape: torch.Size
-    mask: int
-    weights: int
+    mask: Tensor
+    weights: Tensor
 
 
+@torch.no_grad()
 def fingerprint(parameter: Tensor, mask: Tensor | None = None) -> Print:
     """Fingerprint of the part of a parameter that this rank has.
 
@@ -82,11 +88,11 @@ def fingerprint(parameter: Tensor, mask: Tensor | None = None) -> Print:
     Returns:
         The fingerprint.
     """
-    own, kept = (
-        local(parameter.detach()),
-        None if mask is None else local(mask).to(parameter.device),
-    )
-    return Print(own.dtype, own.shape, 0 if kept is None else checksum(kept), checksum(own, kept))
+    own = local(parameter.detach())
+    if mask is None:
+        return Print(own.dtype, own.shape, torch.zeros(()), _checksum(own))
+    kept = local(mask).to(own.device, non_blocking=True)
+    return Print(own.dtype, own.shape, _checksum(kept), _checksum(own, kept))
 
 
 class WeightWatch:
@@ -200,4 +206,4 @@ def _differ(before: Print, parameter: Tensor, mask: Tensor | None = None) -> boo
     if own.dtype != before.dtype or (mask is not None and local(mask).shape != own.shape):
         return False  # converted (`model.half()`), or another mask: they cannot be compared
     now = fingerprint(parameter, mask)
-    return now.mask == before.mask and now.weights != before.weights
+    return int(now.mask) == int(before.mask) and int(now.weights) != int(before.weights)

@@ -167,7 +167,7 @@ def _add_audit(commands: Any) -> None:
     audit.add_argument("--fisher", help="empirical, sampled or exact (empirical)")
     audit.add_argument("--probe", type=count, help="training samples to measure influence on (200)")
     audit.add_argument("--score", help="what ranks the samples: loss, influence, ... (loss)")
-    audit.add_argument("--top", type=count, help="images on the contact sheet (100)")
+    audit.add_argument("--top", type=count_or_none, help="images on the contact sheet (100)")
     audit.add_argument("--device", help="auto, cpu, cuda, ... (auto)")
     audit.add_argument("--threads", type=count, help="CPU threads (PyTorch's choice)")
 
