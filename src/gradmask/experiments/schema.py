@@ -115,8 +115,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in inner
     if origin is tuple:
         return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value)
-    if hint in (str, Path):
-        return isinstance(value, str | hint) and not _CONTROL.search(str(value))
+    if hint is Path:  # a folder may have any name; it is escaped where it is shown
+        return isinstance(value, str | Path) and "\0" not in str(value)
+    if hint is str:
+        return isinstance(value, str) and not _CONTROL.search(value)
     if hint is float and isinstance(value, float):
         return math.isfinite(value)
     if hint in (int, float):

@@ -52,7 +52,11 @@ def divergence_named(
         if not ended and (run.ours.count > 1 or _is_finite(run, train_set)):
             raise
         reason = f"{'' if ended else 'the network is no longer finite: '}{error}"
-        message = f"Arm {arm!r}, seed {seed} has diverged in epoch {run.epoch}: {reason}"
+        who = f"arm {arm!r}, seed {seed}"
+        message = f"{who.capitalize()} has diverged in epoch {run.epoch}: {reason}"
+        if ended:
+            said = str(error).rstrip(".").replace(" is ", f" of {who} is ", 1)
+            message = f"{said}: it has diverged in epoch {run.epoch}"
         known = {"epoch": run.epoch, "reason": " ".join(reason.split())}
         result = {"arm": arm, "seed": seed, "seconds": run.seconds, "epochs": run.rows}
         raise Diverged(
