@@ -40,7 +40,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     versions = {name: (p, p._version) for name, p in model.named_parameters()}
     sharded = any(is_sharded(p) for p, _ in versions.values())  # fully_shard changes slots itself
     noted = _Noted(model, {id(p) for p, _ in versions.values()}, slots=not sharded)
-    first = None if sharded else _FirstCall(model, noted)
+    first = None if sharded or noted.small else _FirstCall(model, noted)
     try:
         yield
     finally:
@@ -67,9 +67,9 @@ class _Noted:
         self._modes: list[tuple[nn.Module, bool]] = []
         self._seen = set(parameters)
         self._modules, self._slots = set(model.modules()), slots
-        small = sum(p.nbytes for p in model.parameters()) <= _KEPT
+        self.small = sum(p.nbytes for p in model.parameters()) <= _KEPT
         for module in model.modules():
-            self._note_module(module, small=small)
+            self._note_module(module, small=self.small)
 
     def _note_module(self, module: nn.Module, *, small: bool) -> None:
         for buffer in module.buffers(recurse=False):
