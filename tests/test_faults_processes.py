@@ -16,6 +16,9 @@ import pytest
 from hostile import CASES, RUN
 from test_faults_cli import LAUNCHER, check, one_line, place, write
 
+# Whole processes, which start in seconds and are sensitive to a busy machine.
+pytestmark = pytest.mark.slow
+
 import gradmask
 
 __all__ = ["place"]
