@@ -16,10 +16,11 @@ import pytest
 from hostile import CASES, RUN
 from test_faults_cli import LAUNCHER, check, one_line, place, write
 
-# Whole processes, which start in seconds and are sensitive to a busy machine.
-pytestmark = pytest.mark.slow
 
 import gradmask
+
+# Whole processes, which start in seconds and are sensitive to a busy machine.
+pytestmark = pytest.mark.slow
 
 __all__ = ["place"]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs signals and /dev")
