@@ -16,7 +16,6 @@ import pytest
 from hostile import CASES, RUN
 from test_faults_cli import LAUNCHER, check, one_line, place, write
 
-
 import gradmask
 
 # Whole processes, which start in seconds and are sensitive to a busy machine.
