@@ -53,7 +53,7 @@ def fisher_diagonal(
     model, its gradients, modes and running statistics, and the random state of PyTorch unchanged.
 
     The pass checks itself: what some samples gave in their batch is compared with what plain
-    autograd gives for each of them alone. Parameters for which the two differ are measured one
+    autograd gives for each of them alone. Where the two differ, all parameters are measured one
     sample at a time, from the start of the data.
 
     With `DistributedDataParallel` or `fully_shard` every rank gives the samples it has, as many as

@@ -98,14 +98,19 @@ def ignored(targets: Tensor) -> Tensor:
     return targets.long() == IGNORED
 
 
-def check_binary(outputs: Any, targets: Tensor) -> None:
-    """Raise a DataError unless outputs are logits of the targets' shape, and targets in [0, 1]."""
+def _check_shapes(outputs: Any, targets: Tensor, loss: str, kind: str) -> None:
+    """Raise a DataError unless outputs have the targets' shape, but for dimensions of one."""
     if not isinstance(outputs, Tensor) or outputs.squeeze().shape != targets.squeeze().shape:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise DataError(
-            "loss='bernoulli' needs the model's output to be logits of the targets' shape: found "
+            f"loss={loss!r} needs the model's output to be {kind} of the targets' shape: found "
             f"{found} and {tuple(targets.shape)}."
         )
+
+
+def check_binary(outputs: Any, targets: Tensor) -> None:
+    """Raise a DataError unless outputs are logits of the targets' shape, and targets in [0, 1]."""
+    _check_shapes(outputs, targets, "bernoulli", "logits")
     if targets.numel() and (targets.min() < 0 or targets.max() > 1):
         raise DataError(
             f"Targets range from {targets.min().item():g} to {targets.max().item():g}, but "
@@ -115,12 +120,7 @@ def check_binary(outputs: Any, targets: Tensor) -> None:
 
 def check_means(outputs: Any, targets: Tensor) -> None:
     """Raise a DataError unless outputs are means of the targets' shape."""
-    if not isinstance(outputs, Tensor) or outputs.squeeze().shape != targets.squeeze().shape:
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise DataError(
-            "loss='mse' needs the model's output to be a tensor of the targets' shape: found "
-            f"{found} and {tuple(targets.shape)}."
-        )
+    _check_shapes(outputs, targets, "mse", "a tensor")
 
 
 class NotFiniteError(DataError):
