@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := experiments,dev
+EXTRAS := experiments,integrations,dev
 
 .PHONY: help demo test test-slow lint format bench clean
 .DEFAULT_GOAL := help

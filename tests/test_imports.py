@@ -30,7 +30,7 @@ CORE = [
     "mask",
     "__init__",
 ]
-TOP = ["experiments", "benchmarks", "cli"]
+TOP = ["integrations", "experiments", "benchmarks", "cli"]
 PUBLIC = ["__init__", "errors", "interrupts", "seeding", "distributed"]
 HEAVY = {"torchvision", "sklearn", "datasets", "matplotlib", "scipy", "rich", "jsonargparse"}
 

@@ -525,7 +525,7 @@ class Output:
 
 def test_gradients_of_one_term_do_not_stay_for_the_next():
     model = Net(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
-    guard = samples.Guard(dict(model.named_parameters()), set(), False)
+    guard = samples.Guard(dict(model.named_parameters()), False, False)
     data = samples.Samples(torch.randn(4, 3), None, 4, "mse", guard)
     with samples.captured(model, data, slice(0, 4)) as batch:
         for place, name in enumerate("ab"):

@@ -210,8 +210,8 @@ def test_every_label_is_checked_before_training(model, data):
     ("wrong", "message"),
     [
         (lambda x, y: TensorDataset(x, y), "a dataset goes into"),
-        (lambda x, y: [{"inputs": x, "targets": y}], "The data gave a dict"),
-        (lambda x, y: DataLoader(x, batch_size=8), "The data gave a Tensor"),
+        (lambda x, y: [{"inputs": x, "answers": y}], "The loader gave a dict"),
+        (lambda x, y: DataLoader(x, batch_size=8), "The loader gave a Tensor"),
     ],
 )
 def test_data_of_a_wrong_form(model, data, wrong, message):

@@ -20,6 +20,7 @@ from gradmask.distributed import (
     warn_if_alone,
 )
 from gradmask.errors import GradmaskWarning, check_choice, check_keep, check_max_samples
+from gradmask.fisher.adapter import Unpack, check_unpack
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
@@ -63,10 +64,12 @@ class FisherMask:
             of every tensor as in the Fisher mask) or `inverse` (the least information).
         kind: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
         loss: Negative log-likelihood: `cross_entropy`, `bernoulli`, `mse` or a callable; the
-            trainable parameters of a module are masked as well, as `loss.<name>`.
+            trainable parameters of a module are masked as well, as `loss.<name>`. Default:
+            `cross_entropy`, or with batches that are mappings the model's own loss.
         max_samples: Size of the random part of the data a refresh measures on; None for all of it.
         seed: Seed of random parts, drawn labels and random masks; each refresh draws afresh.
         group: Ranks that train the model together (default: those it is wrapped for).
+        unpack: From a batch of the loader to `(inputs, targets)` (see `fisher_diagonal`).
 
     Raises:
         OptionError: If an option is out of range or unknown.
@@ -81,21 +84,23 @@ class FisherMask:
         scope: str = "gradient",
         strategy: str = "fisher",
         kind: str = "empirical",
-        loss: Loss = "cross_entropy",
+        loss: Loss | None = None,
         max_samples: int | None = MAX_SAMPLES,
         seed: int = 0,
         group: ProcessGroup | None = None,
+        unpack: Unpack | None = None,
     ) -> None:
         check_keep(keep)
         check_choice("scope", scope, SCOPES)
         check_choice("strategy", strategy, STRATEGIES)
         check_likelihood(kind, standard_loss(loss))
         check_max_samples(max_samples)
+        check_unpack(unpack)
         trainable_parameters(model, loss)  # refuses a model that has none
         self._wrapped, self._group = model, group
         warn_if_alone(data_groups(model, group))  # refuses shards that cannot be measured
         self.model, self.scope, self.strategy = unwrapped(model), scope, strategy
-        self.kind, self.loss = kind, loss
+        self.kind, self.loss, self.unpack = kind, loss, unpack
         # NumPy's numbers would neither load without pickle nor seed as Python's do.
         self.keep, self.seed = float(keep), int(seed)
         self.max_samples = None if max_samples is None else int(max_samples)
@@ -143,7 +148,7 @@ class FisherMask:
         """Measure the Fisher diagonal and make the mask of the next epoch.
 
         Args:
-            loader: Iterable of `(inputs, targets)` batches (see `fisher_diagonal`).
+            loader: Iterable of batches (see `fisher_diagonal`).
 
         Raises:
             ModelError: If the model cannot be measured.
@@ -163,6 +168,7 @@ class FisherMask:
         unused: set[str] = set()
         options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "group": self._group}
         options |= {"seed": derive_seed(self.seed, "fisher", self.refreshes), "unused": unused}
+        options |= {"unpack": self.unpack}
         fisher = fisher_diagonal(self._wrapped, loader, max_samples=self.max_samples, **options)
         if unused:
             share = sum(fisher[n].numel() for n in unused) / sum(f.numel() for f in fisher.values())

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 
 from gradmask.containers import part, sample_count, tensors_in
 from gradmask.errors import DataError, OptionError, StateError, check_choice
-from gradmask.fisher.batch import check_batches
+from gradmask.fisher.adapter import Unpack as UnpackBatch
+from gradmask.fisher.adapter import as_batch, check_batches, check_unpack, has_names
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.sampling import random_samples
 from gradmask.fisher.verify import Verify
@@ -57,7 +58,7 @@ class InfluenceMonitor:
 
     Args:
         model: The model in training; it is left as it was.
-        data: A DataLoader or another iterable of `(inputs, targets)` batches, or one such pair.
+        data: A DataLoader or another iterable of batches (see `fisher_diagonal`), or one of them.
             Read once, other than a plain DataLoader up to four times what is wanted; a generator of
             its own moves on by that. Augmentation, if it does any, is frozen as it is read.
         every: Calls of `step` from one measurement to the next.
@@ -65,6 +66,7 @@ class InfluenceMonitor:
         probe: Other samples, on which they are measured.
         methods: Forms to measure: `quadratic`, `diagonal`, `kl`.
         seed: Seed of the choice of samples and of sampled labels.
+        unpack: From a batch of another form to `(inputs, targets)`.
         writer: Where the numbers are logged, for example TensorBoard's `SummaryWriter`.
         options: `step`, `loss`, `memory` and `verify` of `gradmask.influence`, and `fisher`, which
             is `"sampled"` here unless given: unbiased for the mean over the probe set, and cheap.
@@ -90,6 +92,7 @@ class InfluenceMonitor:
         probe: int = 256,
         methods: tuple[str, ...] = ("quadratic",),
         seed: int = 0,
+        unpack: UnpackBatch | None = None,
         writer: Writer | None = None,
         **options: Unpack[InfluenceOptions],
     ) -> None:
@@ -107,12 +110,13 @@ class InfluenceMonitor:
             raise OptionError(f"methods={methods!r} must be a tuple of {', '.join(METHODS)}.")
         for method in methods:
             check_choice("method", method, METHODS)
+        check_unpack(unpack)
         self.model, self.every, self.methods, self.seed = model, every, methods, seed
         self.writer = writer
         self._options: dict[str, Any] = {"fisher": "sampled", "step": 1e-3, **options}
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=sorted(devices, key=str)):  # a loader may draw a seed
-            self._sources, self._probe = _two_parts(data, sources, probe, seed)
+            self._sources, self._probe = _two_parts(data, sources, probe, seed, unpack)
         self.calls = 0
         self.history: list[Record] = []
         # What cannot be measured is told before training: a label, an option, the model.
@@ -173,14 +177,14 @@ class InfluenceMonitor:
         """Influence of the sources by method, and ½ ε² ‖g_i‖²; `count` limits both parts."""
         some = slice(count)
         sources = part(self._sources, some)
-        probe_inputs, probe_targets = part(self._probe, some)
+        whole = part(self._probe, some)
         found = {}
         for method in self.methods:
             options = self._options | {"method": method, "seed": self.seed}
             if method == "kl":
                 options["fisher"] = "exact"  # it has none, and `influence` knows it by this
             labelled = options["fisher"] == "empirical"
-            probe = (probe_inputs, probe_targets) if labelled else probe_inputs
+            probe = whole if labelled or has_names(whole) else whole[0]
             found[method] = influence(self.model, sources, probe, **options)
         found["squared_norm"] = 0.5 * self._options["step"] ** 2 * self._norms(sources).square()
         return {name: values.double().cpu() for name, values in found.items()}
@@ -190,32 +194,33 @@ class InfluenceMonitor:
         return gradient_norms(self.model, samples, **options)
 
 
-def _two_parts(data: Iterable[Any], sources: int, probe: int, seed: int) -> tuple[Any, Any]:
-    """Two random parts of the data without a common sample, each `(inputs, targets)`."""
+def _two_parts(
+    data: Any, sources: int, probe: int, seed: int, unpack: UnpackBatch | None
+) -> tuple[Any, Any]:
+    """Two random parts of the data without a common sample, each in the form of a batch."""
     check_batches(data)
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
         data = [tuple(data)]
+    elif has_names(data):
+        data = [data]
     wanted = sources + probe
     batches = []
     for batch in random_samples(data, wanted, seed):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise DataError(
-                f"The data gave a {type(batch).__name__}: expected (inputs, targets) batches."
-            )
-        sample_count(batch)
-        batches.append((batch[0], batch[1]))
-    found = sum(len(targets) for _, targets in batches)
+        batch = as_batch(unpack(batch) if unpack else batch)
+        batches.append((batch, sample_count(batch)))
+    found = sum(count for _, count in batches)
     if found < wanted:
         raise DataError(
             f"sources={sources} and probe={probe} need {wanted} samples, but the data have "
             f"{found}: lower one of them."
         )
-    shapes = {tuple(t.shape[1:] for t in tensors_in(b)) for b in batches}
+    shapes = {tuple(t.shape[1:] for t in tensors_in(b)) for b, _ in batches}
     if len(shapes) > 1:
         raise DataError(
             "The samples have different shapes from batch to batch: give one pair (inputs, "
             "targets) padded to the same shape."
         )
     order = torch.randperm(wanted, generator=seeded_generator(seed, "monitor"))
-    joined = tree_map(lambda *ts: torch.cat(ts)[order.to(ts[0].device)], *batches)
+    parts = [batch for batch, _ in batches]
+    joined = tree_map(lambda *ts: torch.cat(ts)[order.to(ts[0].device)], *parts)
     return part(joined, slice(sources)), part(joined, slice(sources, wanted))

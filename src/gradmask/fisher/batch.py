@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from gradmask.containers import check_cuttable, map_tensors, part, sample_count, tensors_in
+from gradmask.containers import part
 from gradmask.distributed import Groups, sum_over, together
 from gradmask.errors import DataError, ModelError
+from gradmask.fisher.adapter import call
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.capture import Capture, Settle, Way, Ways
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
 from gradmask.fisher.losses import check_parameters_of, nll
 from gradmask.fisher.reference import (
     add_per_sample_squares,
-    call,
     check_repeatable,
     sample_gradients,
 )
@@ -31,8 +30,8 @@ from gradmask.fisher.verify import (
     Schedule,
     Verify,
     computed_in,
-    distrusted,
     excerpt,
+    warn_of_failed,
 )
 
 logger = logging.getLogger("gradmask")
@@ -67,7 +66,8 @@ class Pass:
         verify: How it is checked.
 
     Attributes:
-        alone: Names measured with the whole model, one sample at a time, since a check failed.
+        alone: Whether all is measured with the whole model, one sample at a time, since a check
+            failed.
         reached: Names on which some sample's loss depends.
     """
 
@@ -81,7 +81,7 @@ class Pass:
         verify: Verify = "spread",
     ) -> None:
         self.model, self.parameters = model, parameters
-        self.alone: set[str] = set()
+        self.alone = False
         self.reached: set[str] = set()
         self._kind, self._loss = kind, loss
         self._generator, self._start = generator, generator.get_state()
@@ -115,11 +115,11 @@ class Pass:
             settle: Told the names of totals that the batch adds nothing more to.
 
         Returns:
-            False if the check failed: the totals are of no use, and what is measured from now on
-            in a safer way is in `alone`.
+            False if the check failed: the totals are of no use; from now on all is measured in a
+            safer way.
         """
         n, trusts = len(targets), self._trusts and not groups
-        fast = {name: p for name, p in self.parameters.items() if name not in self.alone}
+        fast = {} if self.alone else self.parameters
         first = n > 1 and self._ways is None
         if first:
             self._ways = safe_ways(self.model, inputs, fast, trust_rules=trusts)
@@ -155,7 +155,7 @@ class Pass:
         data, options = (self.model, inputs, batch.targets), batch.options
         rest = {k: p for k, p in self.parameters.items() if k not in handled}
         if rest:
-            add_per_sample_squares(*data, rest, totals, **options)
+            self.reached |= add_per_sample_squares(*data, rest, totals, **options)
         if check is not None and check.turn == 1:
             check_repeatable(self.model, inputs, range(n)[check.rows][0], self._precision)
         if check is None or not handled:
@@ -217,7 +217,7 @@ class Pass:
 
     def _note(self, capture: Capture, groups: Groups) -> None:
         """Note what is measured how."""
-        self.reached |= capture.reached | self.alone
+        self.reached |= capture.reached
         ways = {name: way[0][0] for name, way in capture.ways().items()}
         ways |= dict.fromkeys(self.parameters.keys() - capture.handled, "sample")
         if groups:
@@ -230,15 +230,8 @@ class Pass:
         if self._trusts:  # the probe of two samples has not been asked yet
             self._trusts = False
             return
-        self.alone |= distrusted(wrong, self.parameters)
-
-
-def unpacked(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
-    """Inputs and targets of the batches that hold samples, on the device."""
-    for batch in batches:
-        inputs, targets = unpack(batch, device)
-        if len(targets):
-            yield inputs, targets
+        warn_of_failed(wrong)
+        self.alone = True
 
 
 def safe_ways(
@@ -275,7 +268,7 @@ def safe_ways(
 def _check_rules(ways: dict[str, str]) -> None:
     """Sharded parameters are whole while their layer runs in the common pass, and not after."""
     for name, way in ways.items():
-        if way in ("module", "sample"):
+        if way in ("derived", "module", "sample"):
             raise ModelError(
                 f"Parameter {name!r} is sharded, and no rule measures its layer in one pass: give "
                 "fully_shard the block around the layer (attention needs that), register a rule "
@@ -292,36 +285,3 @@ def _report(ways: dict[str, str]) -> None:
         names = [name for name, found in ways.items() if found == way]
         if names:
             logger.info("%s (no rule applies): %s", text, ", ".join(names))
-
-
-def check_batches(loader: Any) -> None:
-    """Raise a DataError unless this can be read batch by batch."""
-    if isinstance(loader, Dataset) or not isinstance(loader, Iterable):
-        raise DataError(
-            f"Expected batches of (inputs, targets), not a {type(loader).__name__}: a dataset goes "
-            "into a torch.utils.data.DataLoader first."
-        )
-
-
-def unpack(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    """Move a batch to the device and check its form."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise DataError(
-            f"The loader gave a {type(batch).__name__}: expected (inputs, targets) batches."
-        )
-    check_cuttable(batch[0], "inputs")
-    for tensor in tensors_in(batch[0]):
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise DataError(
-                "The inputs hold a sparse or nested tensor, which cannot be cut into samples: use "
-                "to_dense() or to_padded_tensor()."
-            )
-    move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-    inputs, targets = map_tensors(move, batch[0]), map_tensors(move, batch[1])
-    if not isinstance(targets, Tensor) or not targets.dim():
-        raise DataError(
-            f"The targets of a batch are a {type(targets).__name__}: expected a tensor of shape "
-            "(samples, ...)."
-        )
-    sample_count((inputs, targets))
-    return inputs, targets

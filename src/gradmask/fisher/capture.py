@@ -63,6 +63,7 @@ class Capture:
         self._norms: dict[tuple[Call, int], Tensor] | None = None
         self._totals: dict[str, Tensor] | None = None
         self._settle: Settle = lambda _: None
+        self._running = False
         self._checked: tuple[Check, Excerpts] | None = None
         self.handled: set[str] = set()
         self.reached: set[str] = set()
@@ -198,7 +199,8 @@ class Capture:
     def _read(
         self, output: int, calls: list[tuple[Call, int]], gradients: tuple[Tensor | None, ...]
     ) -> None:
-        self._receive(calls, gradients[output])
+        if self._running:  # and not in a pass of a `DerivedCall`
+            self._receive(calls, gradients[output])
 
     def _receive(self, calls: list[tuple[Call, int]], g: Tensor | None) -> None:
         if g is None:
@@ -235,7 +237,11 @@ class Capture:
             return
         # Only layer outputs are asked for: hooks on parameters and `.grad` stay out of it.
         edges = [edge for edge, _ in self._returned]
-        gradients = torch.autograd.grad(term, edges, retain_graph=True, allow_unused=True)
+        self._running = True
+        try:
+            gradients = torch.autograd.grad(term, edges, retain_graph=True, allow_unused=True)
+        finally:
+            self._running = False
         with torch.no_grad():
             for (_, calls), g in zip(self._returned, gradients, strict=True):
                 self._receive(calls, g)

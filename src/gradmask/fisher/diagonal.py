@@ -20,7 +20,8 @@ from gradmask.distributed import (
     unwrapped,
 )
 from gradmask.errors import DataError, check_max_samples
-from gradmask.fisher.batch import DOING, Pass, check_batches, unpacked
+from gradmask.fisher.adapter import Adapter, Unpack, check_batches, check_unpack, started
+from gradmask.fisher.batch import DOING, Pass
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.reference import zero_squares
@@ -39,12 +40,13 @@ def fisher_diagonal(
     loader: Iterable[Any],
     *,
     kind: str = "empirical",
-    loss: Loss = "cross_entropy",
+    loss: Loss | None = None,
     max_samples: int | None = None,
     seed: int = 0,
     verify: Verify = "spread",
     group: ProcessGroup | None = None,
     unused: set[str] | None = None,
+    unpack: Unpack | None = None,
 ) -> dict[str, Tensor]:
     """Diagonal of the Fisher information: a_jj = (1/n) Σ_i |∂ log f(x_i) / ∂θ_j|².
 
@@ -61,15 +63,18 @@ def fisher_diagonal(
 
     Args:
         model: Any module that treats its samples (dimension 0) independently in eval mode.
-        loader: Iterable of `(inputs, targets)` batches. Inputs are a tensor, or a tuple or dict
-            of tensors that become the model's arguments.
+        loader: Iterable of `(inputs, targets)` batches, whose inputs are a tensor, or a tuple or
+            dict of tensors that become the model's arguments; or of mappings of arguments with
+            the targets among them, as `labels`, `label`, `targets` or `target`.
         kind: `empirical` (the data's labels), `sampled` (the model's own distribution over
             labels, by one random direction in the logits of each sample) or `exact` (expectation
             over all labels: one backward pass for each class).
         loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits), `mse`
             (outputs are the means of a Gaussian of unit variance), or a callable `(outputs,
             targets)` that is a negative log-likelihood, with any reduction. The trainable
-            parameters of a module are measured as well, as `loss.<name>`.
+            parameters of a module are measured as well, as `loss.<name>`. Default: `cross_entropy`,
+            or with batches that are mappings the one whose mean is the model's own loss. Names
+            score the `logits` of outputs that have them.
         max_samples: Measure on a seeded random part of the data of this size (default: all), of
             which every rank draws an equal part from what it has.
         seed: Seed of that part and of the random directions.
@@ -77,6 +82,7 @@ def fisher_diagonal(
         group: Ranks that measure together (default: those the model is wrapped for).
         unused: A set to which the names are added on which no sample's loss depends (auxiliary
             heads, parts that only training uses). Their information is 0.
+        unpack: From a batch of another form to `(inputs, targets)`.
 
     Returns:
         `{parameter name: tensor of the parameter's shape}`, the mean over samples, real, in the
@@ -93,6 +99,7 @@ def fisher_diagonal(
         DistributedError: If that happened on another rank.
     """
     check_likelihood(kind, loss := standard_loss(loss))
+    check_unpack(unpack)
     check_max_samples(max_samples)
     check_verify(verify)
     check_batches(loader)
@@ -101,7 +108,7 @@ def fisher_diagonal(
     model = unwrapped(model)
     reshard(model)
     parameters = trainable_parameters(model, loss)
-    device = next(iter(parameters.values())).device
+    adapter = Adapter(model, loss, unpack)
     seed = derive_seed(seed, "rank", rank) if rank else seed
 
     def read() -> Iterator[tuple[Any, Tensor]]:
@@ -109,16 +116,19 @@ def fisher_diagonal(
         if max_samples is not None:
             share = max_samples // ranks + (rank < max_samples % ranks)
             batches = random_samples(loader, max(1, share), seed)
-        return unpacked(batches, device)
+        return adapter.read(batches)
 
     generator = torch.Generator().manual_seed(seed)
-    single_pass = Pass(model, parameters, kind, loss, generator, verify)
     with measuring(model, parameters.values(), loss):
+        with together(groups, DOING):
+            batches = started(read())
+        single_pass = Pass(adapter.model, parameters, kind, adapter.loss, generator, verify)
         if shard_groups(parameters.values()):
-            totals, count = sharded_sums(single_pass, read(), groups)
+            totals, count = sharded_sums(single_pass, batches, groups)
         else:
             with together(groups, DOING):
-                totals, count = _sums(single_pass, read, once=isinstance(loader, Iterator))
+                again = None if isinstance(loader, Iterator) else read
+                totals, count = _sums(single_pass, batches, again)
             totals = {name: sum_over(total, groups) for name, total in totals.items()}
             count = int(sum_over(torch.tensor([count], device="cpu"), groups))
     if count == 0:
@@ -128,15 +138,19 @@ def fisher_diagonal(
     return {name: total.div_(count) for name, total in totals.items()}
 
 
-def _sums(single_pass: Pass, read: Callable[[], Iterator[tuple[Any, Tensor]]], once: bool) -> Sums:
+def _sums(
+    single_pass: Pass,
+    batches: Iterator[tuple[Any, Tensor]],
+    again: Callable[[], Iterator[tuple[Any, Tensor]]] | None,
+) -> Sums:
     """Squared per-sample gradients added up over the data, from the start again if a check fails.
 
     Args:
         single_pass: The pass.
-        read: Reads the data from the start.
-        once: Whether they can be read only once.
+        batches: The data.
+        again: Reads them from the start; None if they can be read only once.
     """
-    batches, kept, before = read(), None, 0
+    kept, before = None, 0
     while True:
         if kept is not None:
             batches, kept = chain([kept], batches), None
@@ -148,10 +162,10 @@ def _sums(single_pass: Pass, read: Callable[[], Iterator[tuple[Any, Tensor]]], o
                 continue
             if count == 0:  # nothing has been lost
                 kept = inputs, targets
-            elif once:
+            elif again is None:
                 raise _read_once(count)
             else:
-                batches, before = read(), max(before, count + len(targets))
+                batches, before = again(), max(before, count + len(targets))
             single_pass.restart()
             break
         else:

@@ -43,10 +43,13 @@ def explanations(
         yield list(layers)
     # Operations alone, or together with calls of layers where these are one operation each.
     found = {call.edges[0].node: call for call in layers}
-    for explained in (found, {}) if found else ({},):
-        for order in (0, 1):
-            layout = Layout(observer.batch_size, order)
-            yield operation_calls(name, leaf, parameter.shape, parents, layout, explained)
+    layouts = [Layout(observer.batch_size, order) for order in (0, 1)]
+    for derived in (False, True):
+        for explained in (found, {}) if found else ({},):
+            for layout in layouts:
+                yield operation_calls(
+                    name, leaf, parents, roots, layout, explained, derived=derived
+                )
     # Hooks fire for inner modules first: the innermost module that encloses the parameter.
     for module in dict.fromkeys(call.module for call in observer.modules):
         if any(parameter is p for p in module.parameters()):

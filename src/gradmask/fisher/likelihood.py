@@ -22,12 +22,12 @@ KINDS = ("empirical", "sampled", "exact")
 IGNORED = -100  # PyTorch's label of positions that do not count
 
 
-def check_likelihood(kind: str, loss: Loss) -> None:
+def check_likelihood(kind: str, loss: Loss | None) -> None:
     """Raise an error unless this kind of Fisher information can be had from this loss.
 
     Args:
         kind: `empirical`, `sampled` or `exact`.
-        loss: `cross_entropy`, `bernoulli`, `mse` or a callable.
+        loss: `cross_entropy`, `bernoulli`, `mse` or a callable; None for a name that the data say.
 
     Raises:
         OptionError: If a name is unknown, or the model's distribution is needed but not known.
@@ -35,6 +35,8 @@ def check_likelihood(kind: str, loss: Loss) -> None:
     check_choice("kind", kind, KINDS)
     if isinstance(loss, str):
         check_choice("loss", loss, LOSSES)
+    elif loss is None:
+        return
     elif not callable(loss):
         raise OptionError(f"loss={loss!r} must be a name ({', '.join(LOSSES)}) or a callable.")
     elif kind != "empirical":

@@ -55,14 +55,14 @@ class WeightedCrossEntropy:
         return total
 
 
-def standard_loss(loss: Loss) -> Loss:
+def standard_loss(loss: Loss | None) -> Loss | None:
     """PyTorch's own weighted means as sums, and plain cross-entropy by its name.
 
     Args:
-        loss: A name, a module such as `nn.CrossEntropyLoss(weight=...)`, or another callable.
+        loss: A name, a module such as `nn.CrossEntropyLoss(weight=...)`, another callable, or None.
 
     Returns:
-        A name, a `WeightedCrossEntropy`, or the same callable.
+        A name, a `WeightedCrossEntropy`, or what was given.
     """
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
         own = nn.CrossEntropyLoss if isinstance(loss, nn.CrossEntropyLoss) else nn.NLLLoss

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ _RESHAPES = (
 )
 _TRANSPOSES = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
 _PRODUCTS = ("MmBackward0", "AddmmBackward0")
+_DERIVED = 64  # operations that a parameter may go through before it meets the samples
 
 
 @dataclass(frozen=True)
@@ -151,63 +153,131 @@ class MatmulCall(OperationCall):
         return True
 
 
+class DerivedCall(Call):
+    """An operation on something worked out from a parameter alone, the same for all samples.
+
+    A table of positions or distances that is looked up once for the batch, for example. What one
+    sample's gradient is at that place goes down to the parameter by autograd.
+
+    Args:
+        call: The operation, with the name of the parameter.
+        edge: Place in the graph of what it was given.
+        leaf: The parameter's node.
+    """
+
+    def __init__(self, call: ElementwiseCall | MatmulCall, edge: GradientEdge, leaf: Node) -> None:
+        super().__init__(call.names, call.edges)
+        self.kind = ("derived", edge.node.name(), call.kind)
+        self.call, self.edge, self.leaf = call, edge, leaf
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        """As of the operation."""
+        return self.call.rows(gradient)
+
+    def per_sample(self, samples: slice) -> dict[str, Tensor]:
+        """A backward pass from what was derived to the parameter, for one sample at a time."""
+        self.call.gradients = self.gradients
+        name = self.call.name
+        derived = self.call.per_sample(samples)[name]
+        given = derived.to(_result(self.edge.node, self.edge.output_nr).dtype)
+        edges = [self.edge], [GradientEdge(self.leaf, 0)]
+        rows = [torch.autograd.grad(*edges, [g], retain_graph=True)[0] for g in given]
+        return {name: torch.stack([full_precision(row.to_dense()) for row in rows])}
+
+
 def operation_calls(
     name: str,
     leaf: Node,
-    shape: torch.Size,
     parents: dict[Node, list[Node]],
+    roots: set[Node],
     layout: Layout,
     explained: Mapping[Node, Call],
+    *,
+    derived: bool = False,
 ) -> list[Call]:
     """Explain every use of a bare parameter by single operations, if that is what they are.
 
     Args:
         name: The parameter's name.
         leaf: Its node.
-        shape: Its shape.
         parents: `{node: parents}` of the graph.
+        roots: Nodes of what is differentiated.
         layout: Where the samples may lie in the results.
         explained: Calls of layers with this parameter that consist of one operation.
+        derived: Whether what they use may be worked out from the parameter by others.
 
     Returns:
         The operations (and calls); none if some use is of another kind.
     """
     found: list[Call] = []
-    stack = [(leaf, shape, False)]
+    shape = torch.Size(_result(leaf).shape)
+    stack, seen = [(leaf, shape, False, False)], {leaf}
     while stack:
-        child, operand, transposed = stack.pop()
+        child, form, transposed, changed = stack.pop()
         for node in dict.fromkeys(parents[child]):
-            output = torch.Size(node._input_metadata[0].shape)
-            if node._input_metadata[0].dtype.is_complex:
-                return []
-            if node in explained:
+            if node in explained and not changed:
                 found.append(explained[node])
                 continue
-            if (
-                node.name() in _TRANSPOSES
-                and len(operand) == 2
-                and output == torch.Size(operand[::-1])
-            ):
-                stack.append((node, output, not transposed))
-                continue
-            if node.name() in _RESHAPES and not transposed and operand.numel() == output.numel():
-                stack.append((node, output, False))
-                continue
-            for place, (below, _) in enumerate(node.next_functions):
-                if below is not child:
-                    continue
-                call: Call | None
-                if node.name() in _PRODUCTS and place == len(node.next_functions) - 1:
-                    whole = operand == (shape[::-1] if transposed else shape)
-                    fits = whole and layout.dimension(output) is not None
-                    call = MatmulCall(name, node, transposed, layout) if fits else None
-                else:
-                    plain = None if transposed else operand
-                    call = _elementwise((name, shape), node, place, plain, layout)
-                if call is None:
+            output = _result(node)
+            if output.dtype.is_complex or len(seen) > _DERIVED:
+                return []
+            size = torch.Size(output.shape)
+            flips = node.name() in _TRANSPOSES and size == form[::-1] and len(size) == 2
+            reshapes = node.name() in _RESHAPES and not transposed
+            if not changed and (flips or (reshapes and form.numel() == size.numel())):
+                if node in roots:
                     return []
-                found.append(call)
+                seen.add(node)
+                stack.append((node, size, transposed != flips, False))
+                continue
+            calls: list[Call] = []
+            for place, (below, index) in enumerate(node.next_functions):
+                if below is child:
+                    operand = torch.Size(_result(child, index).shape)
+                    use = name, operand if changed else shape
+                    call = _call(use, node, place, (operand, transposed), layout)
+                    if call is None:
+                        break
+                    edge = GradientEdge(child, index)
+                    calls.append(DerivedCall(call, edge, leaf) if changed else call)
+            else:
+                found += calls
+                continue
+            if not derived or node in roots:
+                return []
+            if node not in seen:
+                seen.add(node)
+                stack.append((node, size, False, True))
     return found
+
+
+def _result(node: Node, index: int = 0) -> Any:
+    """Shape and type of what an operation gave."""
+    return node._input_metadata[index]
+
+
+def _call(
+    use: tuple[str, torch.Size],
+    node: Node,
+    place: int,
+    operand: tuple[torch.Size, bool],
+    layout: Layout,
+) -> ElementwiseCall | MatmulCall | None:
+    """The call of an operation on a parameter, if it is of a known kind.
+
+    Args:
+        use: The parameter's name and shape.
+        node: The operation.
+        place: Which operand is the parameter.
+        operand: The shape it has there, and whether it is transposed.
+        layout: Where the samples may lie in the result.
+    """
+    (name, shape), (form, transposed) = use, operand
+    if node.name() in _PRODUCTS and place == len(node.next_functions) - 1:
+        whole = form == (shape[::-1] if transposed else shape)
+        fits = whole and layout.dimension(torch.Size(_result(node).shape)) is not None
+        return MatmulCall(name, node, transposed, layout) if fits else None
+    return _elementwise(use, node, place, None if transposed else form, layout)
 
 
 def _elementwise(

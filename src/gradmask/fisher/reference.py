@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from gradmask.containers import map_tensors, part, sample_count, tensors_in
 from gradmask.errors import ModelError
+from gradmask.fisher.adapter import call
 from gradmask.fisher.calls import full_precision
 from gradmask.fisher.likelihood import Loss, NotFiniteError, exact_terms
 from gradmask.fisher.losses import nll
@@ -18,36 +18,6 @@ from gradmask.fisher.rules import squared
 
 # What models and losses raise where the number of samples does not suit them.
 UNFIT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Call the model: a tuple or list gives positional arguments, a mapping gives keywords.
-
-    A model whose forward takes one tuple or mapping gets it as it is.
-    """
-    if isinstance(inputs, tuple | list):
-        return model(inputs) if _takes_one(model, inputs, {}) else model(*inputs)
-    if hasattr(inputs, "keys") and hasattr(inputs, "__getitem__"):
-        keywords = {str(key): inputs[key] for key in inputs}
-        return model(inputs) if _takes_one(model, (), keywords) else model(**keywords)
-    return model(inputs)
-
-
-def _takes_one(model: nn.Module, args: Any, keywords: dict[str, Any]) -> bool:
-    """Whether these do not fit the parameters of `forward`, and one argument does."""
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):
-        return False
-    return not _binds(signature, *args, **keywords) and _binds(signature, None)
-
-
-def _binds(signature: inspect.Signature, *args: Any, **keywords: Any) -> bool:
-    try:
-        signature.bind(*args, **keywords)
-    except TypeError:
-        return False
-    return True
 
 
 def zero_squares(parameter: Tensor) -> Tensor:
@@ -164,19 +134,38 @@ def sample_gradients(
                 return list(exact_terms(outputs, target, loss))
             return [nll(outputs, target, loss, alone=by_itself).total]
 
+        yield from gradients_alone(model, inputs, n, parameters, terms)
+
+
+def gradients_alone(
+    model: nn.Module,
+    inputs: Any,
+    n: int,
+    parameters: dict[str, nn.Parameter],
+    terms: Callable[[Any, int, bool], list[Tensor]],
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients of one sample, run by itself.
+
+    Args:
+        model: The model, in eval mode.
+        inputs: Inputs of several samples.
+        n: Which of them.
+        parameters: The parameters to differentiate by.
+        terms: The scalars to differentiate; takes what `alone` gives.
+
+    Yields:
+        `{name: gradient}` of each term, without parameters that it does not depend on.
+    """
+    with torch.enable_grad():
         found, copies = alone(model, inputs, n, terms)
-        for term in found:
-            if term.grad_fn is None:  # all is ignored
-                continue
-            gradients = torch.autograd.grad(
-                term, list(parameters.values()), retain_graph=exact, allow_unused=True
-            )
-            pairs = zip(parameters, gradients, strict=True)
-            yield {
-                name: g.to_dense() if copies == 1 else g.to_dense() / copies
-                for name, g in pairs
-                if g is not None
-            }
+    for term in found:
+        if term.grad_fn is None:  # all is ignored
+            continue
+        gradients = torch.autograd.grad(
+            term, list(parameters.values()), retain_graph=len(found) > 1, allow_unused=True
+        )
+        pairs = zip(parameters, gradients, strict=True)
+        yield {name: g.to_dense() / copies for name, g in pairs if g is not None}
 
 
 def add_per_sample_squares(
@@ -186,7 +175,7 @@ def add_per_sample_squares(
     parameters: dict[str, nn.Parameter],
     totals: dict[str, Tensor],
     **options: Any,
-) -> None:
+) -> set[str]:
     """Add the sum over samples of squared per-sample gradients, by single-sample autograd.
 
     Args:
@@ -196,7 +185,13 @@ def add_per_sample_squares(
         parameters: The parameters to differentiate by.
         totals: `{name: tensor of the parameter's shape}`, changed in place.
         options: Those of `sample_gradients`.
+
+    Returns:
+        Names on which some sample's loss depends.
     """
+    reached: set[str] = set()
     for gradients in sample_gradients(model, inputs, targets, parameters, **options):
+        reached |= gradients.keys()
         for name, gradient in gradients.items():
             totals[name] += squared(full_precision(gradient))
+    return reached

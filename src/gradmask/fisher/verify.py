@@ -130,14 +130,13 @@ def _compared(found: Tensor, alone: Tensor) -> Tensor:
     return torch.stack([(found - alone).norm(), larger.norm(), alone.abs().max()])
 
 
-def distrusted(wrong: set[str], names: Iterable[str]) -> set[str]:
-    """What is measured one sample at a time after a failed check: everything.
+def warn_of_failed(wrong: set[str]) -> None:
+    """Say that everything is measured one sample at a time after a failed check.
 
     If samples are mixed, names whose gradient happened to be zero in the check are wrong too.
 
     Args:
         wrong: Names for which it failed.
-        names: Everything that is measured.
     """
     logger.warning(
         "The check of single samples failed for %s: all parameters are measured with the whole "
@@ -145,7 +144,6 @@ def distrusted(wrong: set[str], names: Iterable[str]) -> set[str]:
         "or a rule of a layer may be wrong.",
         ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
     )
-    return set(names)
 
 
 def excerpt(tensor: Tensor, turn: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gradmask.containers import tensors_in
 from gradmask.fisher.calls import Call, LayerCall, full_precision, per_sample_together
 from gradmask.fisher.capture import Capture
-from gradmask.fisher.reference import alone
-from gradmask.fisher.verify import Excerpts, Schedule, Verify, computed_in, distrusted, excerpt
+from gradmask.fisher.reference import gradients_alone
+from gradmask.fisher.verify import Excerpts, Schedule, Verify, computed_in, excerpt, warn_of_failed
 
 Parameters = dict[str, nn.Parameter]
 # Some samples of a batch; an index may come twice.
@@ -59,18 +59,13 @@ class WholeCall(Call):
             if i in self.term.empty:
                 continue
 
-            def value(outputs: Any, copies: int, by_itself: bool, i: int = i) -> Tensor:
-                return self.term(outputs, slice(i, i + 1) if by_itself else [i] * copies, by_itself)
+            def value(outputs: Any, copies: int, by_itself: bool, i: int = i) -> list[Tensor]:
+                rows = slice(i, i + 1) if by_itself else [i] * copies
+                return [self.term(outputs, rows, by_itself)]
 
-            with torch.enable_grad():
-                total, copies = alone(self.model, self.given, i, value)
-            if total.grad_fn is None:
-                continue
-            wanted = list(self.parameters.values())
-            gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-            for name, g in zip(self.parameters, gradients, strict=True):
-                if g is not None:
-                    found[name][place] = g.to_dense() / copies
+            pairs = gradients_alone(self.model, self.given, i, self.parameters, value)
+            for name, gradient in next(pairs, {}).items():
+                found[name][place] = gradient
         return found
 
 
@@ -83,13 +78,13 @@ class Guard:
 
     Args:
         parameters: What is measured.
-        alone: Names that are measured with the whole model, one sample at a time; grows.
+        alone: Whether all is measured with the whole model, one sample at a time.
         verify: How it is checked.
     """
 
-    def __init__(self, parameters: Parameters, alone: set[str], verify: Verify) -> None:
-        self.parameters, self.alone = parameters, alone
-        self.fast = {name: p for name, p in parameters.items() if name not in alone}
+    def __init__(self, parameters: Parameters, alone: bool, verify: Verify) -> None:
+        self.parameters = parameters
+        self.fast: Parameters = {} if alone else parameters
         self._schedule = Schedule(verify, parameters)
         self._precision = computed_in(parameters.values())
 
@@ -112,21 +107,17 @@ class Guard:
         whole.restrict(names)
         with torch.no_grad():
             expected = _excerpts(whole.per_sample(check.rows), check.turn)
-            found: Excerpts = {name: torch.zeros_like(s) for name, s in expected.items()}
+            forms: list[Excerpts] = [{name: torch.zeros_like(s) for name, s in expected.items()}]
             for group in groups.values():
-                for gradients in _all_forms(group, check.rows, self.parameters):
+                for k, gradients in enumerate(_all_forms(group, check.rows, self.parameters)):
+                    if k == len(forms):
+                        forms.append({})
                     excerpts = _excerpts(gradients, check.turn)
-                    known = {name: e for name, e in excerpts.items() if name in names}
-                    expected_too = {name: expected[name] for name in known}
-                    if bad := self._schedule.wrong(known, expected_too, self._precision, power=1):
-                        self._distrust(bad)
-                    found |= known
-        if bad := self._schedule.wrong(found, expected, self._precision, power=1):
-            self._distrust(bad)
-
-    def _distrust(self, wrong: set[str]) -> None:
-        self.alone |= distrusted(wrong, self.parameters)
-        raise Refuted
+                    forms[k] |= {name: e for name, e in excerpts.items() if name in names}
+        for form in forms:
+            if bad := self._schedule.wrong(forms[0] | form, expected, self._precision, power=1):
+                warn_of_failed(bad)
+                raise Refuted
 
 
 def _excerpts(gradients: dict[str, Tensor], turn: int) -> Excerpts:

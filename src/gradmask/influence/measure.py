@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradmask.distributed import with_whole_parameters
 from gradmask.errors import ModelError, OptionError, check_choice
+from gradmask.fisher.adapter import Unpack, check_unpack
 from gradmask.fisher.likelihood import KINDS, LOSSES, Loss, directional
 from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.verify import Verify, check_verify
@@ -40,11 +41,12 @@ def influence(
     step: float = 1e-3,
     method: str = "quadratic",
     fisher: str = "exact",
-    loss: Loss = "cross_entropy",
+    loss: Loss | None = None,
     pairwise: bool = False,
     seed: int = 0,
     memory: int = 1 << 30,
     verify: Verify = "spread",
+    unpack: Unpack | None = None,
 ) -> Tensor:
     """KL( f(x; θ) ‖ f(x; θ − ε g_i) ) ≈ ½ ε² g_iᵀ F(x) g_i ≈ ½ ε² Σ_j a_jj g_ij².
 
@@ -61,8 +63,9 @@ def influence(
 
     Args:
         model: Any module that treats its samples (dimension 0) independently in eval mode.
-        sources: `(inputs, targets)` of n samples. Inputs are a tensor, or a tuple or dict of
-            tensors that become the model's arguments.
+        sources: `(inputs, targets)` of n samples, or a mapping of arguments with the targets among
+            them, as for `fisher_diagonal`. Inputs are a tensor, or a tuple or dict of tensors that
+            become the model's arguments.
         probe: Inputs of m samples; with `fisher="empirical"`, `(inputs, targets)`.
         step: ε, the learning rate of the step.
         method: `kl`, `quadratic` or `diagonal`.
@@ -71,13 +74,15 @@ def influence(
             sample) or `empirical` (the probe's targets).
         loss: `cross_entropy` (outputs are logits), `bernoulli` (independent binary logits), `mse`
             (outputs are the means of a Gaussian of unit variance) or, with `fisher="empirical"`, a
-            callable `(outputs, targets)`: a negative log-likelihood.
+            callable `(outputs, targets)`: a negative log-likelihood. Default: `cross_entropy`, or
+            with sources that are a mapping the one whose mean is the model's own loss.
         pairwise: Return every pair in place of the mean over the probe set.
         seed: Seed of the random directions.
         memory: Bytes that gradients and activations may take at a time, about; one sample's are
             held in any case.
         verify: What is checked against samples alone: `spread` (some, at growing intervals), `all`
             or False. What fails is measured one sample at a time.
+        unpack: From sources (and a probe with targets) of another form to `(inputs, targets)`.
 
     Returns:
         Shape (n,), the mean over the probe set; with `pairwise`, shape (n, m). In the parameters'
@@ -92,6 +97,7 @@ def influence(
     loss = standard_loss(loss)
     _check_options(step, method, fisher, loss, pairwise, memory)
     check_verify(verify)
+    check_unpack(unpack)
     model = with_whole_parameters(model)
     parameters = trainable_parameters(model, loss)
     _check_derivatives(model)
@@ -112,6 +118,7 @@ def influence(
 
     options: dict[str, Any] = {"sources": sources, "probe": probe, "loss": loss}
     options |= {"labelled": fisher == "empirical", "memory": memory, "verify": verify}
+    options |= {"unpack": unpack}
     with measuring(model, parameters.values(), loss):
         values = guarded(measure, model, parameters, **options)
     return values.to(precision(parameters))
@@ -129,7 +136,7 @@ def _check_derivatives(model: nn.Module) -> None:
 
 
 def _check_options(
-    step: float, method: str, fisher: str, loss: Loss, pairwise: bool, memory: int
+    step: float, method: str, fisher: str, loss: Loss | None, pairwise: bool, memory: int
 ) -> None:
     check_choice("method", method, METHODS)
     check_choice("fisher", fisher, KINDS)
@@ -138,7 +145,7 @@ def _check_options(
     check_memory(memory)
     if isinstance(loss, str):
         check_choice("loss", loss, LOSSES)
-    elif method == "kl" or fisher != "empirical":
+    elif loss is not None and (method == "kl" or fisher != "empirical"):
         raise OptionError(
             "The distribution behind a callable loss is not known. Use loss='cross_entropy', "
             "'bernoulli' or 'mse', or fisher='empirical' with method='quadratic' or 'diagonal'."

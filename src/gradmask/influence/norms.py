@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmask.distributed import with_whole_parameters
+from gradmask.fisher.adapter import Unpack, check_unpack
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.reference import zero_squares
@@ -22,9 +23,10 @@ def gradient_norms(
     model: nn.Module,
     samples: Any,
     *,
-    loss: Loss = "cross_entropy",
+    loss: Loss | None = None,
     memory: int = 1 << 30,
     verify: Verify = "spread",
+    unpack: Unpack | None = None,
 ) -> Tensor:
     """‖g_i‖, the length of the gradient of each sample's loss by all trainable parameters.
 
@@ -34,10 +36,11 @@ def gradient_norms(
         model: Any module that treats its samples (dimension 0) independently in eval mode.
         samples: `(inputs, targets)` of n samples, as the sources of `influence`.
         loss: `cross_entropy`, `bernoulli` or a callable `(outputs, targets)`; summed over the
-            positions of a sample.
+            positions of a sample. Default as for `influence`.
         memory: Bytes that gradients and activations may take at a time, about.
         verify: What is checked against samples alone: `spread` (some, at growing intervals), `all`
             or False.
+        unpack: From samples of another form to `(inputs, targets)`.
 
     Returns:
         Shape (n,), in the parameters' precision (float32 for half-precision parameters).
@@ -51,11 +54,13 @@ def gradient_norms(
     check_likelihood("empirical", loss := standard_loss(loss))
     check_memory(memory)
     check_verify(verify)
+    check_unpack(unpack)
     model = with_whole_parameters(model)
     parameters = trainable_parameters(model, loss)
     ones = {name: torch.ones_like(zero_squares(p)) for name, p in parameters.items()}
     # The samples stand in for the probe set too, which a norm does without.
     data: dict[str, Any] = {"sources": samples, "probe": samples, "labelled": True}
+    data["unpack"] = unpack
 
     def squares(setting: Setting) -> Tensor:
         return source_squares(setting, ones)

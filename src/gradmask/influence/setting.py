@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from gradmask.containers import map_tensors, part, sample_count, tensors_in
 from gradmask.errors import DataError, ModelError, OptionError
-from gradmask.fisher.batch import safe_ways, unpack
+from gradmask.fisher.adapter import Adapter, Unpack, call, has_names
+from gradmask.fisher.batch import safe_ways
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.likelihood import Loss, draw_directions
 from gradmask.fisher.losses import nll
-from gradmask.fisher.reference import UNFIT, call, check_repeatable
+from gradmask.fisher.reference import UNFIT, check_repeatable
 from gradmask.fisher.verify import Verify, computed_in
 from gradmask.influence.distribution import Head, find_head
 from gradmask.influence.guard import Guard, Parameters, Refuted, Rows
@@ -199,9 +200,10 @@ def prepare(
     probe: Any,
     *,
     labelled: bool,
-    loss: Loss,
+    loss: Loss | None,
+    unpack: Unpack | None,
     memory: int,
-    alone: set[str],
+    alone: bool,
     verify: Verify,
 ) -> Setting:
     """Check the data and find out what the model needs.
@@ -209,22 +211,24 @@ def prepare(
     Args:
         model: The model, in eval mode.
         parameters: Its trainable parameters.
-        sources: `(inputs, targets)`.
-        probe: Inputs, or `(inputs, targets)` if `labelled`.
+        sources: `(inputs, targets)`, or a mapping with its targets among it.
+        probe: Inputs; if `labelled`, as the sources.
         labelled: Whether the probe has targets.
-        loss: The negative log-likelihood.
+        loss: The negative log-likelihood; None for what the sources say.
+        unpack: From sources of another form to `(inputs, targets)`.
         memory: Bytes.
-        alone: Names that are measured with the whole model, one sample at a time.
+        alone: Whether all is measured with the whole model, one sample at a time.
         verify: How gradients are checked.
 
     Raises:
         DataError: If data are empty or of a wrong form, or labels out of range.
     """
-    device = next(iter(parameters.values())).device
-    inputs, targets = _labelled("sources", sources, device)
+    adapter = Adapter(model, loss, unpack)
+    inputs, targets = _labelled("sources", sources, adapter)
     probe_inputs, probe_targets = (
-        _labelled("probe", probe, device) if labelled else (_unlabelled(probe, device), None)
+        _labelled("probe", probe, adapter) if labelled else (_unlabelled(probe, adapter), None)
     )
+    model, loss = adapter.model, adapter.loss
     try:
         first, activation = activation_bytes(model, inputs)
     except UNFIT as error:
@@ -282,14 +286,10 @@ def guarded(
         parameters: Its trainable parameters.
         options: Those of `prepare`.
     """
-    alone: set[str] = set()
-    while True:
-        try:
-            return measure(prepare(model, parameters, alone=alone, **options))
-        except Refuted:
-            continue  # more is measured alone now
-        except Unmeasurable:
-            alone |= set(parameters)
+    try:
+        return measure(prepare(model, parameters, alone=False, **options))
+    except (Refuted, Unmeasurable):
+        return measure(prepare(model, parameters, alone=True, **options))
 
 
 def _refuse_if_two_work(model: nn.Module, inputs: Any, error: Exception) -> None:
@@ -333,19 +333,20 @@ def _apart(setting: Setting, samples: Samples, verify: Verify) -> Samples:
     return samples
 
 
-def _labelled(name: str, data: Any, device: torch.device) -> tuple[Any, Tensor]:
-    if not isinstance(data, tuple | list) or len(data) != 2:
+def _labelled(name: str, data: Any, adapter: Adapter) -> tuple[Any, Tensor]:
+    pair = isinstance(data, tuple | list) and len(data) == 2
+    if not (pair or has_names(data) or adapter.unpacks):
         raise DataError(
             f"The {name} are a {type(data).__name__}: expected one pair (inputs, targets); join "
             "the batches of a loader with torch.cat."
         )
     _check_some(name, sample_count(data))
-    return unpack(data, device)
+    return adapter(data)
 
 
-def _unlabelled(data: Any, device: torch.device) -> Any:
+def _unlabelled(data: Any, adapter: Adapter) -> Any:
     _check_some("probe", sample_count(data))
-    return unpack((data, torch.empty(sample_count(data), device=device)), device)[0]
+    return adapter.inputs(data)
 
 
 def _check_some(name: str, count: int) -> None:

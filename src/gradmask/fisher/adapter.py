@@ -1,0 +1,255 @@
+"""What a loader gives, as inputs and targets, and how inputs become a call of the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from gradmask.containers import check_cuttable, map_tensors, sample_count, tensors_in
+from gradmask.errors import DataError, OptionError
+from gradmask.fisher.likelihood import Loss
+from gradmask.fisher.tasks import Task, find_task
+
+Unpack = Callable[[Any], tuple[Any, Tensor]]
+
+LABELS = ("labels", "label", "targets", "target")  # what a batch with names may call its targets
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call the model: a tuple or list gives positional arguments, a mapping gives keywords.
+
+    A model whose forward takes one tuple or mapping gets it as it is.
+    """
+    if isinstance(model, Scored):
+        return model(inputs)
+    if isinstance(inputs, tuple | list):
+        return model(inputs) if _takes_one(model, inputs, {}) else model(*inputs)
+    if has_names(inputs):
+        keywords = {str(key): inputs[key] for key in inputs}
+        return model(inputs) if _takes_one(model, (), keywords) else model(**keywords)
+    return model(inputs)
+
+
+class Scored(nn.Module):
+    """A model whose outputs are the logits alone, where it returns them by that name.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.task: Task | None = None
+
+    def forward(self, inputs: Any) -> Any:
+        """The logits, with the classes where PyTorch's losses have them."""
+        outputs = call(self.model, inputs)
+        logits = getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor):
+            return outputs
+        return logits if self.task is None else self.task.arranged(logits)
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's own names."""
+        return self.model.named_parameters(*args, **options)
+
+
+class Adapter:
+    """How the batches of a loader become inputs and targets, and what they are scored by.
+
+    Args:
+        model: The model.
+        loss: The negative log-likelihood; None for what the first batch says.
+        unpack: The user's own way from a batch to `(inputs, targets)`.
+
+    Attributes:
+        model: What the inputs go to.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss | None, unpack: Unpack | None = None) -> None:
+        named = loss is None or isinstance(loss, str)
+        self._scored = Scored(model) if named else None
+        self.model = self._scored or model
+        self._bare, self._loss, self._unpack = model, loss, unpack
+        self._device = next(model.parameters()).device
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether the user says how."""
+        return self._unpack is not None
+
+    @property
+    def loss(self) -> Loss:
+        """The negative log-likelihood, once a batch has been seen."""
+        task = self._scored.task if self._scored else None
+        return self._loss or (task.loss if task else "cross_entropy")
+
+    def read(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs and targets of the batches that hold samples, on the device."""
+        for batch in batches:
+            inputs, targets = self(batch)
+            if len(targets):
+                yield inputs, targets
+
+    def __call__(self, batch: Any) -> tuple[Any, Tensor]:
+        """Inputs and targets of one batch, checked, on the device.
+
+        Raises:
+            DataError: If it has no such form.
+        """
+        with_names = self._unpack is None and has_names(batch)
+        pair = _parts(self._unpack(batch) if self._unpack else batch)
+        check_cuttable(pair[0], "inputs")
+        _check_strided(pair[0])
+        inputs, targets = (map_tensors(self._move, part) for part in pair)
+        if not isinstance(targets, Tensor) or not targets.dim():
+            raise DataError(
+                f"The targets of a batch are a {type(targets).__name__}: expected a tensor of "
+                "shape (samples, ...)."
+            )
+        sample_count((inputs, targets))
+        if not with_names:
+            return inputs, targets
+        inputs = self._arguments(inputs, targets)
+        if self._scored is None or not len(targets):
+            return inputs, targets
+        if self._scored.task is None:
+            run = lambda given: call(self._bare, given)  # noqa: E731
+            labelled = has_names(inputs) and _accepts(self._bare, {**inputs, "labels": targets})
+            self._scored.task = find_task(run, inputs, targets, self._loss, labelled=labelled)
+        return inputs, self._scored.task.targets(targets)
+
+    def inputs(self, batch: Any) -> Any:
+        """Inputs of a batch that may have targets by name, checked, on the device."""
+        if has_names(batch) and any(name in batch for name in LABELS):
+            return self(batch)[0]
+        blank = torch.empty(sample_count(batch), device=self._device)
+        return Adapter(self._bare, self._loss)((batch, blank))[0]
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+    def _arguments(self, inputs: dict[str, Any], targets: Tensor) -> Any:
+        """What the model's forward takes of a batch with names."""
+        prepare = getattr(self._bare, "prepare_decoder_input_ids_from_labels", None)
+        if prepare is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+            inputs = {**inputs, "decoder_input_ids": prepare(labels=targets)}
+        if _accepts(self._bare, inputs):
+            return inputs
+        if len(inputs) == 1:
+            return next(iter(inputs.values()))
+        if _takes_one(self._bare, (), inputs):
+            return inputs
+        raise DataError(
+            f"The batch's entries {', '.join(inputs)} are not what the forward method of "
+            f"{type(self._bare).__name__} takes: give unpack=lambda batch: (inputs, targets)."
+        )
+
+
+def started(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, the first of them read already."""
+    first = next(batches, None)
+    return iter(()) if first is None else chain([first], batches)
+
+
+def has_names(batch: Any) -> bool:
+    """Whether a batch is a mapping, or looks like one."""
+    return hasattr(batch, "keys") and hasattr(batch, "__getitem__")
+
+
+def check_batches(loader: Any) -> None:
+    """Raise a DataError unless this can be read batch by batch."""
+    if isinstance(loader, Dataset) or not isinstance(loader, Iterable):
+        raise DataError(
+            f"Expected batches of (inputs, targets), not a {type(loader).__name__}: a dataset goes "
+            "into a torch.utils.data.DataLoader first."
+        )
+
+
+def check_unpack(unpack: Any) -> None:
+    """Raise an OptionError unless this is a function, or nothing."""
+    if unpack is not None and not callable(unpack):
+        raise OptionError(f"unpack={unpack!r} must be a function of a batch: (inputs, targets).")
+
+
+def as_batch(batch: Any) -> Any:
+    """A batch as a pair of inputs and targets, or as a dict with `labels`.
+
+    Raises:
+        DataError: If it has no such form.
+    """
+    inputs, targets = _parts(batch)
+    inputs = {str(key): inputs[key] for key in inputs} if has_names(inputs) else inputs
+    return {**inputs, "labels": targets} if has_names(batch) else (inputs, targets)
+
+
+def _parts(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a batch."""
+    if has_names(batch):
+        found = {str(key): batch[key] for key in batch.keys()}  # noqa: SIM118
+        names = [name for name in LABELS if name in found]
+        if len(names) == 1:
+            targets = found.pop(names[0])
+            return found, targets
+        what = f"a {type(batch).__name__} with the entries {', '.join(found)}"
+    elif isinstance(batch, tuple) and len(fields := getattr(batch, "_fields", ())) > 2:
+        names = [name for name in fields if name in LABELS]
+        if len(names) == 1:
+            place = fields.index(names[0])
+            return tuple(batch[:place] + batch[place + 1 :]), batch[place]
+        what = f"a {type(batch).__name__} with the fields {', '.join(fields)}"
+    elif isinstance(batch, tuple | list):
+        if len(batch) == 2:
+            return batch[0], batch[1]
+        what = f"a {type(batch).__name__} of {len(batch)}"
+    else:
+        what = f"a {type(batch).__name__}"
+    raise DataError(
+        f"The loader gave {what}: expected (inputs, targets) batches, or a mapping with its "
+        f"targets as one of {', '.join(LABELS)}. Else give unpack=lambda batch: (inputs, targets)."
+    )
+
+
+def _check_strided(inputs: Any) -> None:
+    for tensor in tensors_in(inputs):
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise DataError(
+                "The inputs hold a sparse or nested tensor, which cannot be cut into samples: use "
+                "to_dense() or to_padded_tensor()."
+            )
+
+
+def _takes_one(model: nn.Module, args: Any, keywords: dict[str, Any]) -> bool:
+    """Whether these do not fit the parameters of `forward`, and one argument does."""
+    signature = _signature(model)
+    if signature is None:
+        return False
+    return not _binds(signature, *args, **keywords) and _binds(signature, None)
+
+
+def _accepts(model: nn.Module, keywords: dict[str, Any]) -> bool:
+    """Whether `forward` takes these."""
+    signature = _signature(model)
+    return signature is None or _binds(signature, **keywords)
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _binds(signature: inspect.Signature, *args: Any, **keywords: Any) -> bool:
+    try:
+        signature.bind(*args, **keywords)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""One file for each place where people train; none is imported unless it is used."""

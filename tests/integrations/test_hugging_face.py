@@ -1,0 +1,267 @@
+"""Batches and losses as Hugging Face's models have them, against each sample's own loss alone."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from hosts import bert, gpt2, labels_of, language_batches, llama, t5, tokens, vit, with_labels
+from transformers import BatchEncoding
+from transformers.modeling_outputs import CausalLMOutput
+
+from gradmask import FisherMask, InfluenceMonitor, fisher_diagonal, gradient_norms, influence
+from gradmask.errors import DataError
+
+
+def classes(n):
+    return lambda g, shape: torch.randint(n, shape[:1], generator=g)
+
+
+def token_classes(g, shape):
+    labels = torch.randint(4, shape, generator=g)
+    return labels.masked_fill(torch.rand(shape, generator=g) < 0.3, -100)
+
+
+def several(g, shape):
+    return torch.randint(2, (shape[0], 3), generator=g).float()
+
+
+def values(n):
+    return lambda g, shape: torch.randn(shape[0], *[n] * (n > 1), generator=g).double()
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "pixel_values": torch.randn(n, 3, 8, 8, generator=generator).double(),
+            "labels": torch.randint(5, (n,), generator=generator),
+        }
+        for n in (3, 2)
+    ]
+
+
+def summaries():
+    found = language_batches()
+    for seed, batch in enumerate(found):
+        target = tokens(10 + seed, [3 + i for i in range(len(batch["labels"]))])
+        batch["labels"] = labels_of(target)
+    return found
+
+
+def counted(own, labels):
+    """What the model's own mean is over."""
+    if isinstance(own, str):
+        return {"one": 1, "half": labels[0].numel() / 2, "all": labels[0].numel()}[own]
+    return int((labels[:, own:] != -100).sum())
+
+
+def sequence(**options):
+    return bert("SequenceClassification", **options)
+
+
+# Model, batches, and what turns the model's own loss of a sample into the sum over its parts:
+# positions that count (from which on), or the mean of squares into the Gaussian's half sum.
+CASES = {
+    "bert": (lambda: sequence(num_labels=3), with_labels(classes(3)), "one"),
+    "bert-tokens": (
+        lambda: bert("TokenClassification", num_labels=4),
+        with_labels(token_classes),
+        0,
+    ),
+    # As many tokens as classes, and as samples.
+    "bert-square": (
+        lambda: bert("TokenClassification", num_labels=4),
+        with_labels(token_classes, ((4, 3, 4, 2), (4, 4))),
+        0,
+    ),
+    "bert-masked": (lambda: bert("MaskedLM"), language_batches(), 0),
+    "bert-several": (
+        lambda: sequence(num_labels=3, problem_type="multi_label_classification"),
+        with_labels(several),
+        "all",
+    ),
+    "bert-untold": (lambda: sequence(num_labels=3), with_labels(several), "all"),
+    "bert-value": (lambda: sequence(num_labels=1), with_labels(values(1)), "half"),
+    "bert-values": (
+        lambda: sequence(num_labels=2, problem_type="regression"),
+        with_labels(values(2)),
+        "half",
+    ),
+    "gpt2": (gpt2, language_batches(), 1),
+    "gpt2-untied": (lambda: gpt2(tie_word_embeddings=False), language_batches(), 1),
+    "llama": (llama, language_batches(), 1),
+    "t5": (t5, summaries(), 0),
+    "vit": (vit, images(), "one"),
+}
+
+
+def made(case):
+    make, data, own = CASES[case]
+    torch.manual_seed(0)
+    model = make().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model, data, own
+
+
+def own_loss(model, row, own):
+    """The sum over what counts in a sample."""
+    outputs = model(**row)
+    if own == 1:  # of the next token, for which Transformers goes to float32
+        logits, targets = outputs.logits[:, :-1].mT, row["labels"][:, 1:]
+        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        own_total = outputs.loss.item() * counted(own, row["labels"])
+        assert own_total == pytest.approx(total.item(), rel=1e-5)
+        return total
+    return outputs.loss * counted(own, row["labels"])
+
+
+def sample_gradients(model, data, own):
+    model.eval()
+    named = dict(model.named_parameters())
+    for batch in data:
+        for n in range(len(batch["labels"])):
+            row = {k: v[n : n + 1] for k, v in batch.items()}
+            total = own_loss(model, row, own)
+            gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+            yield {
+                name: torch.zeros_like(p) if g is None else g
+                for (name, p), g in zip(named.items(), gradients, strict=True)
+            }
+    model.train()
+
+
+def expected_diagonal(model, data, own):
+    found = list(sample_gradients(model, data, own))
+    return {name: sum(g[name] ** 2 for g in found) / len(found) for name in found[0]}
+
+
+def assert_near(found, expected, near=1e-9):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        largest = value.abs().max()
+        assert (found[name] - value).abs().max() <= near * largest + 1e-25, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fisher_is_that_of_the_models_own_loss(case):
+    model, data, own = made(case)
+    expected = expected_diagonal(model, data, own)
+    problem = model.config.problem_type if hasattr(model.config, "problem_type") else None
+    found = fisher_diagonal(model, [BatchEncoding(batch) for batch in data])
+    assert_near(found, expected)
+    assert getattr(model.config, "problem_type", None) == problem  # Transformers notes it there
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "case", ["bert", "bert-square", "gpt2", "t5", "bert-several", "bert-value"]
+)
+@pytest.mark.parametrize("kind", ["exact", "sampled"])
+def test_other_labels_of_the_fisher(case, kind):
+    """The mean over many seeds of the sampled form is the exact one; exact by all labels alone."""
+    model, data, _ = made(case)
+    cut = lambda v: (v[:2, :3] if v.dim() == 2 and case != "bert-several" else v).contiguous()  # noqa: E731
+    data = [{k: cut(v) for k, v in data[1].items()}]
+    found = fisher_diagonal(model, data, kind="exact")
+    if kind == "sampled":
+        several = [fisher_diagonal(model, data, kind=kind, seed=s, verify=False) for s in range(40)]
+        name = next(n for n in found if "attention" in n or "attn" in n or "Attention" in n)
+        mean = sum(f[name] for f in several) / len(several)
+        assert abs(mean.sum() / found[name].sum() - 1) < 0.4
+        return
+    alone = [
+        fisher_diagonal(model, [{k: v[n : n + 1] for k, v in data[0].items()}], kind="exact")
+        for n in range(len(data[0]["labels"]))
+    ]
+    assert_near(found, {name: sum(f[name] for f in alone) / len(alone) for name in found})
+
+
+@pytest.mark.parametrize("case", ["bert", "gpt2", "llama"])
+def test_padding_has_no_influence(case):
+    model, data, _ = made(case)
+    padded, alone = data[0], []
+    for n, length in enumerate(padded["attention_mask"].sum(1).tolist()):
+        row = {k: v[n : n + 1] for k, v in padded.items()}
+        alone.append({k: v[:, :length] if v.dim() == 2 else v for k, v in row.items()})
+    assert_near(fisher_diagonal(model, [padded]), fisher_diagonal(model, alone))
+
+
+@pytest.mark.parametrize("case", ["bert", "gpt2", "t5", "vit"])
+def test_influence_and_norms(case):
+    model, data, own = made(case)
+    gradients = list(sample_gradients(model, data[:1], own))
+    norms = torch.stack([sum(g.square().sum() for g in row.values()).sqrt() for row in gradients])
+    assert torch.allclose(gradient_norms(model, data[0]), norms, rtol=1e-9)
+    found = influence(model, data[0], data[1], fisher="empirical", pairwise=True)
+    others = list(sample_gradients(model, data[1:2], own))
+    products = [[sum((a[n] * b[n]).sum() for n in a) ** 2 for b in others] for a in gradients]
+    assert torch.allclose(found, 0.5e-6 * torch.tensor(products).double(), rtol=1e-8)
+    assert (influence(model, data[0], data[1]) > 0).all()
+
+
+def test_monitor_and_mask():
+    torch.manual_seed(0)
+    model = gpt2()
+    data = [{**t, "labels": labels_of(t)} for t in (tokens(s, (6, 6)) for s in range(4))]
+    monitor = InfluenceMonitor(model, data, sources=2, probe=3)
+    assert monitor.measure()["influence/quadratic/mean"] > 0
+    mask = FisherMask(model, keep=0.5)
+    mask.refresh(data)
+    assert mask.kept_fraction == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_loss_of_the_users_gets_the_labels_as_they_are():
+    model, data, own = made("gpt2")
+    seen = []
+
+    def loss(outputs, labels):
+        seen.append(labels.shape)
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+
+    assert_near(fisher_diagonal(model, data, loss=loss), expected_diagonal(model, data, own))
+    assert torch.Size([1, 9]) in seen
+
+
+def test_a_batch_of_another_form():
+    model, data, own = made("bert")
+    others = [
+        {"text": b["input_ids"], "mask": b["attention_mask"], "class": b["labels"]} for b in data
+    ]
+
+    def unpack(batch):
+        return {"input_ids": batch["text"], "attention_mask": batch["mask"]}, batch["class"]
+
+    expected = expected_diagonal(model, data, own)
+    assert_near(fisher_diagonal(model, others, unpack=unpack), expected)
+    with pytest.raises(DataError, match=r"text, mask, class.*unpack="):
+        fisher_diagonal(model, others)
+
+
+class WithBalance(torch.nn.Module):
+    """Its own loss has a term that is not its labels'."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = gpt2()
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        out = self.model(input_ids, attention_mask=attention_mask, labels=labels)
+        return CausalLMOutput(None if labels is None else out.loss + 0.1, out.logits)
+
+
+def test_a_loss_that_is_none_of_the_known_is_refused():
+    torch.manual_seed(0)
+    data = language_batches()
+    with pytest.raises(DataError, match=r"own loss.*of the next token.*give loss="):
+        fisher_diagonal(WithBalance(), data)
+    with pytest.raises(DataError, match="give loss="):  # of which token?
+        fisher_diagonal(WithBalance(), data, loss="cross_entropy")
+
+
+def test_entries_that_the_model_does_not_take():
+    extra = [{**batch, "idx": torch.arange(len(batch["labels"]))} for batch in language_batches()]
+    with pytest.raises(DataError, match=r"idx.*WithBalance.*unpack="):
+        fisher_diagonal(WithBalance(), extra)
