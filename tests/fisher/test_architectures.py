@@ -16,7 +16,7 @@ models = pytest.importorskip("torchvision.models")
         ("mobilenet_v3_small", {}, ()),
         ("squeezenet1_1", {}, ()),
         ("densenet121", {}, ()),
-        ("swin_t", {}, ()),  # in the batch of one; else its tables go module by module
+        ("swin_t", {}, ("attn",)),
         (
             "convnext_tiny",
             {},

@@ -427,3 +427,25 @@ def test_what_is_worked_out_once_for_the_batch(steps, ways):
     assert_close(fisher_diagonal(model, data), oracle(model, data))
     found = {ways[n] for n in ("place.weight", "distance.weight", "table", "length")}
     assert found == {"derived"} or steps == 1  # which looks like one sample
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("padding", [None, 0])
+def test_a_table_that_is_the_last_layer_too(padding, bias, dtype, ways):
+    """Tokens that come twice, in one sample or several, and all others."""
+    model = Net(
+        lambda m, x: m.last(m.fc(m.table(x)).tanh()).mT,
+        table=nn.Embedding(9, 5, padding_idx=padding),
+        fc=nn.Linear(5, 5),
+        last=nn.Linear(5, 9, bias=bias),
+    )
+    model.last.weight = model.table.weight
+    randomise(model)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n, t: torch.randint(7, (n, t), generator=generator)  # noqa: E731
+    data = [(draw(n, t), draw(n, t)) for n, t in ((4, 6), (3, 1), (1, 5), (2, 2))]
+    truth = oracle(model, data)
+    found = fisher_diagonal(model.to(dtype), data)
+    assert_close(found, truth, 1e-12 if dtype == torch.float64 else 1e-5)
+    assert ways["table.weight"] == "rule"

@@ -12,6 +12,11 @@ def bare(function, *shape, **parts):
     return Net(lambda m, x: readout(function(m.p, x)), p=nn.Parameter(torch.randn(shape)), **parts)
 
 
+def product(x, weight):
+    """x @ sinh(weight), by operations that are not read off the graph."""
+    return (x.unsqueeze(-2) / (1 / weight.mT.sinh())).sum(-1)
+
+
 class Affine(nn.Module):
     """Functions of bare parameters, which no single operation explains."""
 
@@ -25,7 +30,7 @@ class Affine(nn.Module):
         h = x if y is None else x * y.cos()
         if mask is not None:
             h = mask @ h
-        h = h @ self.a.sinh() + self.b.sinh()
+        h = product(h, self.a) + self.b.sinh()
         return (self.inner(h), {"tanh": h.tanh()}) if self.split else self.inner(h.tanh())
 
 
@@ -45,7 +50,7 @@ class Chunks(nn.Module):
         self.a = nn.Parameter(torch.randn(3, 4))
 
     def forward(self, x):
-        return (x @ self.a.sinh()).chunk(2, -1)
+        return product(x, self.a).chunk(2, -1)
 
 
 def recurrent_state(m, x):
@@ -62,8 +67,8 @@ def functional_child():
             self.scale, self.child = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 2)
 
         def forward(self, x):
-            weight, bias = self.child.weight.sinh(), self.child.bias.sinh()
-            return nn.functional.linear(x @ self.scale.sinh(), weight, bias)
+            h = product(product(x, self.scale), self.child.weight.mT)
+            return h + self.child.bias.sinh()
 
     return Net(lambda m, x: readout(m.parent(x)), parent=Parent())
 
@@ -72,7 +77,7 @@ def nested():
     return Net(
         lambda m, x: readout(m.outer(x)),
         outer=Net(
-            lambda m, x: m.block(x) @ m.p.sinh(),
+            lambda m, x: product(m.block(x), m.p),
             block=Affine(),
             p=nn.Parameter(torch.randn(3, 3)),
         ),
@@ -103,10 +108,16 @@ ELEMENTWISE = {
     "other-without-samples": bare(lambda p, x: x + (p * torch.arange(3.0)).expand_as(x), 1, 1, 3),
 }
 # A position embedding times a constant has no samples where it is multiplied.
-BY_SAMPLE = {
+DERIVED = {
     "other-without-samples": ELEMENTWISE.pop("other-without-samples"),
-    "along-the-samples": bare(lambda p, x: x + p[: len(x)], 5, 4, 3),
     "sliced": bare(lambda p, x: x + p[:3], 5),
+    "function": bare(lambda p, x: x @ (p.sinh() * p), 3, 2),
+    "samples-second": bare(lambda p, x: (x.transpose(0, 1) @ p.sinh()).transpose(0, 1), 3, 2),
+    "used-twice": bare(lambda p, x: (x @ p.cumsum(0)).tanh() @ p.cos().t(), 3, 2),
+    "split": bare(lambda p, x: (lambda a, b: (x * a).tanh() + b)(*p.sin().chunk(2)), 6),
+}
+BY_SAMPLE = {
+    "along-the-samples": bare(lambda p, x: x + p[: len(x)], 5, 4, 3),
     "also-elsewhere": bare(lambda p, x: (x * p) @ p, 3),
     "quotient": bare(lambda p, x: x / p, 3),
 }
@@ -128,7 +139,7 @@ NOT_BY_MODULE = {
     "one-output-made-from-another": Net(
         lambda m, x: readout(sum(m.block(x))),
         block=Net(
-            lambda m, x: (lambda h: (h, h.tanh()))(x @ m.p.sinh()),
+            lambda m, x: (lambda h: (h, h.tanh()))(product(x, m.p)),
             p=nn.Parameter(torch.randn(3, 3)),
         ),
     ),
@@ -192,6 +203,12 @@ def test_elementwise(case, ways):
     assert ways["p"] == "elementwise"
 
 
+@pytest.mark.parametrize("case", DERIVED)
+def test_derived(case, ways):
+    check(DERIVED[case], (3, 4, 2))
+    assert ways["p"] == "derived"
+
+
 @pytest.mark.parametrize("case", BY_SAMPLE)
 def test_not_elementwise(case, ways):
     check(BY_SAMPLE[case])
@@ -237,7 +254,7 @@ def test_not_by_module(case, ways):
 
 @pytest.mark.parametrize("sizes", [(2,), (3,), (4,), (4, 1, 5)])
 def test_exact(sizes, ways):
-    model = randomise(called(lambda block, x: block(x) @ block.inner.weight.sinh()))
+    model = randomise(called(lambda block, x: product(block(x), block.inner.weight)))
     data = batches(floats(4, 3), sizes)
     assert_close(fisher_diagonal(model, data, kind="exact"), oracle(model, data, labels=all_labels))
     assert {"rule", "module", "sample"} <= set(ways.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable
 from statistics import median
 from typing import TypeVar
@@ -48,6 +49,11 @@ def in_precision(task: Callable[[], Result], device: str, precision: str) -> Cal
     return run
 
 
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum over samples, and the tokens of a sample."""
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
 def plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     """No Fisher information: one forward and backward with the ordinary gradients, in eval mode."""
 
@@ -71,7 +77,7 @@ def loop(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     def task() -> Diagonal:
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
-            gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(parameters.values()))
+            gradients = torch.autograd.grad(_nll(model(x), y), list(parameters.values()))
             for accumulated, gradient in zip(total.values(), gradients, strict=True):
                 accumulated.addcmul_(gradient, gradient, value=1 / len(inputs))
         return {name: t.detach() for name, t in total.items()}
@@ -86,7 +92,7 @@ def vmap(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
 
     def loss(parameters: Diagonal, x: Tensor, y: Tensor) -> Tensor:
         logits = torch.func.functional_call(model, (parameters, buffers), (x[None],))
-        return F.cross_entropy(logits, y[None])
+        return _nll(logits, y[None])
 
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
 
@@ -137,7 +143,7 @@ def opacus(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
 
     def task() -> Diagonal:
         wrapped.zero_grad()
-        F.cross_entropy(wrapped(inputs), targets, reduction="sum").backward()
+        _nll(wrapped(inputs), targets).backward()
         squares = [p.grad_sample.square().mean(0) for p in wrapped.parameters()]
         return dict(zip(names, squares, strict=True))
 
@@ -157,7 +163,7 @@ def nngeometry(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
 
     def log_likelihood(x: Tensor, y: Tensor) -> Tensor:
         log_p: Tensor = model(x).log_softmax(1)
-        return log_p.gather(1, y[:, None])
+        return log_p.gather(1, y[:, None]).flatten(1).sum(1, keepdim=True)
 
     def task() -> Diagonal:
         backend = TorchHooksJacobianBackend(model=model, function=log_likelihood)
@@ -169,12 +175,31 @@ def nngeometry(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     return task
 
 
+def laplace(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """The empirical Fisher diagonal of laplace-torch, by its default for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from laplace.curvature import CurvlinopsEF
+
+    backend = CurvlinopsEF(model, "classification")
+
+    def task() -> Diagonal:
+        flat = backend.diag(inputs, targets)[1] / len(inputs)
+        parts = flat.split([p.numel() for p in model.parameters()])
+        return {
+            n: part.view_as(p) for (n, p), part in zip(model.named_parameters(), parts, strict=True)
+        }
+
+    return task
+
+
 PEERS = {
     "loop of single samples": loop,
     "torch.func.vmap": vmap,
     "BackPACK": backpack,
     "opacus": opacus,
     "nngeometry": nngeometry,
+    "laplace-torch": laplace,
 }
 
 logging.getLogger("torch.fx").setLevel(logging.ERROR)

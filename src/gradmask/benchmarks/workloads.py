@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from gradmask.benchmarks.language import SMALL, language_model
 from gradmask.errors import OptionError, check_choice
 from gradmask.experiments.training.models import CifarResNet
 
@@ -24,11 +26,13 @@ class Workload:
         build: Makes the network.
         shape: Shape of one sample.
         batch_size: Samples in a batch.
+        tokens: Whether a sample is token ids, each of which has a label.
     """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     batch_size: int
+    tokens: bool = False
 
 
 class Encoder(nn.Module):
@@ -68,15 +72,20 @@ WORKLOADS = {
     "vit_b_16": Workload(torchvision.models.vit_b_16, (3, 224, 224), 8),
     "encoder": Workload(Encoder, (197, 384), 8),
     "resnet50": Workload(torchvision.models.resnet50, (3, 224, 224), 64),
+    **{
+        name: Workload(partial(language_model, name, small=True), (128,), 8, tokens=True)
+        for name in SMALL
+    },
 }
 
 
 def find_workload(name: str) -> Workload:
-    """Find a workload: a name of ours, a classifier of torchvision, or a function of the user.
+    """Find a workload: a name of ours, of another library, or a function of the user.
 
     Args:
-        name: For example `resnet18`, `convnext_tiny` or `package.module:function`; the function
-            returns the network.
+        name: For example `resnet18` or `gpt2`; `convnext_tiny`, a classifier of torchvision;
+            `transformers:gpt2`, a language model with the sizes of its default configuration; or
+            `package.module:function`, which returns the network.
 
     Returns:
         The workload.
@@ -86,16 +95,19 @@ def find_workload(name: str) -> Workload:
     """
     if name in WORKLOADS:
         return WORKLOADS[name]
+    if name.startswith("transformers:"):
+        build = partial(language_model, name.partition(":")[2], small=False)
+        return Workload(build, (128,), 8, tokens=True)
     if ":" in name:
         module, _, function = name.partition(":")
         try:
-            build = getattr(importlib.import_module(module), function)
+            found = getattr(importlib.import_module(module), function)
         except Exception as error:  # of the user's module as well
             raise OptionError(
                 f"model={name!r} cannot be imported ({error}): expected package.module:function, "
                 "a function without arguments that returns the network."
             ) from error
-        return Workload(build, (3, 224, 224), 32)
+        return Workload(found, (3, 224, 224), 32)
     classifiers = torchvision.models.list_models(module=torchvision.models)
     check_choice("model", name, [*WORKLOADS, *classifiers])
     return Workload(lambda: torchvision.models.get_model(name, weights=None), (3, 224, 224), 32)
@@ -107,7 +119,7 @@ def make(
     device: str = "cpu",
     shape: Sequence[int] | None = None,
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """Build a workload: the network in eval mode, random inputs and labels.
+    """Build a workload: the network in eval mode, random inputs and labels (of every token).
 
     Args:
         name: Name of the workload (see `find_workload`).
@@ -129,17 +141,23 @@ def make(
         inputs = torch.randn(size, *(shape or workload.shape)).to(device)
         try:
             model = workload.build().eval().to(device)
+            if workload.tokens:
+                vocabulary = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+                inputs = torch.randint(vocabulary.num_embeddings, inputs.shape, device=device)
             with torch.no_grad():
                 logits = model(inputs[:1])
+        except OptionError:
+            raise
         except Exception as error:  # of the user's own function as well
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise OptionError(
                 f"model={name!r} cannot run on samples of shape {tuple(inputs.shape[1:])} on "
                 f"{device}: {reason.rstrip('.')}. Give another --shape, or another --model."
             ) from error
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
+        if not isinstance(logits, Tensor) or logits.dim() != 2 + workload.tokens:
             raise OptionError(f"model={name!r} does not return logits of shape (samples, classes).")
-        targets = torch.randint(0, logits.shape[1], (size,)).to(device)
+        form = (size, *logits.shape[2:])
+        targets = torch.randint(0, logits.shape[1], form).to(device)
     for module in model.modules():  # torchvision starts some layers at zero, which is too easy
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)

@@ -141,18 +141,20 @@ class Pass:
                 handled = {k: p for k, p in fast.items() if k in capture.handled}
                 self._note(capture, groups)
                 check = None if groups else check
-                terms = chain([batch.first], batch.rest)
                 try:
+                    terms = chain([batch.first], batch.rest)
                     found = capture.add_squares(terms, totals, settle, check)
                 except Unmeasurable:
                     self._trusts = False
                     self._distrust(set(fast))
                     return False
-            del outputs
+                del terms
+            scored, options = batch.targets, batch.options
+            del outputs, batch  # and with them the graph
         if again:  # a dimension was 2 long by chance: the probe finds out
             self._trusts, self._ways = False, None
             return self.add(inputs, targets, totals, groups, settle)
-        data, options = (self.model, inputs, batch.targets), batch.options
+        data = self.model, inputs, scored
         rest = {k: p for k, p in self.parameters.items() if k not in handled}
         if rest:
             self.reached |= add_per_sample_squares(*data, rest, totals, **options)
@@ -165,12 +167,12 @@ class Pass:
             for name, g in gradients.items():
                 alone[name] += squared(excerpt(g, check.turn))
         wrong = self._schedule.wrong(found, alone, self._precision)
-        if wrong and not self._saturated(inputs, batch, check.rows):
+        if wrong and not self._saturated(inputs, scored, options["loss"], check.rows):
             self._distrust(wrong)
             return False
         return True
 
-    def _saturated(self, inputs: Any, batch: _Terms, rows: slice) -> bool:
+    def _saturated(self, inputs: Any, targets: Tensor, loss: Loss, rows: slice) -> bool:
         """Whether the checked samples are so sure of their labels that rounding decides."""
         if self._loss not in ("cross_entropy", "bernoulli"):
             return False  # the scale of its gradients is not known
@@ -178,7 +180,7 @@ class Pass:
             outputs = call(self.model, part(inputs, rows))
         with torch.enable_grad():
             outputs = outputs.detach().requires_grad_()
-            total = nll(outputs, part(batch.targets, rows), batch.options["loss"]).total
+            total = nll(outputs, part(targets, rows), loss).total
             (slopes,) = torch.autograd.grad(total, outputs)
         return bool(slopes.abs().max() < 3200 * torch.finfo(self._precision).eps)
 

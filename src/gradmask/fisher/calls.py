@@ -74,7 +74,8 @@ class LayerCall(Call):
         if x.requires_grad:
             self.inputs = {get_gradient_edge(x).node}
 
-    def _pair(self, samples: slice) -> tuple[Tensor, Tensor]:
+    def pair(self, samples: slice = ALL) -> tuple[Tensor, Tensor]:
+        """Inputs of some samples, and the gradients of what became of them."""
         _check_version(self.module, self.names, self.x, self.version)
         g = self.gradients[0]
         assert g is not None
@@ -82,7 +83,7 @@ class LayerCall(Call):
 
     def per_sample(self, samples: slice) -> dict[str, Tensor]:
         """By the rule."""
-        return self._named(self.rule.per_sample(self.module, *self._pair(samples)))
+        return self._named(self.rule.per_sample(self.module, *self.pair(samples)))
 
     def add_squares(self, totals: dict[str, Tensor], samples: slice = ALL) -> bool:
         """By the rule's cheapest way."""
@@ -90,7 +91,7 @@ class LayerCall(Call):
             square_together([self], totals, len(self.x), samples)
         else:
             own = {local: totals[name] for local, name in self.names.items()}
-            self.rule.add_squares(self.module, *self._pair(samples), own)
+            self.rule.add_squares(self.module, *self.pair(samples), own)
         return True
 
     def weigh_squares(self, weights: dict[str, Tensor], samples: slice = ALL) -> Tensor | None:
@@ -98,12 +99,12 @@ class LayerCall(Call):
         if self.rule.weigh_squares is None:
             return None
         own = {local: weights[name] for local, name in self.names.items()}
-        return self.rule.weigh_squares(self.module, *self._pair(samples), own)
+        return self.rule.weigh_squares(self.module, *self.pair(samples), own)
 
     def as_product(self, samples: slice = ALL) -> Product | None:
         """The gradients of weight and bias as products of matrices, where the layer has them so."""
         rule = self.rule.as_product
-        return None if rule is None else rule(self.module, *self._pair(samples))
+        return None if rule is None else rule(self.module, *self.pair(samples))
 
     def let_go(self) -> int:
         """Let go of the graph, after the backward pass; return the bytes that are kept."""
@@ -224,7 +225,15 @@ def square_together(
                     f"{tuple(gradient.shape[1:])}: expected {tuple(totals[name].shape)}, after the "
                     "dimension of the samples."
                 )
-            totals[name] += squared(gradient).sum(0)  # a rule may have returned `g` itself
+            _add_squares(totals[name], gradient)
+
+
+def _add_squares(total: Tensor, gradients: Tensor) -> None:
+    """Add squares of what a rule returned, which may be `g` itself; large ones without a copy."""
+    if len(gradients) == 1 and not gradients.is_complex():
+        total.addcmul_(gradients[0], gradients[0])
+    else:
+        total += squared(gradients).sum(0)
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from gradmask.fisher.explain import explanations
 from gradmask.fisher.graph import Node, leaves, lowest, rearranges, structure, walk
 from gradmask.fisher.observe import Observer
 from gradmask.fisher.reference import zero_squares
+from gradmask.fisher.tied import add_tied_squares, is_tied
 from gradmask.fisher.verify import Check, Excerpts, excerpt
 
 Way = tuple[Any, ...]  # the kinds of the calls that explain a parameter
@@ -341,14 +342,22 @@ class Capture:
     def _groups(self) -> list[list[Call]]:
         """Calls that hold gradients; those that share parameters are together."""
         waiting = [call for call in self._calls if any(g is not None for g in call.gradients)]
-        shared = [c for c in waiting if any(len(self._owner[n]) > 1 for n in c.names.values())]
-        return [[c] for c in waiting if c not in shared] + ([shared] if shared else [])
+        groups: dict[str, list[Call]] = {}
+        for call in waiting:
+            near = {id(groups[n]): groups[n] for n in call.names.values() if n in groups}
+            group = [c for others in near.values() for c in others] + [call]
+            groups |= dict.fromkeys((n for c in group for n in c.names.values()), group)
+        return list({id(group): group for group in groups.values()}.values())
 
     def _square_rest(self, totals: dict[str, Tensor]) -> None:
         """What could not be squared at once."""
         for group in self._groups():
             names = dict.fromkeys(n for call in group for n in call.names.values())
-            together = partial(square_together, group, n=self._batch_size)
+            together = (
+                partial(add_tied_squares, group)
+                if is_tied(group)
+                else partial(square_together, group, n=self._batch_size)
+            )
             together(totals)
             self._excerpt(names, lambda squares, rows: together(squares, samples=rows))  # noqa: B023
             self._settle(names)

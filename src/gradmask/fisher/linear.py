@@ -20,7 +20,7 @@ LOOP_POSITIONS = 64
 LOOP_ELEMENTS = 1 << 16
 
 
-def _tokens(tensor: Tensor) -> Tensor:
+def tokens_of(tensor: Tensor) -> Tensor:
     """Fold all dimensions between the samples and the features into one."""
     return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
@@ -59,7 +59,7 @@ def _is_large(total: Tensor, x: Tensor) -> bool:
 
 
 def _add_linear_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
-    x, g = _tokens(x), _tokens(g)
+    x, g = tokens_of(x), tokens_of(g)
     if g.shape[1] == 1:
         squares = g[:, 0].square()
         if "weight" in totals:  # a gradient of rank one: its square is the product of the squares
@@ -76,7 +76,7 @@ def _add_linear_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[st
 def _weigh_linear_squares(
     module: nn.Module, x: Tensor, g: Tensor, weights: dict[str, Tensor]
 ) -> Tensor | None:
-    x, g = _tokens(x), _tokens(g)
+    x, g = tokens_of(x), tokens_of(g)
     values = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if "weight" in weights:
         weight = weights["weight"]
@@ -92,7 +92,7 @@ def _weigh_linear_squares(
 
 
 def _as_linear_product(module: nn.Module, x: Tensor, g: Tensor) -> Product:
-    return Product(_tokens(g).mT, _tokens(x).mT, lambda inputs: inputs)
+    return Product(tokens_of(g).mT, tokens_of(x).mT, lambda inputs: inputs)
 
 
 @register_rule(
@@ -103,7 +103,7 @@ def _as_linear_product(module: nn.Module, x: Tensor, g: Tensor) -> Product:
 )
 def linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Σ_t g_t x_tᵀ over the positions t; input (N, ..., in), output gradient (N, ..., out)."""
-    x, g = _tokens(x), _tokens(g)
+    x, g = tokens_of(x), tokens_of(g)
     out = {}
     if trains(module, "weight"):
         out["weight"] = g.transpose(1, 2) @ x

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradmask.containers import check_cuttable, tensors_in
 from gradmask.errors import DataError
+from gradmask.fisher.adapter import Scored
 from gradmask.fisher.calls import LayerCall, ModuleCall, spans
 from gradmask.fisher.rules import LayerRule, find_rule
 
@@ -35,6 +36,7 @@ class Observer:
         self._arguments: dict[nn.Module, list[Any]] = defaultdict(list)
         self._watching = True
         self._handles: list[Any] = []
+        whole = (model, model.model) if isinstance(model, Scored) else (model,)
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 continue
@@ -43,7 +45,7 @@ class Observer:
             if rule and local:
                 # First in line: hooks of the user may change the output afterwards.
                 self._watch(module, partial(self._note_layer, rule, local))
-            if module is not model and self._is_opaque(module, local):
+            if module not in whole and self._is_opaque(module, local):
                 # Outside of all hooks of the user: they run again with the module.
                 handle = module.register_forward_pre_hook(
                     self._note_arguments, prepend=True, with_kwargs=True

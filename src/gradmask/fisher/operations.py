@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradmask.fisher.calls import ALL, Call, full_precision
+from gradmask.fisher.calls import ALL, Call, full_precision, square_together
 from gradmask.fisher.graph import Node
 from gradmask.fisher.linear import add_linear_squares
 
@@ -106,12 +106,17 @@ class ElementwiseCall(OperationCall):
         assert gradient is not None
         g = full_precision(self.rows(gradient)[samples])
         if isinstance(other, Tensor):
-            other = self.rows(other.expand_as(gradient))[samples]
-            other = full_precision(other)
-        g = g * other
+            g = g * full_precision(self.rows(other.expand_as(gradient))[samples])
+        elif other != 1:
+            g = g * other
         repeated = [d for d, size in enumerate(self.operand, 1) if size == 1 and g.shape[d] > 1]
         summed = g.sum(repeated) if repeated else g
         return {self.name: summed.reshape(len(g), *self.shape)}
+
+    def add_squares(self, totals: dict[str, Tensor], samples: slice = ALL) -> bool:
+        """At once, so that the output's gradient need not be kept."""
+        square_together([self], totals, self.layout.samples, samples)
+        return True
 
 
 class MatmulCall(OperationCall):

@@ -219,7 +219,7 @@ def layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     return out
 
 
-def _embedding_rows(module: nn.Embedding, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def embedding_rows(module: nn.Embedding, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient rows summed over a sample's positions of the same token: (keys, rows).
 
     A key is sample * num_embeddings + token.
@@ -239,7 +239,7 @@ def _add_embedding_squares(
     module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]
 ) -> None:
     assert isinstance(module, nn.Embedding)
-    keys, rows = _embedding_rows(module, x, g)
+    keys, rows = embedding_rows(module, x, g)
     totals["weight"].index_add_(0, keys % module.num_embeddings, rows.square_())
 
 
@@ -247,7 +247,7 @@ def _add_embedding_squares(
 def embedding(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Rows of the output gradient added up by token; input (N, ...) of integers."""
     assert isinstance(module, nn.Embedding)
-    keys, rows = _embedding_rows(module, x, g)
+    keys, rows = embedding_rows(module, x, g)
     weight = g.new_zeros(len(x) * module.num_embeddings, g.shape[-1])
     weight[keys] = rows
     return {"weight": weight.reshape(len(x), module.num_embeddings, -1)}
