@@ -423,7 +423,8 @@ def test_what_is_worked_out_once_for_the_batch(steps, ways):
             length=nn.Parameter(torch.randn(CLASSES, 1)),
         )
     )
-    data = [(torch.randint(11, (n, steps)), torch.arange(n) % CLASSES) for n in (4, 2, 3, 1)]
+    sizes = (4, 1, 2, 3)
+    data = [(torch.randint(11, (n, steps)), torch.arange(n) % CLASSES) for n in sizes]
     assert_close(fisher_diagonal(model, data), oracle(model, data))
     found = {ways[n] for n in ("place.weight", "distance.weight", "table", "length")}
     assert found == {"derived"} or steps == 1  # which looks like one sample

@@ -44,7 +44,7 @@ def explanations(
     # Operations alone, or together with calls of layers where these are one operation each.
     found = {call.edges[0].node: call for call in layers}
     layouts = [Layout(observer.batch_size, order) for order in (0, 1)]
-    for derived in (False, True):
+    for derived in (False, True) if observer.batch_size > 1 else (False,):
         for explained in (found, {}) if found else ({},):
             for layout in layouts:
                 yield operation_calls(
