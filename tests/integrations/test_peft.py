@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+import peft
 from hosts import bert, gpt2, language_batches, with_labels
 from test_hugging_face import assert_near, classes, own_loss
 
