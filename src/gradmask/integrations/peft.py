@@ -31,7 +31,7 @@ def shira_mask(model: nn.Module, scores: Mapping[str, Tensor]) -> MaskFunction:
         scores: `{parameter name: tensor of its shape}`, for example a Fisher diagonal.
 
     Returns:
-        A function `(base_layer, r)` that gives zeros and ones, in the weight's form, type and place.
+        A function `(base_layer, r)` that gives zeros and ones, of the weight's shape and type.
 
     Raises:
         ModelError: From the function, if a layer is not the model's, or has no score.
