@@ -17,6 +17,7 @@ CORE = [
     "parameters",
     "distributed",
     "preserve",
+    "undisturbed",
     "measuring",
     "kernels",
     "fisher",

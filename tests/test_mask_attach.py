@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
+from wrapping_optimizers import Accelerated
 
 from gradmask import FisherMask
 from gradmask.errors import (
@@ -380,3 +381,47 @@ def test_a_fisher_diagonal_that_does_not_fit():
         mask.update({"weight": torch.ones(3, 4)})
     with pytest.raises(StateError, match="shape"):
         mask.update({"weight": torch.ones(4, 3), "bias": torch.ones(3)})
+
+
+class Zeroing(torch.optim.SGD):
+    """Uses the gradients that it finds, as SAM does, and sets them to zero."""
+
+    def step(self, closure):
+        self.zero_grad(set_to_none=False)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, Accelerated], ids=["plain", "wrapped"])
+@pytest.mark.parametrize(("kind", "total"), [(torch.optim.SGD, 3.0), (Zeroing, 1.0)])
+def test_a_closure_adds_to_whole_gradients_and_clips_them(wrap, kind, total):
+    model = linear()
+    optimizer = wrap(kind(model.parameters(), lr=0.1))
+    half_masked(model, optimizer)
+    fill(model, 2.0)
+    norms = []
+
+    def closure():
+        for p in model.parameters():
+            p.grad.add_(1.0)
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1e9)))
+
+    optimizer.step(closure)
+    count = sum(p.numel() for p in model.parameters())
+    assert norms == [pytest.approx(total * count**0.5)]
+
+
+class Ignoring(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad)
+
+
+def test_a_step_that_ignores_its_closure_is_masked():
+    model = linear()
+    optimizer = Ignoring(model.parameters(), {})
+    mask = half_masked(model, optimizer)
+    before = snapshot(model)
+    fill(model)
+    optimizer.step(lambda: None)
+    assert same(moved(model, before), mask.masks)

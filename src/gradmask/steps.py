@@ -178,11 +178,15 @@ class MaskedSteps:
         masked = self._masked_by(optimizer)
         if self._watch.on:
             self._watch.step({m.name: m.parameter for m in masked}, self.masks)
+        closures = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
+        whole = _Whole(masked if closures else [])
         _mask_gradients(masked)
+        whole.note_versions()
 
         # A closure computes the gradients inside the step: mask them as it returns too.
         def masking(closure: Callable[[], Any]) -> Callable[[], Any]:
             def call() -> Any:
+                whole.put_back()
                 value = closure()
                 with torch.no_grad():
                     _mask_gradients(masked)
@@ -190,7 +194,7 @@ class MaskedSteps:
 
             return call
 
-        wrap = lambda a: masking(a) if callable(a) and a is not optimizer else a  # noqa: E731
+        wrap = lambda a: masking(a) if any(a is c for c in closures) else a  # noqa: E731
         saved = getattr(args, "saved", {})  # by other masks
         if self.scope == "update":
             saved = saved | {id(self): [(m, local(m.parameter.detach()).clone()) for m in masked]}
@@ -229,6 +233,33 @@ class _Arguments(Arguments):
         return made
 
     saved: dict[int, Any]
+
+
+class _Whole:
+    """Gradients before they are masked, for a closure that adds to them and clips the sum.
+
+    Whether a step uses those that it finds or those of its closure is not known before.
+
+    Args:
+        masked: Parameters that are about to be masked.
+    """
+
+    def __init__(self, masked: Iterable[Masked]) -> None:
+        found = [(m.parameter, m.parameter.grad) for m in masked]
+        self._saved = [(p, g, local(g).clone()) for p, g in found if g is not None]
+        self._versions: list[int] = []
+
+    def note_versions(self) -> None:
+        """From here on a change is somebody else's."""
+        self._versions = [local(g)._version for _, g, _ in self._saved]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Put those back, once, that are as the mask left them."""
+        for (parameter, gradient, whole), version in zip(self._saved, self._versions, strict=True):
+            if parameter.grad is gradient and local(gradient)._version == version:
+                local(gradient).data.copy_(whole)  # no change to the hooks of a wrapper
+        self._saved, self._versions = [], []
 
 
 def _mask_gradients(masked: Iterable[Masked]) -> None:

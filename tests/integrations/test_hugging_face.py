@@ -236,6 +236,12 @@ def test_a_batch_of_another_form():
 
     expected = expected_diagonal(model, data, own)
     assert_near(fisher_diagonal(model, others, unpack=unpack), expected)
+
+    def with_names(batch):  # scored as the model scores them
+        inputs, targets = unpack(batch)
+        return {**inputs, "labels": targets}
+
+    assert_near(fisher_diagonal(model, others, unpack=with_names), expected)
     with pytest.raises(DataError, match=r"text, mask, class.*unpack="):
         fisher_diagonal(model, others)
 

@@ -16,7 +16,7 @@ from gradmask.errors import DataError, OptionError
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.tasks import Task, find_task
 
-Unpack = Callable[[Any], tuple[Any, Tensor]]
+Unpack = Callable[[Any], Any]
 
 LABELS = ("labels", "label", "targets", "target")  # what a batch with names may call its targets
 
@@ -67,7 +67,7 @@ class Adapter:
     Args:
         model: The model.
         loss: The negative log-likelihood; None for what the first batch says.
-        unpack: The user's own way from a batch to `(inputs, targets)`.
+        unpack: The user's own way from a batch to `(inputs, targets)`, or to a mapping.
 
     Attributes:
         model: What the inputs go to.
@@ -104,8 +104,9 @@ class Adapter:
         Raises:
             DataError: If it has no such form.
         """
-        with_names = self._unpack is None and has_names(batch)
-        pair = _parts(self._unpack(batch) if self._unpack else batch)
+        batch = self._unpack(batch) if self._unpack else batch
+        with_names = has_names(batch)
+        pair = _parts(batch)
         check_cuttable(pair[0], "inputs")
         _check_strided(pair[0])
         inputs, targets = (map_tensors(self._move, part) for part in pair)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -31,6 +32,7 @@ from gradmask.fisher.verify import Verify, check_verify
 from gradmask.measuring import measuring
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed
+from gradmask.undisturbed import undisturbed
 
 Sums = tuple[dict[str, Tensor], int]
 
@@ -52,7 +54,8 @@ def fisher_diagonal(
 
     Per-sample gradients are squared, THEN averaged over samples (equations 7 and 9 of L. Jiang,
     "Gradient mask and neural network generalization"). The pass runs in eval mode and leaves the
-    model, its gradients, modes and running statistics, and the random state of PyTorch unchanged.
+    model, its gradients, modes and running statistics, and random states unchanged, and those of a
+    `DataLoader` with its samplers and kept workers: it may be read in the middle of an epoch.
 
     The pass checks itself: what some samples gave in their batch is compared with what plain
     autograd gives for each of them alone. Where the two differ, all parameters are measured one
@@ -82,7 +85,7 @@ def fisher_diagonal(
         group: Ranks that measure together (default: those the model is wrapped for).
         unused: A set to which the names are added on which no sample's loss depends (auxiliary
             heads, parts that only training uses). Their information is 0.
-        unpack: From a batch of another form to `(inputs, targets)`.
+        unpack: From a batch of another form to one of these.
 
     Returns:
         `{parameter name: tensor of the parameter's shape}`, the mean over samples, real, in the
@@ -111,23 +114,22 @@ def fisher_diagonal(
     adapter = Adapter(model, loss, unpack)
     seed = derive_seed(seed, "rank", rank) if rank else seed
 
-    def read() -> Iterator[tuple[Any, Tensor]]:
-        batches = loader
+    def read(data: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
         if max_samples is not None:
             share = max_samples // ranks + (rank < max_samples % ranks)
-            batches = random_samples(loader, max(1, share), seed)
-        return adapter.read(batches)
+            data = random_samples(data, max(1, share), seed)
+        return adapter.read(data)
 
     generator = torch.Generator().manual_seed(seed)
-    with measuring(model, parameters.values(), loss):
+    with undisturbed(loader) as data, measuring(model, parameters.values(), loss):
         with together(groups, DOING):
-            batches = started(read())
+            batches = started(read(data))
         single_pass = Pass(adapter.model, parameters, kind, adapter.loss, generator, verify)
         if shard_groups(parameters.values()):
             totals, count = sharded_sums(single_pass, batches, groups)
         else:
             with together(groups, DOING):
-                again = None if isinstance(loader, Iterator) else read
+                again = None if isinstance(loader, Iterator) else partial(read, data)
                 totals, count = _sums(single_pass, batches, again)
             totals = {name: sum_over(total, groups) for name, total in totals.items()}
             count = int(sum_over(torch.tensor([count], device="cpu"), groups))

@@ -64,21 +64,21 @@ def _is_plain(loader: Any) -> TypeGuard[DataLoader[Any]]:
     """Whether it is certain how the loader makes batches of a dataset's samples."""
     return (
         type(loader) is DataLoader
-        and loader.batch_size is not None
         and not isinstance(loader.dataset, IterableDataset)
         and type(loader.batch_sampler) is BatchSampler
-        and type(loader.sampler) in _SAMPLERS
+        and type(loader.batch_sampler.sampler) in _SAMPLERS
     )
 
 
 def _rebuilt(loader: DataLoader[Any], count: int, generator: torch.Generator) -> Iterator[Any]:
     """Read the drawn samples alone."""
+    batches: Any = loader.batch_sampler  # may be the user's own, beside which `sampler` is not read
     # The sampler may leave samples out (a validation part). Its order must not matter.
-    available = sorted(loader.sampler)
+    available = sorted(batches.sampler)
     chosen = torch.randperm(len(available), generator=generator)[:count].sort().values.tolist()
     yield from DataLoader(
         Subset(loader.dataset, [available[i] for i in chosen]),
-        batch_size=loader.batch_size,
+        batch_size=batches.batch_size,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         worker_init_fn=loader.worker_init_fn,

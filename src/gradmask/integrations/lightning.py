@@ -1,0 +1,252 @@
+"""The mask in the Trainer of Lightning, as a callback."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+
+from gradmask import FisherMask
+from gradmask.errors import DataError, GradmaskWarning, ModelError, OptimizerError, OptionError
+from gradmask.integrations.schedule import Refresh, Schedule
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+_REFUSED = ("deepspeed", "fsdp", "modelparallel", "xla")
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+
+    def _callback() -> type:
+        """A class that is a `Callback` of both packages, which share nothing, where installed."""
+        bases, failed = [], None
+        for name in _PACKAGES:
+            try:
+                bases.append(importlib.import_module(name).Callback)
+            except ImportError as error:
+                failed = error
+        if not bases:
+            raise ImportError(
+                "FisherMaskCallback needs lightning: pip install 'gradmask[lightning]'."
+            ) from failed
+        return type("Callback", tuple(bases), {})
+
+    Callback = _callback()
+
+
+class FisherMaskCallback(Callback):
+    """Mask the training of a `LightningModule`, in trainers of `lightning` and `pytorch_lightning`.
+
+    All optimizers of the trainer that hold parameters of what is measured are masked. Gradients are
+    clipped first and then masked, as in a plain loop. Checkpoints hold the mask, so that
+    `trainer.fit(..., ckpt_path=...)` goes on with it.
+
+    Example:
+        ```python
+        trainer = Trainer(callbacks=[FisherMaskCallback(keep=0.25)])
+        trainer.fit(module, loader)
+        ```
+
+    Args:
+        keep: Share of the trainable parameters that still learn, in (0, 1].
+        refresh: When the mask is made anew: `epoch` (before every epoch but the first), a number of
+            optimizer steps (of the masked optimizers, together), or `start` (once).
+        data: Batches to measure on (default: the trainer's `train_dataloader`).
+        model: Name of the submodule whose forward is measured and masked, such as `net` (default:
+            the module itself, whose `forward` must give what `loss` takes).
+        **options: Options of `FisherMask`. `unpack` gets batches as `training_step` does.
+
+    Attributes:
+        mask: The `FisherMask`, once training has started.
+        steps: Masked optimizer steps so far.
+
+    Raises:
+        OptionError: If an option is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        keep: float = 0.25,
+        *,
+        refresh: Refresh = "epoch",
+        data: Iterable[Any] | None = None,
+        model: str | None = None,
+        **options: Any,
+    ) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            FisherMask(nn.Linear(1, 1), keep, **options)  # bad options are told here, not later
+        self.keep, self.data, self.model, self.options = keep, data, model, options
+        self.mask: FisherMask | None = None
+        self.steps = 0
+        self._schedule = Schedule(refresh)
+        self._state: Mapping[str, Any] | None = None
+        self._handles: list[Any] = []
+        self._refreshed = 0
+
+    @property
+    def state_key(self) -> str:
+        """Its place in checkpoints; masks of several submodules have several."""
+        return self._generate_state_key(model=self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, which load without pickle."""
+        if self._state is not None:  # loaded for a training that has not started
+            return dict(self._state)
+        return {"mask": self.mask.state_dict() if self.mask else None, "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Note what a checkpoint has; the optimizers are not there yet."""
+        self._state = state_dict
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies that step where no mask can hold."""
+        for kind in type(trainer.strategy).__mro__ if stage == "fit" else ():
+            name = kind.__name__
+            if any(refused in name.lower() for refused in _REFUSED):
+                raise OptionError(
+                    f"FisherMaskCallback cannot mask under {name}, whose optimizers do not step on "
+                    "the module's own whole parameters: use strategy='ddp' or one device."
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach the mask; weights, optimizers and loader are all there."""
+        self._detach()
+        measured = self._measured(pl_module)
+        if self.mask is None or self.mask.model is not measured or self._state is not None:
+            options = {"group": dist.group.WORLD} if trainer.world_size > 1 else {}
+            self.mask, self.steps = FisherMask(measured, self.keep, **options | self.options), 0
+        if self._state is not None:
+            self.steps = self._state["steps"]
+            if self._state["mask"] is not None:
+                self.mask.load_state_dict(self._state["mask"])
+            self._state = None
+        self.mask.unpack = partial(_prepared, trainer, pl_module, self.options.get("unpack"))
+        for optimizer in self._optimizers(trainer):
+            self.mask.attach(optimizer)
+            self._handles.append(optimizer.register_step_post_hook(self._count))
+        self._refreshed = self.steps
+        if self._schedule.at_start(self.mask.refreshes):
+            self._refresh(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the mask from the epoch before; so none is made that no step would use."""
+        if trainer.current_epoch > 0 and self._schedule.after_epoch(last=False):
+            self._refresh(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Make the mask after so many optimizer steps, of which a batch may have none or many."""
+        steps = range(self._refreshed + 1, self.steps + 1)
+        self._refreshed = self.steps
+        if any(self._schedule.after_step(step) for step in steps):
+            self._refresh(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the share that learns."""
+        if self.mask is not None:
+            name = "fisher_mask/kept" if self.model is None else f"fisher_mask/kept/{self.model}"
+            pl_module.log(name, self.mask.kept_fraction, sync_dist=trainer.world_size > 1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach the mask, and tell if there never was one."""
+        self._detach()
+        made = self.mask is not None and self.mask.refreshes
+        if self.steps and not made and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warnings.warn(
+                f"Training ended before a mask was made (refresh={self._schedule.refresh!r}), so "
+                "nothing was masked: use refresh='start', fewer steps, or more epochs.",
+                GradmaskWarning,
+                stacklevel=2,
+            )
+
+    def _measured(self, module: LightningModule) -> nn.Module:
+        measured: nn.Module = module
+        try:
+            measured = module.get_submodule(self.model or "")
+        except AttributeError as error:
+            names = ", ".join(name for name, _ in module.named_children())
+            raise ModelError(
+                f"{type(module).__name__} has no submodule {self.model!r}: it has {names}."
+            ) from error
+        if type(measured).forward.__module__.partition(".")[0] in (
+            "lightning",
+            "pytorch_lightning",
+        ):
+            raise ModelError(
+                f"{type(measured).__name__} has no forward to measure: define forward(inputs) -> "
+                "outputs, or name the submodule with FisherMaskCallback(model=...)."
+            )
+        return measured
+
+    def _optimizers(self, trainer: Trainer) -> list[Any]:
+        assert self.mask is not None
+        modules = [m for m in (self.mask.model, self.mask.loss) if isinstance(m, nn.Module)]
+        own = {id(p) for module in modules for p in module.parameters()}
+        found = [
+            optimizer
+            for optimizer in trainer.optimizers
+            if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        ]
+        if not found:
+            raise OptimizerError(
+                f"No optimizer of configure_optimizers() holds parameters of "
+                f"{type(self.mask.model).__name__}, which FisherMaskCallback is to mask."
+            )
+        return found
+
+    def _loader(self, trainer: Trainer) -> Iterable[Any]:
+        loader: Any = trainer.train_dataloader if self.data is None else self.data
+        if self.data is None and (loader is None or isinstance(loader, list | tuple | Mapping)):
+            raise DataError(
+                f"The trainer's train_dataloader is a {type(loader).__name__}, and not one loader: "
+                "say which batches to measure on with FisherMaskCallback(data=...)."
+            )
+        return loader  # type: ignore[no-any-return]
+
+    def _refresh(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self.mask is not None
+        plugin = trainer.precision_plugin
+        # Mixed precision is for speed: its weights are float32, and measured in it.
+        own = str(plugin.precision).endswith("-true")
+        with _trainer_is(None, module), plugin.forward_context() if own else nullcontext():
+            self.mask.refresh(self._loader(trainer))
+
+    def _count(self, *_: Any) -> None:
+        self.steps += 1
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.mask is not None:
+            self.mask.detach()
+
+
+def _prepared(trainer: Trainer, module: LightningModule, unpack: Any, batch: Any) -> Any:
+    """A batch as `training_step` gets it: its precision, device, and the user's hooks on it."""
+    with _trainer_is(trainer, module):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    return unpack(batch) if unpack else batch
+
+
+@contextmanager
+def _trainer_is(trainer: Trainer | None, module: LightningModule) -> Iterator[None]:
+    """Without its trainer a module logs nothing, and only the module itself is put back."""
+    found = [(vars(m), vars(m)["_trainer"]) for m in module.modules() if "_trainer" in vars(m)]
+    try:
+        for attributes, _ in found:
+            attributes["_trainer"] = trainer
+        yield
+    finally:
+        for attributes, before in found:
+            attributes["_trainer"] = before

@@ -1,0 +1,506 @@
+"""The callback in trainers of both packages, against plain loops with the same masks."""
+
+import copy
+import importlib
+import os
+import random
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from processes import run_processes
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from gradmask import FisherMask, fisher_diagonal
+from gradmask.errors import (
+    DataError,
+    GradmaskWarning,
+    ModelError,
+    OptimizerError,
+    OptionError,
+    StateError,
+)
+
+lightning = pytest.importorskip("lightning.pytorch")
+pytorch_lightning = pytest.importorskip("pytorch_lightning")
+FisherMaskCallback = pytest.importorskip("gradmask.integrations.lightning").FisherMaskCallback
+
+PACKAGES = {"lightning": lightning, "pytorch_lightning": pytorch_lightning}
+pytestmark = [
+    pytest.mark.usefixtures("repeatable"),
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
+]
+
+
+def network():
+    torch.manual_seed(1)
+    layers = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)
+    return nn.Sequential(*layers)
+
+
+def samples(n=40):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (n,), generator=generator)
+    return TensorDataset(torch.randn(n, 6, generator=generator), labels)
+
+
+def shuffled():
+    """In an order that every epoch has by its number, so that a run may go on."""
+    data = samples()
+    return DataLoader(data, 8, sampler=DistributedSampler(data, num_replicas=1, rank=0))
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.05)
+
+
+def module_of(package, net=None):
+    class Module(package.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net or network()
+
+        def forward(self, inputs):
+            return self.net(inputs)
+
+        def training_step(self, batch, _):
+            inputs, labels = batch
+            return functional.cross_entropy(self(inputs), labels)
+
+        def validation_step(self, batch, _):
+            """Nothing: what matters is when it runs."""
+
+        def configure_optimizers(self):
+            return adam(self)
+
+    return Module()
+
+
+def trainer_of(package, *callbacks, **options):
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    defaults = {**dict.fromkeys(quiet, False), "accelerator": "cpu", "devices": 1, "max_epochs": 4}
+    return package.Trainer(callbacks=list(callbacks), **defaults | options)
+
+
+def fitted(package=lightning, callback=None, loader=None, net=None, **options):
+    """The weights after training with the callback."""
+    module = module_of(package, net)
+    torch.manual_seed(2)
+    trainer = trainer_of(package, *[callback] if callback else [], **options)
+    trainer.fit(module, loader or shuffled())
+    return module.net.state_dict()
+
+
+def plain(refresh, *, epochs=4, accumulate=1, clip=None, cast=None, net=None, **options):
+    """The same in a loop of one's own."""
+    model = net or network()
+    optimizer = adam(model)
+    dtype = next(model.parameters()).dtype
+    options["unpack"] = lambda batch: (batch[0].to(dtype), batch[1])
+    mask = FisherMask(model, **options).attach(optimizer)
+    loader, done = shuffled(), 0
+    torch.manual_seed(2)
+    if refresh == "start":
+        mask.refresh(loader)
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        if refresh == "epoch" and epoch:
+            mask.refresh(loader)
+        for i, (inputs, labels) in enumerate(loader):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast is not None):
+                loss = functional.cross_entropy(model(inputs.to(dtype)), labels)
+            if i % accumulate == 0:
+                optimizer.zero_grad()
+            (loss / accumulate).backward()
+            if (i + 1) % accumulate and i + 1 < len(loader):
+                continue
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            done += 1
+            if isinstance(refresh, int) and done % refresh == 0:
+                mask.refresh(loader)
+    return model.state_dict()
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("scope", ["gradient", "update"])
+@pytest.mark.parametrize("refresh", ["epoch", "start", 3])
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
+def test_equals_a_plain_loop(package, refresh, scope):
+    callback = FisherMaskCallback(0.3, refresh=refresh, scope=scope)
+    ours = fitted(package, callback)
+    assert_same(ours, plain(refresh, keep=0.3, scope=scope))
+    assert callback.steps == 20
+    assert callback.mask.refreshes == {"epoch": 3, "start": 1, 3: 6}[refresh]
+    assert callback.mask.masks.keys() == {f"net.{name}" for name, _ in network().named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_accumulation_clipping_and_precision(precision):
+    net = network().double() if precision == "64-true" else None
+    cast = torch.bfloat16 if precision == "bf16-mixed" else None
+    expected = plain(2, accumulate=2, clip=0.05, cast=cast, net=net, keep=0.3)
+    callback = FisherMaskCallback(0.3, refresh=2)
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05, "precision": precision}
+    assert_same(fitted(callback=callback, **options), expected)
+    assert callback.steps == 12
+
+
+class Noisy(TensorDataset):
+    """Samples with noise from everybody's random states."""
+
+    def __getitem__(self, i):
+        inputs, label = super().__getitem__(i)
+        noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
+        return inputs + noise, label
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("refresh", ["epoch", "start", 2])
+def test_a_mask_that_keeps_all_changes_nothing(refresh, accumulate):
+    def run(*callback):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        loader = DataLoader(Noisy(*samples().tensors), 8, shuffle=True)
+        return fitted(lightning, *callback, loader=loader, accumulate_grad_batches=accumulate)
+
+    callback = FisherMaskCallback(1.0, refresh=refresh, max_samples=None)
+    assert_same(run(callback), run())
+    assert callback.mask.refreshes
+
+
+# Several optimizers
+
+
+class Pair(lightning.LightningModule):
+    """Two networks that take turns, each with its own optimizer, in manual optimization."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second = network(), network()
+
+    def training_step(self, batch, index):
+        inputs, labels = batch
+        for turn, (net, optimizer) in enumerate(
+            zip((self.first, self.second), self.optimizers(), strict=True)
+        ):
+            if turn and index % 2:
+                continue
+            optimizer.zero_grad()
+            self.manual_backward(functional.cross_entropy(net(inputs), labels))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return adam(self.first), adam(self.second)
+
+
+def test_two_networks_with_optimizers_of_their_own():
+    callbacks = [
+        FisherMaskCallback(0.3, model="first", refresh=4, scope="update"),
+        FisherMaskCallback(0.5, model="second", refresh="start", scope="update"),
+    ]
+    module = Pair()
+    before = copy.deepcopy(module)
+    trainer = trainer_of(lightning, *callbacks, max_epochs=1)
+    trainer.fit(module, shuffled())
+    first, second = callbacks
+    assert (first.steps, second.steps) == (5, 3)
+    assert (first.mask.refreshes, second.mask.refreshes) == (1, 1)
+    moved = {n: p != before.second.get_parameter(n) for n, p in module.second.named_parameters()}
+    assert all((moved[n] <= m).all() for n, m in second.mask.masks.items())
+    assert first.mask.masks.keys() == dict(module.first.named_parameters()).keys()
+    states = {c.state_key: c.state_dict() for c in callbacks}
+    assert len(states) == 2
+    kept = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    assert kept == {
+        "fisher_mask/kept/first": pytest.approx(first.mask.kept_fraction),
+        "fisher_mask/kept/second": pytest.approx(second.mask.kept_fraction),
+    }
+
+
+def test_the_whole_module_with_two_optimizers():
+    class Whole(Pair):
+        def forward(self, inputs):
+            return self.first(inputs) + self.second(inputs)
+
+    callback = FisherMaskCallback(0.3, refresh=3)
+    trainer_of(lightning, callback, max_epochs=1).fit(Whole(), shuffled())
+    assert callback.steps == 8
+    assert callback.mask.refreshes == 2
+
+
+# Going on
+
+
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("refresh", ["epoch", 3])
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
+def test_a_resumed_run_equals_one_that_went_on(package, refresh, validate, tmp_path):
+    def run(ckpt_path=None):
+        net = network()
+        net[3] = nn.Identity()  # Lightning does not save the random state of dropout
+        module = module_of(package, net)
+        callback = FisherMaskCallback(0.3, refresh=refresh, scope="update")
+        save = package.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        options = {"enable_checkpointing": True, "num_sanity_val_steps": 2}
+        trainer = trainer_of(package, save, callback, **options)
+        validation = DataLoader(samples(4), 2) if validate else None
+        trainer.fit(module, shuffled(), validation, ckpt_path=ckpt_path, weights_only=True)
+        return module.net.state_dict(), callback
+
+    whole, first = run()
+    ours, second = run(tmp_path / "epoch=1.ckpt")
+    assert_same(ours, whole)
+    assert_same(second.mask.masks, first.mask.masks)
+    assert (second.steps, second.mask.refreshes) == (first.steps, first.mask.refreshes)
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["callbacks"]
+    assert saved[first.state_key]["steps"] == 10
+
+
+def test_a_state_of_other_options(tmp_path):
+    trainer = trainer_of(lightning, FisherMaskCallback(0.3, refresh=1), max_steps=2)
+    trainer.fit(module_of(lightning), shuffled())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    other = trainer_of(lightning, FisherMaskCallback(0.4, refresh=1), max_steps=4)
+    with pytest.raises(StateError, match=r"keep=0\.3"):
+        other.fit(module_of(lightning), shuffled(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_state_that_is_saved_again_before_training(tmp_path):
+    trainer = trainer_of(lightning, FisherMaskCallback(0.3, refresh=1), max_steps=2)
+    module = module_of(lightning)
+    trainer.fit(module, shuffled())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    callback = FisherMaskCallback(0.3, refresh=1)
+    later = trainer_of(lightning, callback)
+    later.validate(module, shuffled(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert callback.state_dict()["steps"] == 2
+    assert callback.state_dict()["mask"]["refreshes"] == 2
+
+
+def test_several_fits_are_one():
+    callback = FisherMaskCallback(0.3)
+    module, loader = module_of(lightning), shuffled()
+    torch.manual_seed(2)
+    trainer = trainer_of(lightning, callback, max_epochs=2)
+    trainer.fit(module, loader)
+    assert not any(o._optimizer_step_pre_hooks for o in trainer.optimizers)
+    trainer.fit_loop.max_epochs = trainer.fit_loop.max_epochs + 2
+    trainer.fit(module, loader)
+    assert callback.steps == 20
+    assert callback.mask.refreshes == 3
+    fresh = trainer_of(lightning, callback, max_epochs=2)
+    fresh.fit(module_of(lightning), loader)
+    assert (callback.steps, callback.mask.refreshes) == (10, 1)
+
+
+# What is measured
+
+
+def test_data_and_unpack():
+    data = [{"features": x, "class": y} for x, y in DataLoader(samples(), 7)]
+    seen = []
+
+    def unpack(batch):
+        seen.append(batch)
+        return batch["features"], batch["class"]
+
+    net = network()
+    expected = fisher_diagonal(net, DataLoader(samples(), 7))
+    callback = FisherMaskCallback(0.3, refresh="start", data=data, model="net", unpack=unpack)
+    fitted(callback=callback, net=net, max_steps=1)
+    mask = FisherMask(net, 0.3)
+    mask.update(expected)
+    assert_same(callback.mask.masks, mask.masks)
+    assert len(seen) >= len(data)
+
+
+def test_batches_are_prepared_as_for_a_training_step():
+    class Prepared(lightning.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(samples(), 8)
+
+        def on_after_batch_transfer(self, batch, _):
+            assert self.trainer.training
+            return 3 * batch[0], batch[1]
+
+    net, module = network(), module_of(lightning)
+    tripled = [(3 * x, y) for x, y in DataLoader(samples(), 8)]
+    mask = FisherMask(net, 0.3)
+    mask.update(fisher_diagonal(net, tripled))
+    callback = FisherMaskCallback(0.3, refresh="start", model="net")
+    trainer_of(lightning, callback, max_steps=1).fit(module, datamodule=Prepared())
+    assert_same(callback.mask.masks, mask.masks)
+
+
+def test_what_forward_logs_is_logged_in_training_only():
+    logged = []
+
+    class Logging(type(module_of(lightning))):
+        def forward(self, inputs):
+            self.log("size", float(len(inputs)), on_step=True, on_epoch=True, reduce_fx="sum")
+            logged.append(len(inputs))
+            return super().forward(inputs)
+
+    module = Logging()
+    callback = FisherMaskCallback(0.3, refresh=2)
+    trainer = trainer_of(lightning, callback, max_epochs=1)
+    trainer.fit(module, shuffled())
+    assert float(trainer.callback_metrics["size_epoch"]) == 40
+    assert sum(logged) > 40
+    assert module.trainer is trainer
+    kept = float(trainer.callback_metrics["fisher_mask/kept"])
+    assert kept == pytest.approx(callback.mask.kept_fraction)
+    assert kept == pytest.approx(0.3, abs=0.01)
+
+
+# Refusals and warnings
+
+
+def test_a_mask_that_was_never_made():
+    with pytest.warns(GradmaskWarning, match="before a mask was made.*refresh='start'"):
+        fitted(callback=FisherMaskCallback(0.3), max_epochs=1)
+    for options in ({"fast_dev_run": True}, {"max_epochs": 0}):
+        callback = FisherMaskCallback(0.3)
+        fitted(callback=callback, **options)
+        assert callback.mask is None or not callback.mask.refreshes
+
+
+def loaders(kind):
+    return {"list": [shuffled(), shuffled()], "dict": {"a": shuffled(), "b": shuffled()}}[kind]
+
+
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_combined_loaders(kind):
+    with pytest.raises(DataError, match=rf"is a {kind}.*data="):
+        fitted(callback=FisherMaskCallback(0.3, refresh="start"), loader=loaders(kind))
+
+
+def test_submodules_that_cannot_be_measured():
+    with pytest.raises(ModelError, match="no submodule 'nett': it has net"):
+        fitted(callback=FisherMaskCallback(0.3, model="nett"))
+    with pytest.raises(ModelError, match=r"no forward to measure.*model="):
+        trainer_of(lightning, FisherMaskCallback(0.3)).fit(Pair(), shuffled())
+
+
+def test_optimizers_that_cannot_be_masked():
+    class Other(type(module_of(lightning))):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.net.parameters())
+
+    with pytest.raises(OptimizerError, match="L-BFGS"):
+        trainer_of(lightning, FisherMaskCallback(0.3)).fit(Other(), shuffled())
+
+    class Spare(type(module_of(lightning))):
+        def configure_optimizers(self):
+            return adam(nn.Linear(1, 1))
+
+    with pytest.raises(OptimizerError, match="No optimizer of configure_optimizers"):
+        trainer_of(lightning, FisherMaskCallback(0.3)).fit(Spare(), shuffled())
+
+
+def test_deepspeed_is_refused_by_name():
+    class DeepSpeedStrategy(lightning.strategies.SingleDeviceStrategy):
+        """As Lightning's is called; that needs the package."""
+
+    trainer = trainer_of(
+        lightning, FisherMaskCallback(0.3), strategy=DeepSpeedStrategy("cpu"), accelerator="auto"
+    )
+    with pytest.raises(OptionError, match=r"DeepSpeedStrategy.*strategy='ddp'"):
+        trainer.fit(module_of(lightning), shuffled())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"keep": 0.0}, {"refresh": "never"}, {"refresh": 0}, {"scope": "weights"}, {"unpack": 3}],
+)
+def test_bad_options_are_told_at_once(options):
+    with pytest.raises(OptionError):
+        FisherMaskCallback(**options)
+
+
+def test_it_is_a_callback_of_both():
+    for package in PACKAGES.values():
+        assert issubclass(FisherMaskCallback, package.Callback)
+        trainer = package.Trainer(
+            callbacks=FisherMaskCallback(0.3), logger=False, accelerator="cpu"
+        )
+        assert any(isinstance(c, FisherMaskCallback) for c in trainer.callbacks)
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_one_package_is_enough(package, monkeypatch):
+    name = "gradmask.integrations.lightning"
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, name)
+    other = importlib.import_module(name).FisherMaskCallback
+    left = {"lightning.pytorch": pytorch_lightning, "pytorch_lightning": lightning}
+    assert issubclass(other, left[package].Callback)
+    for absent in ("lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, absent, None)
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"pip install 'gradmask\[lightning\]'"):
+        importlib.import_module(name)
+
+
+# Several processes
+
+
+def fit_on_ranks(rank, world, folder):
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+        os.environ[name] = str(rank if name != "GROUP_RANK" else 0)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ[name] = str(world)
+    os.environ["TORCHELASTIC_RUN_ID"] = "one"  # the group is there already; Lightning takes it on
+    warnings.simplefilter("error", GradmaskWarning)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    net.load_state_dict(torch.load(folder / "net.pt"))
+    callback = FisherMaskCallback(0.3, refresh=2, model="net", kind="exact")
+    options = {"devices": world, "strategy": "ddp", "max_epochs": 2, "precision": "64-true"}
+    module = module_of(lightning, net)
+    trainer = trainer_of(lightning, callback, **options)
+    trainer.fit(module, DataLoader(samples(), 8, shuffle=True))
+    assert isinstance(trainer.strategy, lightning.strategies.DDPStrategy)
+    assert trainer.world_size == 2
+    assert type(trainer.train_dataloader.sampler).__name__ == "DistributedSampler"
+    assert (callback.steps, callback.mask.refreshes) == (6, 3)
+    torch.save({"masks": callback.mask.masks, "weights": net.state_dict()}, folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    run_processes(fit_on_ranks, 2, tmp_path, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_same(first["masks"], second["masks"])
+    assert_same(first["weights"], second["weights"])
+    # The last mask is that of all samples, whichever rank read them.
+    net.load_state_dict(first["weights"])
+    mask = FisherMask(net, 0.3, kind="exact", unpack=lambda batch: (batch[0].double(), batch[1]))
+    mask.refresh(DataLoader(samples(), 8))
+    assert_same(first["masks"], mask.masks)
+
+
+def test_ddp_on_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "0")
+    callback = FisherMaskCallback(0.3, refresh=3)
+    options = {"strategy": "ddp", "use_distributed_sampler": False}
+    try:
+        ours = fitted(callback=callback, **options)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert_same(ours, plain(3, keep=0.3))
