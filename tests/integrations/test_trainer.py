@@ -3,6 +3,9 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -413,3 +416,13 @@ def test_what_cannot_work_is_told(tmp_path):
     callback = host.callback_handler.callbacks[-2]
     with pytest.raises(OptimizerError, match="DeepSpeed"):
         callback.on_train_begin(host.args, host.state, host.control, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes(tmp_path, engine):
+    here = Path(__file__).parent
+    script = [str(here / "trainer_processes.py"), str(tmp_path), engine]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-5000:]
