@@ -2,6 +2,7 @@
 
 import json
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -426,3 +427,9 @@ def test_two_processes(tmp_path, engine):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     found = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr[-5000:]
+
+
+def test_the_example(capsys):
+    example = Path(__file__).parents[2] / "examples" / "trainer.py"
+    runpy.run_path(str(example), run_name="__main__")
+    assert "share that learns: 0.25" in capsys.readouterr().out
