@@ -31,6 +31,10 @@ from gradmask.integrations.transformers import FILE, FisherMaskCallback
 pytestmark = pytest.mark.usefixtures("repeatable")
 
 
+def long(cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 def samples(n=20, kind="text"):
     """Texts of different lengths, with the next token or one of three classes as labels."""
     found = []
@@ -130,8 +134,10 @@ class Ordered(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-@pytest.mark.parametrize("scope", ["gradient", "update"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("scope", "accumulate"),
+    [("update", 1), ("gradient", 2), *long([("gradient", 1), ("update", 2)])],
+)
 def test_weights_are_those_of_a_plain_loop(tmp_path, scope, accumulate):
     data, steps, each = samples(24), 21, 6 // accumulate
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -175,12 +181,11 @@ def test_weights_are_those_of_a_plain_loop(tmp_path, scope, accumulate):
     assert_same(weights(host), model.state_dict())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("refresh", ["epoch", "start", 3])
+@pytest.mark.parametrize(
+    ("refresh", "workers"), [("epoch", 0), (3, 0), *long([("start", 0), (3, 2)])]
+)
 def test_nothing_else_changes(tmp_path, refresh, workers):
     """With all kept the run is that without a callback: order, noise, dropout, the logs."""
-    if workers and refresh != 3:
-        pytest.skip("one case of workers")
     runs = []
     for callback in (None, FisherMaskCallback(1.0, refresh=refresh, max_samples=7)):
         host = trainer(
@@ -197,9 +202,15 @@ def test_nothing_else_changes(tmp_path, refresh, workers):
     assert runs[0][3] == runs[1][3]
 
 
-@pytest.mark.parametrize("stop", [5, 7, 10])
 @pytest.mark.parametrize(
-    ("refresh", "scope"), [("epoch", "gradient"), (3, "update"), ("start", "gradient")]
+    ("refresh", "scope", "stop"),
+    [
+        ("epoch", "gradient", 5),
+        ("epoch", "gradient", 7),
+        (3, "update", 10),
+        *long([("epoch", "update", 10), (3, "update", 3), (3, "gradient", 7)]),
+        *long([("start", "gradient", 5), ("start", "update", 7)]),
+    ],
 )
 def test_a_resumed_run_is_one_that_went_on(tmp_path, refresh, scope, stop):
     """Stopped within an epoch of 5 steps and at its end, where the Trainer calls no `epoch end`."""
@@ -275,6 +286,7 @@ def test_a_checkpoint_made_without_the_callback(tmp_path):
     assert callback.mask.refreshes == 1
 
 
+@pytest.mark.slow
 def test_callback_states_made_anew(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     expected = trainer(tmp_path, FisherMaskCallback(0.3, refresh=2), **options)
@@ -344,6 +356,7 @@ def test_the_share_is_in_the_logs(tmp_path, capsys):
     assert "fisher_mask/kept" not in host.state.log_history[-1]  # the summary
 
 
+@pytest.mark.slow
 def test_the_monitor_changes_nothing(tmp_path):
     runs = []
     for monitor in (None, {"every": 2, "sources": 3, "probe": 8}):
