@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from contextlib import suppress
 
 import pytest
@@ -262,3 +263,13 @@ def test_masks_that_do_not_fit():
         FisherMask.from_masks(model, masks | {"2.bias": torch.ones(3)})
     with pytest.raises(OptionError, match="scope"):
         FisherMask.from_masks(model, masks, scope="updates")
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        save_masks(tmp_path / "m", random_masks(network()))
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        load_masks(tmp_path / "m")
+    assert os.listdir(tmp_path) == []

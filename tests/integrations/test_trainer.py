@@ -1,5 +1,6 @@
 """The mask in the real `Trainer`: as in a plain loop, resumed, and without any other effect."""
 
+import importlib
 import json
 import random
 import runpy
@@ -446,3 +447,11 @@ def test_the_example(capsys):
     example = Path(__file__).parents[2] / "examples" / "trainer.py"
     runpy.run_path(str(example), run_name="__main__")
     assert "share that learns: 0.25" in capsys.readouterr().out
+
+
+def test_without_transformers(monkeypatch):
+    name = "gradmask.integrations.transformers"
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'gradmask\[transformers\]'"):
+        importlib.import_module(name)
