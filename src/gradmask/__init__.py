@@ -8,6 +8,7 @@ end_at_once()  # PyTorch takes seconds to import; does nothing but on the comman
 from gradmask.fisher import fisher_diagonal, register_rule
 from gradmask.influence import gradient_norms, influence
 from gradmask.mask import FisherMask
+from gradmask.mask_files import load_masks, masks_from_indices, masks_to_indices, save_masks
 from gradmask.monitor import InfluenceMonitor
 from gradmask.selection import global_threshold, make_masks
 
@@ -21,6 +22,10 @@ __all__ = [
     "global_threshold",
     "gradient_norms",
     "influence",
+    "load_masks",
     "make_masks",
+    "masks_from_indices",
+    "masks_to_indices",
     "register_rule",
+    "save_masks",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,19 @@ from gradmask.distributed import (
     unwrapped,
     warn_if_alone,
 )
-from gradmask.errors import GradmaskWarning, check_choice, check_keep, check_max_samples
+from gradmask.errors import (
+    GradmaskWarning,
+    OptionError,
+    check_choice,
+    check_keep,
+    check_max_samples,
+)
 from gradmask.fisher.adapter import Unpack, check_unpack
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
-from gradmask.mask_state import check_shapes, check_state, placed
+from gradmask.mask_files import masks_sha256, read_masks, save_masks
+from gradmask.mask_state import check_masks, check_shapes, check_state, placed
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed, seeded_generator
 from gradmask.selection import STRATEGIES, kept_counts, make_masks
@@ -108,6 +116,41 @@ class FisherMask:
         self._kept: dict[str, int] = {}
         self._steps = MaskedSteps(self.model, scope, loss)
 
+    @classmethod
+    def from_masks(
+        cls,
+        model: nn.Module,
+        masks: Mapping[str, Tensor],
+        *,
+        scope: str = "gradient",
+        group: ProcessGroup | None = None,
+    ) -> FisherMask:
+        """A fixed mask, measured elsewhere: `refresh` and `update` raise an error.
+
+        Every trainable parameter needs a mask, so that none learns or stands still by mistake:
+        give one of ones or zeros, or freeze it. `masks_from_indices` fills in what a list of
+        entries that learn leaves out.
+
+        Args:
+            model: The model that is trained.
+            masks: `{parameter name: bool tensor}`, True where it learns.
+            scope: As of any mask: with `update` not even weight decay moves a masked weight.
+            group: Ranks that train the model together (default: those it is wrapped for).
+
+        Returns:
+            The mask, in force from the first step after `attach`.
+
+        Raises:
+            OptionError: If the scope is unknown.
+            StateError: If a name, shape or type does not fit the model's trainable parameters.
+        """
+        mask = cls(model, scope=scope, group=group)
+        check_masks(masks, mask._trainable())
+        mask.strategy = "fixed"
+        mask.load_state_dict(mask.state_dict() | {"masks": dict(masks)})
+        mask.keep = mask.kept_fraction
+        return mask
+
     @property
     def masks(self) -> dict[str, Tensor]:
         """The mask of every parameter by name: True where it learns. Empty before a refresh."""
@@ -155,8 +198,9 @@ class FisherMask:
             DataError: If the data cannot be used, or the loss is not finite. The mask stays.
             OptimizerError: If weights were moved where the mask could not hold them. It stays.
             DistributedError: If that happened on another rank.
-            OptionError: If the ranks' options differ.
+            OptionError: If the ranks' options differ, or the mask is fixed.
         """
+        self._check_measured()
         same = {"seed": self.seed, "refreshes": self.refreshes, "keep": self.keep}
         groups = data_groups(self._wrapped, self._group)
         check_same(same, groups)
@@ -196,7 +240,9 @@ class FisherMask:
             StateError: If names or shapes are not those of the model's trainable parameters.
             DataError: If values are NaN, infinite or negative (`random` reads only the shapes).
             OptimizerError: If weights were moved where the mask could not hold them. It stays.
+            OptionError: If the mask is fixed.
         """
+        self._check_measured()
         check_shapes(fisher, self._trainable(), "Fisher diagonal")
         self._steps.check(shard_groups(self.model.parameters()))
         generator = seeded_generator(self.seed, "mask", self.refreshes)
@@ -233,7 +279,7 @@ class FisherMask:
         Masks of sharded parameters are DTensors, for `torch.distributed.checkpoint`.
         """
         masks = {name: mask.clone() for name, mask in self.masks.items()}
-        return {"version": 1, **self._options(), "refreshes": self.refreshes, "masks": masks}
+        return {**self._counted(), "masks": masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; nothing changes unless all of it fits.
@@ -255,6 +301,46 @@ class FisherMask:
         self._kept = kept_counts(self.masks)
         self.refreshes = state["refreshes"]
         self._steps.masks_loaded()
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file, whole or not at all.
+
+        With sharded parameters every rank must call, and rank 0 writes.
+
+        Args:
+            path: The file; its folder must exist. `gradmask.load_masks` reads its masks alone.
+
+        Raises:
+            ImportError: If safetensors is not installed.
+        """
+        save_masks(path, self.masks, self._counted())
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a file that `save` wrote; nothing changes unless all of it fits.
+
+        Args:
+            path: The file, of a mask with the same options.
+
+        Raises:
+            StateError: If the file is damaged or another one, or the state does not fit.
+            ImportError: If safetensors is not installed.
+        """
+        masks, rest = read_masks(path)
+        self.load_state_dict({**rest, "masks": masks})
+
+    def sha256(self) -> str:
+        """SHA-256 of the state as digits; with sharded parameters every rank must call."""
+        return masks_sha256(self.masks, self._counted())
+
+    def _check_measured(self) -> None:
+        if self.strategy == "fixed":
+            raise OptionError(
+                "This mask is fixed (FisherMask.from_masks): to have it measured, build "
+                "FisherMask(model, keep) and attach that one."
+            )
+
+    def _counted(self) -> dict[str, Any]:
+        return {"version": 1, **self._options(), "refreshes": self.refreshes}
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return trainable_parameters(self.model, self.loss)

@@ -39,6 +39,36 @@ def check_state(state: Any, options: Mapping[str, Any]) -> None:
         raise StateError("The state's masks or refresh count are damaged.")
 
 
+def check_masks(masks: Any, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
+    """Check that these are masks by name.
+
+    Args:
+        masks: What should be `{parameter name: bool tensor}`.
+        parameters: The trainable parameters that they must be of, one each.
+
+    Raises:
+        StateError: If it is something else.
+    """
+    if not isinstance(masks, Mapping):
+        raise StateError(
+            f"Masks come as {{parameter name: bool tensor}}, not as a {type(masks).__name__}."
+        )
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            what = f"{mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise StateError(
+                f"The mask of {name!r} is {what}: give a bool tensor, True where it learns."
+            )
+    if parameters is None:
+        return
+    if missing := sorted(parameters.keys() - masks.keys()):
+        raise StateError(
+            f"There is no mask for {', '.join(missing[:5])}: give one (of ones, to learn), or "
+            "freeze the parameter (requires_grad=False)."
+        )
+    check_shapes(masks, parameters, "mask")
+
+
 def check_shapes(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], what: str
 ) -> None:

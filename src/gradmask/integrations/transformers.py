@@ -1,0 +1,254 @@
+"""The mask in Hugging Face's `Trainer`, as a callback."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from gradmask import FisherMask, InfluenceMonitor
+from gradmask.distributed import is_sharded
+from gradmask.errors import (
+    GradmaskWarning,
+    OptionError,
+    StateError,
+    check_choice,
+    check_keep,
+)
+from gradmask.integrations.reading import another_loader, own_random_state
+from gradmask.integrations.schedule import Refresh, Schedule
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+except ImportError as error:
+    raise ImportError(
+        "The Trainer's callback needs Transformers: pip install 'gradmask[transformers]'"
+    ) from error
+
+FILE = "fisher_mask.safetensors"
+_OPTIONS = set(inspect.signature(FisherMask).parameters) - {"model", "keep", "group"}
+
+
+class FisherMaskCallback(TrainerCallback, ExportableState):
+    """Masks the gradients of a `Trainer`, and measures the masks on its training data.
+
+    Each checkpoint gets the mask beside the weights (`fisher_mask.safetensors`), and
+    `resume_from_checkpoint` goes on with it, to the same bits as a run that was not interrupted.
+    The logs get the share that learns, as `fisher_mask/kept`.
+
+    The Fisher information is that of the model's own likelihood, as the model's `loss` has it,
+    whatever the Trainer adds (label smoothing, `compute_loss_func`, a `compute_loss` of your own):
+    give `loss` for another one.
+
+    Example:
+        ```python
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[FisherMaskCallback()])
+        ```
+
+    Args:
+        keep: Share of all trainable parameters together that still learn, in (0, 1].
+        refresh: When the mask is measured: before each epoch but the first (`epoch`), once before
+            the first step (`start`), or after every so many optimizer steps.
+        data: Loader of batches to measure on, of the rank's own samples on many processes.
+            Default: the training data, read by a loader of their own, collated as for training.
+            Needed where the training data are an iterable dataset, which cannot be read twice.
+        resume: Folder of the checkpoint that `train(resume_from_checkpoint=...)` is given, if it
+            is not in `args.output_dir`.
+        monitor: Options of `InfluenceMonitor`, such as `{"every": 100}` (optimizer steps), whose
+            numbers are then in the logs.
+        options: Options of `FisherMask`: `scope`, `strategy`, `kind`, `loss`, ...
+
+    Attributes:
+        mask: The mask, from the beginning of training on.
+
+    Raises:
+        OptionError: If an option is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        keep: float = 0.25,
+        *,
+        refresh: Refresh = "epoch",
+        data: Iterable[Any] | None = None,
+        resume: str | Path | None = None,
+        monitor: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        check_keep(keep)
+        for name in options:
+            check_choice("option", name, _OPTIONS)
+        self.keep, self.data, self.resume = float(keep), data, resume
+        self.schedule, self.options = Schedule(refresh), options
+        self.watched = None if monitor is None else dict(monitor)
+        self.mask: FisherMask | None = None
+        self.monitor: InfluenceMonitor | None = None
+        self.sha256 = ""
+        self.left_out: list[str] = []
+        self._begun = self._warned = False
+        self._record: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes to `trainer_state.json`: the mask's SHA-256, and options."""
+        options = {"keep": self.keep, "refresh": self.schedule.refresh, **self.options}
+        plain = {k: v for k, v in options.items() if v is None or isinstance(v, str | int | float)}
+        given = {"data": self.data, "resume": self.resume, "monitor": self.watched}
+        left_out = [*options.keys() - plain.keys(), *(k for k, v in given.items() if v is not None)]
+        return {"args": plain, "attributes": {"sha256": self.sha256, "left_out": sorted(left_out)}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Make the mask, or load that of the checkpoint, and attach it to the optimizer."""
+        model: nn.Module = given["model"]
+        saved = self._check(args, state)
+        self._detach()
+        sharded = any(map(is_sharded, model.parameters()))
+        together = args.world_size > 1 and not sharded
+        group = dist.group.WORLD if together else None
+        self.mask = FisherMask(model, self.keep, group=group, **self.options)
+        if state.global_step > 0:
+            self._load(self.mask, args, state, saved)
+        self.mask.attach(given["optimizer"])
+        self._begun, self._warned, self._record = False, False, {}
+        if self.schedule.at_start(self.mask.refreshes):
+            self._refresh(args, state, given["train_dataloader"])
+        self.sha256 = self.mask.sha256()
+        refresh = self.schedule.refresh
+        steps = state.max_steps if isinstance(refresh, int) else state.num_train_epochs
+        if steps <= (refresh if isinstance(refresh, int) else 1):
+            self._warn_if_never_made(f"training ends after {state.max_steps} steps")
+        self.monitor = None
+        if self.watched is not None:
+            self.monitor = self._monitor(model, args, state, given["train_dataloader"])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Measure the mask of this epoch.
+
+        Here, not at the end of the epoch before: of a run that goes on from the last step of an
+        epoch the Trainer does not call that.
+        """
+        within = not self._begun and not float(state.epoch or 0).is_integer()
+        self._begun = True
+        if state.global_step > 0 and not within and self.schedule.after_epoch(last=False):
+            self._refresh(args, state, given["train_dataloader"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Measure the mask, and influence, if it is time; a last mask no step would use."""
+        step = state.global_step
+        if self.monitor is not None and step % self.monitor.every == 0:
+            self.monitor.calls = step
+            self._record = self.monitor.measure()
+        if self.schedule.after_step(step) and step < state.max_steps:
+            self._refresh(args, state, given["train_dataloader"])
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Add the share that learns, and influence as measured last, to the log of a step."""
+        logs: dict[str, float] = given["logs"]
+        if "loss" not in logs or self.mask is None:
+            return
+        found = {k: v for k, v in self._record.items() if k.startswith("influence/")}
+        found["fisher_mask/kept"] = self.mask.kept_fraction
+        logs.update(found)
+        state.log_history[-1].update(found)  # a copy was put there before
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the mask beside the checkpoint's weights."""
+        folder = _checkpoint(args, state)
+        assert self.mask is not None
+        sharded = any(map(is_sharded, self.mask.masks.values()))
+        # A search keeps its checkpoints in folders of its own; no trial goes on from one.
+        if sharded or (args.should_save and folder.is_dir()):
+            self.mask.save(folder / FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take the mask off the optimizer; the masks stay to be read."""
+        self._warn_if_never_made(f"training ended after {state.global_step} steps")
+        self._detach()
+
+    def _check(self, args: Any, state: Any) -> Any:
+        """What the state says of this callback, if the callback can be used as it is."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, list):
+            raise OptionError(f"The Trainer has {len(saved)} FisherMaskCallbacks: give it one.")
+        if self.left_out:
+            raise OptionError(
+                "restore_callback_states_from_checkpoint=True made the FisherMaskCallback anew, "
+                f"without {', '.join(self.left_out)}, which trainer_state.json cannot hold: leave "
+                "it False. The mask is restored in any case."
+            )
+        if args.label_smoothing_factor and self.options.get("loss") is None:
+            warnings.warn(
+                f"label_smoothing_factor={args.label_smoothing_factor}: the Fisher information is "
+                "that of the model's likelihood, without the smoothing.",
+                GradmaskWarning,
+                stacklevel=2,
+            )
+        return saved
+
+    def _load(self, mask: FisherMask, args: Any, state: Any, saved: Any) -> None:
+        if saved is None:
+            warnings.warn(
+                f"The checkpoint of step {state.global_step} was made without FisherMaskCallback: "
+                "the mask begins here.",
+                GradmaskWarning,
+                stacklevel=2,
+            )
+            # The Trainer looks it up at the next checkpoint.
+            state.stateful_callbacks[type(self).__name__] = self.state()
+            return
+        given = [self.resume] if self.resume else [args.resume_from_checkpoint]
+        folders = [Path(f) for f in given if isinstance(f, str | Path)]
+        if not self.resume:
+            folders.append(_checkpoint(args, state))
+        for path in [f / FILE for f in folders if (f / FILE).is_file()]:
+            mask.load(path)
+            if mask.sha256() == saved["attributes"]["sha256"]:
+                return
+        raise StateError(
+            f"The mask of the checkpoint of step {state.global_step} is not in "
+            f"{' or '.join(str(f / FILE) for f in folders)}: give the folder that goes to "
+            "train(resume_from_checkpoint=...) to FisherMaskCallback(resume=...) as well."
+        )
+
+    def _refresh(self, args: Any, state: Any, loader: Any) -> None:
+        assert self.mask is not None
+        with own_random_state(self.mask.seed, self.mask.refreshes, args.process_index):
+            self.mask.refresh(self._data(args, state, loader))
+        self.sha256 = self.mask.sha256()
+
+    def _data(self, args: Any, state: Any, loader: Any, size: int = 0) -> Iterable[Any]:
+        if self.data is not None:
+            return self.data
+        size = size or state.train_batch_size or args.train_batch_size
+        return another_loader(loader, size, rank=args.process_index, ranks=args.world_size)
+
+    def _monitor(self, model: nn.Module, args: Any, state: Any, loader: Any) -> InfluenceMonitor:
+        given = {k: v for k, v in self.options.items() if k in ("loss", "unpack", "seed")}
+        options = {"sources": 64, "probe": 256, **given, **(self.watched or {})}
+        with own_random_state(options.get("seed", 0), "monitor", args.process_index):
+            # In one batch, which pads all samples to one length.
+            data = self._data(args, state, loader, options["sources"] + options["probe"])
+            return InfluenceMonitor(model, data, **options)
+
+    def _warn_if_never_made(self, why: str) -> None:
+        if self.mask is not None and not self.mask.refreshes and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Nothing is masked: {why}, before the first mask is measured "
+                f"(refresh={self.schedule.refresh!r}). Use refresh='start' or fewer steps.",
+                GradmaskWarning,
+                stacklevel=3,
+            )
+
+    def _detach(self) -> None:
+        if self.mask is not None:
+            self.mask.detach()
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

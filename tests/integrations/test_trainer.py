@@ -1,0 +1,457 @@
+"""The mask in the real `Trainer`: as in a plain loop, resumed, and without any other effect."""
+
+import importlib
+import json
+import random
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from hosts import bert, gpt2, labels_of, tokens
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from gradmask import FisherMask, load_masks
+from gradmask.errors import (
+    DataError,
+    GradmaskWarning,
+    OptimizerError,
+    OptionError,
+    StateError,
+)
+from gradmask.integrations.transformers import FILE, FisherMaskCallback
+
+pytestmark = pytest.mark.usefixtures("repeatable")
+
+
+def long(cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+def samples(n=20, kind="text"):
+    """Texts of different lengths, with the next token or one of three classes as labels."""
+    found = []
+    for seed in range(n):
+        row = tokens(seed, (4 + seed % 5,))
+        labels = labels_of(row) if kind == "text" else torch.tensor([seed % 3])
+        found.append({"input_ids": row["input_ids"][0], "labels": labels[0]})
+    return found
+
+
+def collate(rows):
+    length = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    for n, row in enumerate(rows):
+        ids[n, : len(row["input_ids"])] = row["input_ids"]
+        if row["labels"].dim():
+            labels[n, : len(row["labels"])] = row["labels"]
+    if not rows[0]["labels"].dim():
+        labels = torch.stack([row["labels"] for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+
+def own_loss(outputs, labels):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+
+
+class Noisy:
+    """Draws at random, of all that may be drawn from, and of a generator of its own."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __call__(self, rows):
+        batch = collate(rows)
+        shape = batch["input_ids"].shape
+        noise = torch.rand(shape) + torch.rand(shape, generator=self.generator)
+        noise = noise + random.random() + torch.tensor(numpy.random.rand(*shape)).float()  # noqa: NPY002
+        changed = (batch["input_ids"] + (noise * 10).long()) % 36 + 1
+        batch["input_ids"] = changed * batch["attention_mask"]
+        return batch
+
+
+def made(kind="text", **more):
+    torch.manual_seed(0)
+    if kind == "text":
+        return gpt2(**more)
+    return bert("SequenceClassification", num_labels=3, **more)
+
+
+def trainer(folder, callback=None, *, kind="text", model=None, data=None, collator=None, **options):
+    chosen = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+        "per_device_train_batch_size": 4, "learning_rate": 0.05, "weight_decay": 0.1,
+        "save_strategy": "no", "logging_steps": 1, "num_train_epochs": 4, "seed": 5,
+        "dataloader_pin_memory": False, **options,
+    }  # fmt: skip
+    eval_data = chosen.pop("eval_data", None)
+    callbacks = [callback] if callback and not isinstance(callback, list) else callback
+    return Trainer(
+        model or made(kind),
+        TrainingArguments(**chosen),
+        train_dataset=samples(kind=kind) if data is None else data,
+        eval_dataset=eval_data,
+        data_collator=collator or collate,
+        callbacks=callbacks,
+    )
+
+
+def weights(host):
+    return {name: w.clone() for name, w in host.model.state_dict().items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def differ(found, expected):
+    return any(not torch.equal(value, found[name]) for name, value in expected.items())
+
+
+class Seen(TrainerCallback):
+    """Batches, norms and masks of a run as they were."""
+
+    def __init__(self, callback):
+        self.callback, self.masks = callback, []
+
+    def on_step_begin(self, *_, **__):
+        self.masks.append(dict(self.callback.mask.masks))
+
+
+class Ordered(Trainer):
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize(
+    ("scope", "accumulate"),
+    [("update", 1), ("gradient", 2), *long([("gradient", 1), ("update", 2)])],
+)
+def test_weights_are_those_of_a_plain_loop(tmp_path, scope, accumulate):
+    data, steps, each = samples(24), 21, 6 // accumulate
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    host = trainer(
+        tmp_path, FisherMaskCallback(0.3, scope=scope), model=made(**still), data=data,
+        max_steps=steps, gradient_accumulation_steps=accumulate, max_grad_norm=0.5,
+        optim="adamw_torch", lr_scheduler_type="constant",
+    )  # fmt: skip
+    host.__class__ = Ordered
+    host.train()
+
+    model = made(**still)
+    options = {"lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-8}
+    decayed = [p for n, p in model.named_parameters() if "bias" not in n and "ln_" not in n]
+    others = [p for n, p in model.named_parameters() if "bias" in n or "ln_" in n]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, **options)
+    mask = FisherMask(model, 0.3)  # makes the masks, and is attached to nothing
+    loader = DataLoader(data, batch_size=4, collate_fn=collate)
+    batches = list(loader)
+    for step in range(steps):
+        if step and step % each == 0:
+            mask.refresh(loader)
+        some = [batches[(step * accumulate + i) % 6] for i in range(accumulate)]
+        count = host._get_num_items_in_batch(some, "cpu")
+        optimizer.zero_grad()
+        model.train()
+        for batch in some:
+            model(**batch, num_items_in_batch=count).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            if mask.masks:
+                p.grad[~mask.masks[name]] = 0
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if mask.masks and scope == "update":
+                    p[~mask.masks[name]] = before[name][~mask.masks[name]]
+    assert mask.refreshes == (steps - 1) // each
+    assert_same(weights(host), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("refresh", "workers"), [("epoch", 0), (3, 0), *long([("start", 0), (3, 2)])]
+)
+def test_nothing_else_changes(tmp_path, refresh, workers):
+    """With all kept the run is that without a callback: order, noise, dropout, the logs."""
+    runs = []
+    for callback in (None, FisherMaskCallback(1.0, refresh=refresh, max_samples=7)):
+        host = trainer(
+            tmp_path, callback, collator=Noisy(), max_steps=11, dataloader_num_workers=workers
+        )
+        host.train()
+        logs = [log["loss"] for log in host.state.log_history if "loss" in log]
+        after = random.random(), float(numpy.random.rand())  # noqa: NPY002
+        runs.append((weights(host), logs, torch.rand(3), after))
+    assert callback.mask.refreshes == {"epoch": 2, "start": 1, 3: 3}[refresh]
+    assert_same(runs[1][0], runs[0][0])
+    assert runs[0][1] == runs[1][1]
+    assert torch.equal(runs[0][2], runs[1][2])
+    assert runs[0][3] == runs[1][3]
+
+
+@pytest.mark.parametrize(
+    ("refresh", "scope", "stop"),
+    [
+        ("epoch", "gradient", 5),
+        ("epoch", "gradient", 7),
+        (3, "update", 10),
+        *long([("epoch", "update", 10), (3, "update", 3), (3, "gradient", 7)]),
+        *long([("start", "gradient", 5), ("start", "update", 7)]),
+    ],
+)
+def test_a_resumed_run_is_one_that_went_on(tmp_path, refresh, scope, stop):
+    """Stopped within an epoch of 5 steps and at its end, where the Trainer calls no `epoch end`."""
+    options = {"save_strategy": "steps", "save_steps": stop, "max_steps": 13, "data": samples()}
+    options["logging_steps"] = 4
+
+    def callback():
+        return FisherMaskCallback(0.3, refresh=refresh, scope=scope, max_samples=11)
+
+    whole = callback()
+    host = trainer(tmp_path, whole, **options)
+    seen = Seen(whole)
+    host.add_callback(seen)
+    host.train()
+    going = callback()
+    again = trainer(tmp_path, going, **options, model=made())
+    seen_again = Seen(going)
+    again.add_callback(seen_again)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert len(seen_again.masks) == 13 - stop
+    for found, expected in zip(seen_again.masks, seen.masks[stop:], strict=True):
+        assert_same(found, expected)
+    assert going.mask.refreshes == whole.mask.refreshes > 0
+    assert_same(weights(again), weights(host))
+    norms = [[log.get("grad_norm") for log in h.state.log_history] for h in (host, again)]
+    assert norms[0] == norms[1]
+
+
+def test_files_beside_the_checkpoints(tmp_path):
+    callback = FisherMaskCallback(0.3, refresh=2)
+    host = trainer(tmp_path, callback, save_strategy="steps", save_steps=3, max_steps=6)
+    host.train()
+    assert_same(load_masks(tmp_path / "checkpoint-6" / FILE), callback.mask.masks)
+    sums = set()
+    for step in (3, 6):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        sums.add(state["stateful_callbacks"]["FisherMaskCallback"]["attributes"]["sha256"])
+    assert callback.mask.sha256() in sums
+    assert len(sums) == 2
+
+
+def test_resuming_needs_the_right_file(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    host = trainer(tmp_path / "a", FisherMaskCallback(0.3, refresh=2), **options)
+    host.train()
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    path = str(tmp_path / "b" / "checkpoint-3")
+
+    def resume(folder, **more):
+        host = trainer(folder, FisherMaskCallback(0.3, refresh=2, **more), **options)
+        host.train(resume_from_checkpoint=path)
+        return host
+
+    with pytest.raises(StateError, match=r"step 3 is not in .*checkpoint-3.*resume="):
+        resume(tmp_path / "c")
+    assert_same(weights(resume(tmp_path / "c", resume=path)), weights(host))
+    other = trainer(tmp_path / "b", FisherMaskCallback(0.4, refresh=2), **options)
+    with pytest.raises(StateError, match=r"keep=0\.3"):
+        other.train(resume_from_checkpoint=path)
+    # The mask of another checkpoint in the right place.
+    shutil.copy(tmp_path / "b" / "checkpoint-6" / FILE, tmp_path / "b" / "checkpoint-3" / FILE)
+    with pytest.raises(StateError, match="step 3 is not in"):
+        resume(tmp_path / "b")
+
+
+def test_a_checkpoint_made_without_the_callback(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    trainer(tmp_path, **options).train()
+    callback = FisherMaskCallback(0.3, refresh=2)
+    host = trainer(tmp_path, callback, **options)
+    with pytest.warns(GradmaskWarning, match="made without FisherMaskCallback"):
+        host.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert callback.mask.refreshes == 1
+
+
+@pytest.mark.slow
+def test_callback_states_made_anew(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    expected = trainer(tmp_path, FisherMaskCallback(0.3, refresh=2), **options)
+    expected.train()
+    options["restore_callback_states_from_checkpoint"] = True
+    host = trainer(tmp_path, FisherMaskCallback(0.3, refresh=2), **options)
+    path = str(tmp_path / "checkpoint-3")
+    host.train(resume_from_checkpoint=path)
+    assert_same(weights(host), weights(expected))
+    with_loss = {"loss": own_loss, "kind": "empirical"}
+    with_loss["monitor"] = {"every": 50, "sources": 2, "probe": 2, "fisher": "empirical"}
+    shutil.rmtree(tmp_path)
+    callback = FisherMaskCallback(0.3, refresh=2, **with_loss)
+    trainer(tmp_path, callback, **options).train()
+    with pytest.raises(OptionError, match="without loss, monitor, which trainer_state"):
+        trainer(tmp_path, callback, **options).train(resume_from_checkpoint=path)
+
+
+def test_half_precision(tmp_path):
+    """In autocast to bfloat16 the weights stay float32; the mask holds."""
+    model = made("class")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    callback = FisherMaskCallback(0.3, refresh="start", scope="update")
+    host = trainer(
+        tmp_path, callback, kind="class", model=model, bf16=True, max_steps=8, save_steps=5,
+        save_strategy="steps", gradient_accumulation_steps=2,
+    )  # fmt: skip
+    host.train()
+    assert host.accelerator.mixed_precision == "bf16"
+    assert callback.mask.kept_fraction == pytest.approx(0.3, abs=0.01)
+    for name, p in model.named_parameters():
+        moved = p != before[name]
+        assert moved.any() == callback.mask.masks[name].any()
+        assert not (moved & ~callback.mask.masks[name]).any()
+
+
+def test_the_best_model_at_the_end_and_training_again(tmp_path):
+    callback = FisherMaskCallback(0.3, scope="update")
+    host = trainer(
+        tmp_path, [callback, EarlyStoppingCallback(3)], eval_data=samples(8), num_train_epochs=3,
+        eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        greater_is_better=True,  # so that the best is not the last
+    )  # fmt: skip
+    host.train()
+    best = host.state.best_model_checkpoint
+    assert (callback.mask.refreshes, host.state.global_step) == (2, 15)
+    assert not best.endswith("-15")
+    first = callback.mask
+    host.train()  # from these weights on, with masks of its own
+    assert callback.mask is not first
+    assert callback.mask.refreshes == 2
+    optimizer = host.optimizer.optimizer
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_the_share_is_in_the_logs(tmp_path, capsys):
+    callback = FisherMaskCallback(0.3, refresh=2, monitor={"every": 3, "sources": 3, "probe": 8})
+    host = trainer(tmp_path, callback, max_steps=4)
+    host.train()
+    logs = [log for log in host.state.log_history if "loss" in log]
+    assert [log["fisher_mask/kept"] for log in logs[:2]] == [1.0, callback.mask.kept_fraction]
+    assert "influence/quadratic/mean" not in logs[1]
+    record = callback.monitor.history[-1]
+    assert record["step"] == 3
+    assert logs[2]["influence/quadratic/mean"] == record["influence/quadratic/mean"] > 0
+    assert "fisher_mask/kept" in capsys.readouterr().out
+    assert "fisher_mask/kept" not in host.state.log_history[-1]  # the summary
+
+
+@pytest.mark.slow
+def test_the_monitor_changes_nothing(tmp_path):
+    runs = []
+    for monitor in (None, {"every": 2, "sources": 3, "probe": 8}):
+        host = trainer(
+            tmp_path, FisherMaskCallback(0.3, refresh=3, monitor=monitor), collator=Noisy(),
+            max_steps=7,
+        )  # fmt: skip
+        host.train()
+        runs.append(weights(host))
+    assert_same(runs[1], runs[0])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(samples())
+
+
+def test_streams_need_other_data(tmp_path):
+    with pytest.raises(DataError, match=r"Stream.*data="):
+        trainer(tmp_path, FisherMaskCallback(refresh=2), data=Stream(), max_steps=4).train()
+    loader = DataLoader(samples(8), batch_size=4, collate_fn=collate)
+    runs = []
+    for callback in (None, FisherMaskCallback(1.0, data=loader)):
+        host = trainer(tmp_path, callback, data=Stream(), max_steps=12)
+        host.train()
+        runs.append(weights(host))
+    assert callback.mask.refreshes == 2
+    assert_same(runs[1], runs[0])
+
+
+def test_a_mask_that_is_never_made(tmp_path):
+    for options in ({"num_train_epochs": 1}, {"max_steps": 4}):
+        with pytest.warns(GradmaskWarning, match=r"Nothing is masked: training ends after"):
+            trainer(tmp_path, FisherMaskCallback(), **options).train()
+    with pytest.warns(GradmaskWarning, match=r"refresh=30"):
+        trainer(tmp_path, FisherMaskCallback(refresh=30), max_steps=4).train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 2
+
+    with pytest.warns(GradmaskWarning, match="training ended after 2 steps"):
+        trainer(tmp_path, [FisherMaskCallback(), Stop()]).train()
+
+
+def test_label_smoothing_is_told(tmp_path):
+    host = trainer(tmp_path, FisherMaskCallback(refresh=2), max_steps=3, label_smoothing_factor=0.1)
+    with pytest.warns(GradmaskWarning, match="without the smoothing"):
+        host.train()
+
+
+def test_what_cannot_work_is_told(tmp_path):
+    from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+
+    with pytest.raises(OptionError, match="Did you mean 'scope'"):
+        FisherMaskCallback(scop="update")
+    with pytest.raises(OptionError, match="group"):
+        FisherMaskCallback(group=None)
+    with pytest.raises(OptionError, match="keep"):
+        FisherMaskCallback(2.0)
+    with pytest.raises(OptionError, match="refresh"):
+        FisherMaskCallback(refresh="never")
+    host = trainer(tmp_path, [FisherMaskCallback(), FisherMaskCallback()])
+    with pytest.raises(OptionError, match="2 FisherMaskCallbacks"):
+        host.train()
+    host = trainer(tmp_path, FisherMaskCallback(), max_steps=2)
+    host.create_optimizer()
+    wrapped = DeepSpeedOptimizerWrapper.__new__(DeepSpeedOptimizerWrapper)
+    wrapped.optimizer = host.optimizer
+    given = {"model": host.model, "optimizer": wrapped, "train_dataloader": None}
+    callback = host.callback_handler.callbacks[-2]
+    with pytest.raises(OptimizerError, match="DeepSpeed"):
+        callback.on_train_begin(host.args, host.state, host.control, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes(tmp_path, engine):
+    here = Path(__file__).parent
+    script = [str(here / "trainer_processes.py"), str(tmp_path), engine]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-5000:]
+
+
+def test_the_example(capsys):
+    example = Path(__file__).parents[2] / "examples" / "trainer.py"
+    runpy.run_path(str(example), run_name="__main__")
+    assert "share that learns: 0.25" in capsys.readouterr().out
+
+
+def test_without_transformers(monkeypatch):
+    name = "gradmask.integrations.transformers"
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'gradmask\[transformers\]'"):
+        importlib.import_module(name)
