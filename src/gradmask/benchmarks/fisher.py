@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -26,7 +27,7 @@ def bench_fisher(
     name: str,
     *,
     batch_size: int | None = None,
-    batches: int = 8,
+    batches: int | None = None,
     rounds: int = 7,
     device: str = "cpu",
     shape: Sequence[int] | None = None,
@@ -39,7 +40,8 @@ def bench_fisher(
         name: A workload (see `gradmask.benchmarks.workloads.find_workload`).
         batch_size: Samples in a batch (default: the workload's own).
         batches: Batches in one pass of ours, whose check of single samples is most of its first,
-            and of the plain one; a refresh at the default settings has 4,000 samples.
+            and of the plain one (default: 256 samples, at least 8 batches); a refresh at the
+            default settings has 4,000 samples.
         rounds: Times everything is timed.
         device: Device to measure on.
         shape: Shape of one sample (default: the workload's own).
@@ -54,6 +56,7 @@ def bench_fisher(
         largest entry of each tensor.
     """
     model, inputs, targets = make(name, batch_size, device, shape)
+    batches = batches or max(8, 256 // len(inputs))
     data = [(inputs, targets)] * batches
     step = plain(model, inputs, targets)
     pass_of_ours = in_precision(lambda: fisher_diagonal(model, data), device, precision)
@@ -80,7 +83,10 @@ def bench_fisher(
                 warnings.simplefilter("ignore")
                 notes[peer] = _error(prepare(*few)(), expected)
                 task = in_precision(prepare(model, inputs, targets), device, precision)
+                started = time.perf_counter()
                 task()
+                if peer == "torch.compile of vmap":
+                    notes[peer] += f", compiled in {time.perf_counter() - started:.0f} s"
                 tasks[peer] = task
         except Exception as error:
             notes[peer] = f"not measured: {type(error).__name__}: {str(error).splitlines()[0]}"[:60]

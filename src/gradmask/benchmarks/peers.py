@@ -85,8 +85,8 @@ def loop(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     return task
 
 
-def vmap(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
-    """`torch.func.vmap(grad)`, with the chunk size that is fastest here."""
+def _squares(model: nn.Module) -> tuple[Callable[..., Diagonal], Diagonal]:
+    """Sum over samples of squared gradients by `torch.func.vmap(grad)`, and the parameters."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
 
@@ -96,12 +96,22 @@ def vmap(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
 
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
 
+    def squares(parameters: Diagonal, x: Tensor, y: Tensor) -> Diagonal:
+        return {name: g.square().sum(0) for name, g in per_sample(parameters, x, y).items()}
+
+    return squares, parameters
+
+
+def vmap(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """`torch.func.vmap(grad)`, with the chunk size that is fastest here."""
+    squares, parameters = _squares(model)
+
     def with_chunk(size: int) -> Task:
         def task() -> Diagonal:
             total = {name: torch.zeros_like(p) for name, p in parameters.items()}
             for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-                for name, gradient in per_sample(parameters, x, y).items():
-                    total[name] += gradient.square().sum(0) / len(inputs)
+                for name, value in squares(parameters, x, y).items():
+                    total[name] += value / len(inputs)
             return total
 
         return task
@@ -109,6 +119,18 @@ def vmap(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     sizes = [size for size in (1, 4, 16, 64) if size <= len(inputs)]
     seconds = interleave({str(size): with_chunk(size) for size in sizes}, 1, inputs.device.type)
     return with_chunk(int(min(seconds, key=lambda size: median(seconds[size]))))
+
+
+def compiled(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+    """The same for the whole batch at once, by `torch.compile`."""
+    squares, parameters = _squares(model)
+    fast = torch.compile(squares)
+
+    def task() -> Diagonal:
+        found = fast(parameters, inputs, targets)
+        return {name: value / len(inputs) for name, value in found.items()}
+
+    return task
 
 
 def backpack(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
@@ -196,6 +218,7 @@ def laplace(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
 PEERS = {
     "loop of single samples": loop,
     "torch.func.vmap": vmap,
+    "torch.compile of vmap": compiled,
     "BackPACK": backpack,
     "opacus": opacus,
     "nngeometry": nngeometry,

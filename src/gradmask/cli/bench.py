@@ -31,7 +31,9 @@ def add_bench(commands: Any) -> None:
         if what == "threshold":
             kind.add_argument("--entries", type=count, default=10**8)
             continue
-        names = "resnet18, mlp, ..., a torchvision classifier, or package.module:function"
+        names = (
+            "resnet18, gpt2, ..., a torchvision classifier, transformers:NAME, or module:function"
+        )
         kind.add_argument("--model", default="resnet18", help=names)
         kind.add_argument("--batch-size", type=count, help="samples in a batch")
         kind.add_argument("--shape", type=count, nargs="+", help="shape of one sample: 3 224 224")
@@ -45,7 +47,7 @@ def add_bench(commands: Any) -> None:
             ):
                 kind.add_argument(option, type=count, default=default, help=text)
         if what == "fisher":
-            kind.add_argument("--batches", type=count, default=8, help="batches in a pass")
+            kind.add_argument("--batches", type=count, help="batches in a pass")
             kind.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
             kind.add_argument("--no-peers", dest="peers", action="store_false")
     _add_training(kinds)
