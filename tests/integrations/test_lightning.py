@@ -30,11 +30,7 @@ pytorch_lightning = pytest.importorskip("pytorch_lightning")
 FisherMaskCallback = pytest.importorskip("gradmask.integrations.lightning").FisherMaskCallback
 
 PACKAGES = {"lightning": lightning, "pytorch_lightning": pytorch_lightning}
-pytestmark = [
-    pytest.mark.usefixtures("repeatable"),
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
-]
+pytestmark = pytest.mark.usefixtures("repeatable")
 
 
 def network():
@@ -332,14 +328,17 @@ def test_batches_are_prepared_as_for_a_training_step():
         def train_dataloader(self):
             return DataLoader(samples(), 8)
 
+        def on_before_batch_transfer(self, batch, _):
+            return batch[0] + 1, batch[1]
+
         def on_after_batch_transfer(self, batch, _):
             assert self.trainer.training
             return 3 * batch[0], batch[1]
 
     net, module = network(), module_of(lightning)
-    tripled = [(3 * x, y) for x, y in DataLoader(samples(), 8)]
+    prepared = [(3 * (x + 1), y) for x, y in DataLoader(samples(), 8)]
     mask = FisherMask(net, 0.3)
-    mask.update(fisher_diagonal(net, tripled))
+    mask.update(fisher_diagonal(net, prepared))
     callback = FisherMaskCallback(0.3, refresh="start", model="net")
     trainer_of(lightning, callback, max_steps=1).fit(module, datamodule=Prepared())
     assert_same(callback.mask.masks, mask.masks)
