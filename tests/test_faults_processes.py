@@ -18,9 +18,6 @@ from test_faults_cli import LAUNCHER, check, one_line, place, write
 
 import gradmask
 
-# Whole processes, which start in seconds and are sensitive to a busy machine.
-pytestmark = pytest.mark.slow
-
 __all__ = ["place"]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs signals and /dev")
 SOURCE = str(Path(gradmask.__file__).parents[1])
@@ -91,12 +88,20 @@ def test_closed_and_full_streams(shell, words, message, status, place):
 
 @posix
 @pytest.mark.parametrize(
-    "words", [["recipes"], *(pytest.param(w, marks=pytest.mark.slow) for w in (["--help"], RUN))]
+    ("words", "unbuffered"),
+    [
+        (["--help"], "1"),
+        *(
+            pytest.param(words, unbuffered, marks=pytest.mark.slow)
+            for words in (["recipes"], ["--help"], RUN)
+            for unbuffered in ("", "1")
+        ),
+    ],
 )
-def test_a_reader_that_left(words, place):
+def test_a_reader_that_left(words, unbuffered, place):
     reader, writer = os.pipe()
     os.close(reader)
-    found = command(words, place, stdout=writer)
+    found = command(words, place, stdout=writer, environment={"PYTHONUNBUFFERED": unbuffered})
     os.close(writer)
     assert found.returncode in (1, 141)
     assert found.stderr == ""

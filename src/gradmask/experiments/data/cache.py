@@ -38,7 +38,7 @@ def cache_folder(part: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(folder, os.W_OK) else "it is read-only"
     except OSError as error:
-        reason = error.strerror
+        reason = error.strerror or str(error)
     if reason:
         raise DataError(f"Cannot write into {folder} ({reason}): {_ELSEWHERE}")
     return folder
