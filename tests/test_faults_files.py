@@ -60,7 +60,7 @@ def test_a_disk_that_is_full_or_read_only(moment, number, made, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full(real_sync))
         patch.setattr(os, "replace", full(real_replace))
-        with pytest.raises(OSError, match="No space|Read-only"):
+        with pytest.raises(OSError, match=r"No space|Read-only"):
             train_into(folder)
     assert not list(folder.rglob("*.tmp"))
     assert timeless(train_into(folder)["runs"]) == timeless(read_results(made / "done")["runs"])
