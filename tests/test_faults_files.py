@@ -41,7 +41,11 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    [(m, errno.ENOSPC) for m in range(20)] + [(m, errno.EROFS) for m in range(0, 20, 4)],
+    [
+        pytest.param(moment, number, marks=[pytest.mark.slow] * (moment % step > 0))
+        for number, step in ((errno.ENOSPC, 2), (errno.EROFS, 8))
+        for moment in range(20)
+    ],
 )
 def test_a_disk_that_is_full_or_read_only(moment, number, made, tmp_path, monkeypatch):
     """From this write or rename on: resumed, it ends with the same bits."""
@@ -122,7 +126,7 @@ def test_weights_of_an_earlier_training_are_not_audited(made, tmp_path):
     assert sorted(path.name for path in weights.iterdir()) == ["epoch-0001.pt", "epoch-0002.pt"]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_diverged_arm_does_not_take_others_along(optimizer, tmp_path, monkeypatch):
     original = train.train_epoch
 
@@ -155,8 +159,17 @@ def test_a_diverged_arm_does_not_take_others_along(optimizer, tmp_path, monkeypa
     train_into(folder, arms=("fisher", "none"), **options)
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "null"])
-@pytest.mark.parametrize("which", ["all", "one"])
+@pytest.mark.parametrize(
+    ("which", "value"),
+    [
+        ("one", "NaN"),
+        ("all", "Infinity"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("one", "Infinity"), ("one", "null"), ("all", "NaN"), ("all", "null"))
+        ),
+    ],
+)
 def test_numbers_that_are_not_finite_do_not_break_a_report(value, which, made, tmp_path):
     folder = shutil.copytree(made / "done", tmp_path / "out")
     text = (folder / "results.json").read_text()

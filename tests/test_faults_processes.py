@@ -20,6 +20,7 @@ import gradmask
 
 __all__ = ["place"]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs signals and /dev")
+PATIENCE = 550  # seconds, for machines that have other work
 SOURCE = str(Path(gradmask.__file__).parents[1])
 
 
@@ -31,7 +32,9 @@ def command(words, folder, *, shell='"$@"', environment=None, **others):
     found = {name: value for name, value in found.items() if value is not None}
     line = ["sh", "-c", shell, "sh", sys.executable, "-m", "gradmask.cli", *words]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | others
-    return subprocess.run(line, cwd=folder, env=found, timeout=120, encoding="utf-8", **streams)
+    return subprocess.run(
+        line, cwd=folder, env=found, timeout=PATIENCE, encoding="utf-8", **streams
+    )
 
 
 @pytest.mark.slow
@@ -78,7 +81,7 @@ STREAMS = [  # where the streams go, words, what stderr says, status
 @posix
 @pytest.mark.parametrize(
     ("shell", "words", "message", "status"),
-    [pytest.param(*s, marks=[pytest.mark.slow] * (n not in (1, 4))) for n, s in enumerate(STREAMS)],
+    [pytest.param(*s, marks=[pytest.mark.slow] * (n != 1)) for n, s in enumerate(STREAMS)],
 )
 def test_closed_and_full_streams(shell, words, message, status, place):
     found = command(words, place, shell=f'"$@" {shell}')
@@ -197,11 +200,12 @@ def test_signals_at_work(number, status, place):
     process = subprocess.Popen(
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end and not list(place.glob("out/runs/*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == status, err
     if number == signal.SIGTERM:  # ends the process as the system does; nothing is lost
         assert err == ""
