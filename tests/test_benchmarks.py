@@ -1,8 +1,11 @@
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from gradmask import fisher_diagonal
 from gradmask.benchmarks import fisher, forms, influence, peers, workloads
@@ -15,8 +18,10 @@ from gradmask.benchmarks.refresh import bench_refresh, overlap, overlap_curve, o
 from gradmask.benchmarks.timing import interleave, ratio
 from gradmask.cli import main
 from gradmask.errors import OptionError
+from gradmask.experiments.compare import run_comparison
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.batches import Batches
+from gradmask.experiments.progress import Progress
 
 
 def test_every_task_once_a_round_in_turn():
@@ -137,6 +142,27 @@ def test_refresh(options, tmp_path):
             assert points[-1]["overlap"] == {"0.25": 1.0, "0.5": 1.0, "0.75": 1.0}
             assert [p["samples"] for p in points] == sorted({p["samples"] for p in points})
     assert len(overlap_table(measurement).rows) == len(points)
+
+
+def test_refresh_leaves_folders_of_others_alone(options, tmp_path):
+    config = Comparison(**options | {"output": tmp_path / "out", "seeds": (0,), "save_every": 1})
+    config = replace(config, arms=("none",))
+    run_comparison(config, Progress(Console(quiet=True)))
+    files = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+    with pytest.raises(OptionError, match="holds runs of `gradmask run`"):
+        bench_refresh(config, draws=1)
+    with pytest.raises(OptionError, match="holds a different run, with lr="):
+        bench_refresh(replace(config, lr=0.3), draws=1)
+    assert {path: path.read_bytes() for path in files} == files
+    mine = tmp_path / "mine" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(OptionError, match="holds files, but no run that gradmask made"):
+        bench_refresh(replace(config, output=mine.parent), draws=1)
+    assert os.listdir(mine.parent) == ["notes.txt"]
+    for _ in range(2):  # its own folder is written into again
+        bench_refresh(replace(config, output=tmp_path / "again", epochs=1), draws=1)
+    assert (tmp_path / "again" / ".gradmask").is_file()
 
 
 def test_overlap_is_intersection_over_union():

@@ -368,7 +368,7 @@ def server():
             "gradmask.experiments.theorem.run",
             "jsonargparse",
             "sklearn.datasets",
-            "torch.utils.tensorboard",
+            "tensorboard.compat.proto.event_pb2",
         ]
     )
     return context

@@ -165,7 +165,7 @@ def test_parquet_is_decoded_once(tmp_path, cache, monkeypatch):
     assert len(images) == 30
 
     cached = list((cache / "images").iterdir())
-    assert [p.suffix for p in cached] == [".npy"] * 2
+    assert [p.suffix for p in cached] == [".pt"] * 2
     monkeypatch.setattr(cache_module, "_decode", None)
     assert torch.equal(load_images(config, 0).train_images, data.train_images)
     monkeypatch.undo()

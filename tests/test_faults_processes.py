@@ -18,11 +18,9 @@ from test_faults_cli import LAUNCHER, check, one_line, place, write
 
 import gradmask
 
-# Whole processes, which start in seconds and are sensitive to a busy machine.
-pytestmark = pytest.mark.slow
-
 __all__ = ["place"]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs signals and /dev")
+PATIENCE = 550  # seconds, for machines that have other work
 SOURCE = str(Path(gradmask.__file__).parents[1])
 
 
@@ -34,7 +32,9 @@ def command(words, folder, *, shell='"$@"', environment=None, **others):
     found = {name: value for name, value in found.items() if value is not None}
     line = ["sh", "-c", shell, "sh", sys.executable, "-m", "gradmask.cli", *words]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | others
-    return subprocess.run(line, cwd=folder, env=found, timeout=120, encoding="utf-8", **streams)
+    return subprocess.run(
+        line, cwd=folder, env=found, timeout=PATIENCE, encoding="utf-8", **streams
+    )
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ STREAMS = [  # where the streams go, words, what stderr says, status
 @posix
 @pytest.mark.parametrize(
     ("shell", "words", "message", "status"),
-    [pytest.param(*s, marks=[pytest.mark.slow] * (n not in (1, 4))) for n, s in enumerate(STREAMS)],
+    [pytest.param(*s, marks=[pytest.mark.slow] * (n != 1)) for n, s in enumerate(STREAMS)],
 )
 def test_closed_and_full_streams(shell, words, message, status, place):
     found = command(words, place, shell=f'"$@" {shell}')
@@ -91,12 +91,20 @@ def test_closed_and_full_streams(shell, words, message, status, place):
 
 @posix
 @pytest.mark.parametrize(
-    "words", [["recipes"], *(pytest.param(w, marks=pytest.mark.slow) for w in (["--help"], RUN))]
+    ("words", "unbuffered"),
+    [
+        (["--help"], "1"),
+        *(
+            pytest.param(words, unbuffered, marks=pytest.mark.slow)
+            for words in (["recipes"], ["--help"], RUN)
+            for unbuffered in ("", "1")
+        ),
+    ],
 )
-def test_a_reader_that_left(words, place):
+def test_a_reader_that_left(words, unbuffered, place):
     reader, writer = os.pipe()
     os.close(reader)
-    found = command(words, place, stdout=writer)
+    found = command(words, place, stdout=writer, environment={"PYTHONUNBUFFERED": unbuffered})
     os.close(writer)
     assert found.returncode in (1, 141)
     assert found.stderr == ""
@@ -192,11 +200,12 @@ def test_signals_at_work(number, status, place):
     process = subprocess.Popen(
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end and not list(place.glob("out/runs/*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == status, err
     if number == signal.SIGTERM:  # ends the process as the system does; nothing is lost
         assert err == ""

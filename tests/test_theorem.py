@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from gradmask.cli import main
 from gradmask.errors import DataError, OptionError
+from gradmask.experiments.folder import read_results
 from gradmask.experiments.theorem import run as theorem
 from gradmask.experiments.theorem.config import SIZES, TheoremCheck
 from gradmask.experiments.theorem.numbers import fitted_points, measure, slope, smooth_twin
@@ -25,6 +27,7 @@ from gradmask.experiments.theorem.report import (
     write_theorem,
 )
 from gradmask.experiments.theorem.run import run_theorem
+from gradmask.experiments.training import run as train
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 
@@ -310,6 +313,46 @@ def test_an_interrupted_run_goes_on(finished, tmp_path, monkeypatch):
     expected = [run for run in whole["runs"] if run["model"] == "mlp"]
     for ours, theirs in zip(results["runs"], expected, strict=True):
         assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_run_that_diverges_does_not_take_others_along(epoch, tmp_path, monkeypatch):
+    """In the middle of training, or in the last step: no loss is computed after it."""
+    original = train.train_epoch
+
+    def diverging(run, *args):
+        loss = original(run, *args)
+        first = next(run.model.parameters())
+        if first.dim() == 2 and run.epoch == epoch:  # the MLP's
+            with torch.no_grad():
+                first.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(train, "train_epoch", diverging)
+    config = options(tmp_path / "out", epochs=2, seeds=(0,))
+    console = Console(record=True, width=200)
+    run_theorem(config, console)
+    assert re.search(r"mlp, seed 0: .* s, diverged in epoch 2", console.export_text())
+    results = read_results(config.output, "theorem1.json")
+    assert [run["model"] for run in results["runs"]] == ["mlp", "small_cnn"]
+    assert results["runs"][0]["diverged"]["epoch"] == 2
+    assert "measurements" in results["runs"][1]
+    write_theorem(config.output, results)
+    print_theorem(results, console)
+    sentence = "mlp: 1 of 1 runs diverged, left out of all tables and figures: seed 0 in epoch 2."
+    for text in (console.export_text(), (config.output / "theorem1.md").read_text()):
+        assert sentence in text
+    assert "small_cnn, trained" in (config.output / "theorem1.svg").read_text()
+    assert not list(config.output.rglob("checkpoint*"))
+    monkeypatch.setattr(train, "train_epoch", None)  # nothing is left to do
+    run_theorem(config, QUIET)
+    results["runs"] = results["runs"][:1]
+    assert findings(results) == [sentence]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    write_theorem(alone, results)
+    assert (alone / "theorem1.md").is_file()
+    assert not (alone / "theorem1.svg").exists()
 
 
 def test_seeds_can_be_added_and_other_options_are_refused(finished, monkeypatch):

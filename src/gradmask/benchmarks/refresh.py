@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
@@ -20,12 +21,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gradmask import fisher_diagonal, make_masks
+from gradmask.errors import OptionError
 from gradmask.experiments.compare import environment
 from gradmask.experiments.config import Comparison, to_plain
 from gradmask.experiments.data.batches import Batches
 from gradmask.experiments.data.images import load_images
-from gradmask.experiments.files import write_atomically, write_json
+from gradmask.experiments.files import remove_temporaries, write_atomically, write_json
+from gradmask.experiments.folder import mark_folder, open_folder, run_directory
 from gradmask.experiments.reports.figures import STYLE, to_svg
+from gradmask.experiments.training.checkpoint import has_checkpoint
 from gradmask.experiments.training.components import resolve_device
 from gradmask.experiments.training.run import Row, train_run
 from gradmask.seeding import seeded_generator
@@ -46,6 +50,10 @@ def bench_refresh(
 
     Returns:
         Contents of `refresh.json`, which is written to the output folder with a figure.
+
+    Raises:
+        OptionError: If the folder holds runs of `gradmask run`, or other files.
+        Diverged: If training diverges.
     """
     epochs = sorted(set(at or (max(1, config.epochs // 3), config.epochs)))
     device, seed = resolve_device(config.device), config.seeds[0]
@@ -78,12 +86,19 @@ def bench_refresh(
             write_atomically(config.output / "refresh.svg", overlap_figure(results))
             console.print(overlap_table(results["measurements"][-1]))
 
-    config.output.mkdir(parents=True, exist_ok=True)
     config = replace(config, seeds=(seed,), arms=("none",))
-    directory = config.output / "runs" / f"none-seed{seed}"
-    data = load_images(config, seed)
-    # Every epoch is to be observed, so the run does not go on from a checkpoint.
-    train_run(config, data, "none", seed, directory, observe=observe, checkpoints=False)
+    with ExitStack() as stack:
+        _, held = open_folder(config, stack)
+        directory = run_directory(config.output, "none", seed)
+        if held["runs"] or has_checkpoint(directory):  # its weights and logs would be lost
+            raise OptionError(
+                f"{config.output} holds runs of `gradmask run`: choose another --output."
+            )
+        data = load_images(config, seed)
+        mark_folder(config.output)
+        remove_temporaries(config.output)
+        # Every epoch is to be observed, so the run does not go on from a checkpoint.
+        train_run(config, data, "none", seed, directory, observe=observe, checkpoints=False)
     return results
 
 

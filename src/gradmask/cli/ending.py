@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from gradmask.cli.terminal import say, settle
+from gradmask.cli.terminal import has_reader, say, settle
 from gradmask.errors import DistributedError, GradmaskError
 from gradmask.interrupts import LINE
 
@@ -36,7 +36,8 @@ def end(error: BaseException, run: bool = False) -> int:
         Exit status: 1 for work that failed, 2 for wrong use or a place that cannot be used, 130
         when interrupted, 141 when nobody reads the output.
     """
-    reader_left = not settle(sys.stdout)
+    nobody_reads = not has_reader(sys.stdout)
+    reader_left = not settle(sys.stdout) or nobody_reads
     if isinstance(error, BrokenPipeError) and reader_left:
         settle(sys.stderr)
         return BROKEN_PIPE

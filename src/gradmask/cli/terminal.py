@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import os
+import select
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -63,3 +64,15 @@ def settle(stream: TextIO | Any) -> bool:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         return False
+
+
+def has_reader(stream: TextIO | Any) -> bool:
+    """Whether anybody may still read a stream: one without a buffer tells it in no other way."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)  # errors are told in any case
+        return not any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # no file behind it
+        return True

@@ -145,6 +145,27 @@ def read_tensors(path: Path, mend: str = _DELETE) -> Any:
         raise damaged(path, error, mend) from error
 
 
+def keep(path: Path, key: Any, made: Any) -> None:
+    """Keep what was made of something else, with sums.
+
+    Args:
+        path: Where to write; its folder must exist.
+        key: Plain values by which it is known again.
+        made: Tensors and plain values.
+    """
+    with atomic_file(path) as file:
+        torch.save({"key": key, "made": made}, file)
+
+
+def read_kept(path: Path, key: Any) -> Any:
+    """What `keep` has written; None if that is missing, damaged or of another key."""
+    try:
+        found = read_tensors(path)
+        return found["made"] if found["key"] == key else None
+    except Exception:  # or of another version
+        return None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, in lines that are short enough to read and compare.
 

@@ -32,12 +32,13 @@ _ROW = record(
     others=number,
 )
 _RECORD = record({"epoch": number, "seconds": number}, others=number)
+_DIVERGED = record({"epoch": whole, "reason": text})
 _RUN = record(
     {"arm": text, "seed": seed, "seconds": number, "epochs": items(_ROW)},
     {
         "influence": items(_RECORD),
         "commit": optional(text),
-        "diverged": record({"epoch": whole, "reason": text}),
+        "diverged": _DIVERGED,
     },
 )
 
@@ -122,21 +123,23 @@ _MEASUREMENT = record(
         "diagonal": record({"exact": _DIAGONAL, "empirical": _DIAGONAL}),
     }
 )
-_THEOREM = record(
+_TRAINED = record({"model": text, "seed": seed, "seconds": number}, {"diverged": _DIVERGED})
+_MEASURED = record(
     {
-        "runs": items(
-            record(
-                {
-                    "model": text,
-                    "seed": seed,
-                    **dict.fromkeys(("seconds", "train_loss", "test_accuracy"), number),
-                    "parameters": whole,
-                    "measurements": items(_MEASUREMENT),
-                }
-            )
-        ),
-        "config": record({}),
-    },
+        **dict.fromkeys(("train_loss", "test_accuracy"), number),
+        "parameters": whole,
+        "measurements": items(_MEASUREMENT),
+    }
+)
+
+
+def _trained(value: Any) -> Any:
+    run = _TRAINED(value)
+    return run if "diverged" in run else _MEASURED(run)
+
+
+_THEOREM = record(
+    {"runs": items(_trained), "config": record({})},
     {"data": record({"sum": text}), "environment": record({})},
 )
 
@@ -147,7 +150,7 @@ def check_theorem(found: Any) -> Results:
     config = from_plain(TheoremCheck, results["config"])
     _check_seeds(results, "model", config.models, config.seeds)
     for run in results["runs"]:
-        for row in run["measurements"]:
+        for row in run.get("measurements", ()):
             if row["activation"] not in ("own", "smooth") or not row["steps"]:
                 raise Wrong(f"a measurement of {run['model']!r} is of no known network")
             if len({len(row[name]) for name in _SERIES}) > 1:

@@ -189,7 +189,7 @@ def activation_bytes(model: nn.Module, inputs: Any) -> tuple[Any, int]:
     def note(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in own:
             sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()  # an operation that saved its own result would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         outputs = call(model, part(inputs, slice(1)))

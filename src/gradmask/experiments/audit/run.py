@@ -26,7 +26,7 @@ from gradmask.experiments.config import Comparison, from_plain
 from gradmask.experiments.data.images import ImageData, load_images
 from gradmask.experiments.data.sources import in_memory, stratified
 from gradmask.experiments.data.transforms import channel_statistics, normalize
-from gradmask.experiments.files import atomic_file, read_tensors
+from gradmask.experiments.files import keep, read_kept
 from gradmask.experiments.folder import (
     RESULTS_FILE,
     check_ours,
@@ -262,14 +262,12 @@ def _measure_epochs(
                 fisher=options.fisher,
                 step=config.lr,
             )
-            with atomic_file(path) as file:
-                torch.save({"key": key, "measured": vars(measured)}, file)
+            keep(path, key, vars(measured))
         yield epoch, measured
 
 
 def _read_measured(path: Path, key: list[Any]) -> Measured | None:
     try:
-        found = read_tensors(path)
-        return Measured(**found["measured"]) if found["key"] == key else None
-    except Exception:  # missing, damaged, or of another version: measured again
+        return Measured(**read_kept(path, key))
+    except TypeError:  # there is none, or it is of another version: measured again
         return None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,23 +17,54 @@ from gradmask.errors import DataError
 from gradmask.experiments.data.decoding import middle
 from gradmask.experiments.data.folders import warn_once
 from gradmask.experiments.data.stored import StoredImages, damaged
-from gradmask.experiments.files import atomic_file, write_atomically
+from gradmask.experiments.files import keep, read_kept
 
 _DECODER = 2  # changes with the pixels that are made of a file
-_UNREADABLE = (OSError, ValueError, EOFError)  # not there yet, or cut off: made again
+_ELSEWHERE = "point GRADMASK_CACHE to a folder of your own."
+Made = TypeVar("Made")
 
 
 def cache_folder(part: str) -> Path:
-    """A folder in `~/.cache/gradmask`, or where `GRADMASK_CACHE` says; made if need be."""
-    root = os.environ.get("GRADMASK_CACHE") or Path.home() / ".cache" / "gradmask"
-    folder = Path(root) / part
-    folder.mkdir(parents=True, exist_ok=True)
+    """A folder in `~/.cache/gradmask`, or where `GRADMASK_CACHE` says; made if need be.
+
+    Args:
+        part: Its name there.
+
+    Raises:
+        DataError: If it cannot be written into.
+    """
+    folder = _cache() / part
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "it is read-only"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise DataError(f"Cannot write into {folder} ({reason}): {_ELSEWHERE}")
     return folder
 
 
-def _key(images: StoredImages, *options: int) -> str:
-    words = f"{images.rows._fingerprint} {images.column} {_DECODER} {options}"
-    return hashlib.sha256(words.encode() + images.indices.numpy().tobytes()).hexdigest()[:32]
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("GRADMASK_CACHE") or Path.home() / ".cache" / "gradmask")
+    except RuntimeError as error:
+        raise DataError(f"There is no home folder for the cache: {_ELSEWHERE}") from error
+
+
+def _kept(part: str, images: StoredImages, size: int, make: Callable[[], Made]) -> Made:
+    """What was made of these images earlier, or is made now; a cache need not be written."""
+    words = f"{images.rows._fingerprint} {images.column} {_DECODER} {size}"
+    rows = images.indices.numpy().tobytes()
+    key = hashlib.sha256(words.encode() + rows).hexdigest()[:32]
+    name = f"{key}.pt"
+    found: Made | None = read_kept(_cache() / part / name, key)
+    if found is None:
+        found = make()
+        try:
+            keep(cache_folder(part) / name, key, found)
+        except (DataError, OSError) as error:
+            warn_once(f"Images are decoded anew at each start. {error}")
+    return found
 
 
 def sound_images(images: StoredImages) -> StoredImages:
@@ -45,13 +76,7 @@ def sound_images(images: StoredImages) -> StoredImages:
     Returns:
         Those that are not damaged. A warning says how many are.
     """
-    path = cache_folder("damaged") / f"{_key(images)}.json"
-    found: dict[int, str] | None = None
-    with suppress(*_UNREADABLE, TypeError):
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    if found is None:
-        found = dict(damaged(images))
-        write_atomically(path, json.dumps(list(found.items())))
+    found = _kept("damaged", images, 0, lambda: dict(damaged(images)))
     if found:
         first = next(iter(found.values())).split(". Mend it")[0]
         warn_once(
@@ -73,13 +98,7 @@ def pixels(images: StoredImages) -> Tensor:
     Raises:
         DataError: If one is damaged or of another size, or there is none.
     """
-    path = cache_folder("images") / f"{_key(images, images.size)}.npy"
-    with suppress(*_UNREADABLE):
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    array = _decode(images)
-    with atomic_file(path) as file:
-        np.save(file, array, allow_pickle=False)
-    return torch.from_numpy(array)
+    return _kept("images", images, images.size, lambda: torch.from_numpy(_decode(images)))
 
 
 def _decode(images: StoredImages) -> NDArray[np.uint8]:

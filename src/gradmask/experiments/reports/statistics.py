@@ -125,14 +125,24 @@ def divergences(results: Results) -> list[str]:
     sentences = []
     for arm in arms(results):
         found = {run["seed"]: diverged_at(run) for run in results["runs"] if run["arm"] == arm}
-        gone = [f"seed {seed} in epoch {at}" for seed, at in found.items() if at is not None]
-        if gone:
-            title = arm_title(arm)
-            sentences.append(
-                f"{title[0].upper()}{title[1:]}: {len(gone)} of {len(found)} runs diverged, left "
-                f"out of all means, differences and figures: {', '.join(gone)}."
-            )
+        title = arm_title(arm)
+        sentences += left_out(
+            f"{title[0].upper()}{title[1:]}", found, "means, differences and figures"
+        )
     return sentences
+
+
+def left_out(title: str, epochs: dict[int, int | None], where: str) -> list[str]:
+    """A sentence on the runs of one kind that diverged, if any did.
+
+    Args:
+        title: What they are runs of.
+        epochs: When each of them diverged, or None, by seed.
+        where: What they are left out of.
+    """
+    gone = [f"seed {seed} in epoch {at}" for seed, at in epochs.items() if at is not None]
+    told = f"{title}: {len(gone)} of {len(epochs)} runs diverged, left out of all {where}"
+    return [f"{told}: {', '.join(gone)}."] if gone else []
 
 
 def summarise(numbers: list[float]) -> Summary:

@@ -19,7 +19,7 @@ from rich.text import Text
 from gradmask.experiments.files import write_atomically
 from gradmask.experiments.folder import check_ours
 from gradmask.experiments.reports.figures import STYLE, to_png, to_svg
-from gradmask.experiments.reports.statistics import Results, summarise
+from gradmask.experiments.reports.statistics import Results, left_out, summarise
 from gradmask.experiments.theorem.numbers import KINDS, SMALL_ERROR
 
 Row = dict[str, Any]
@@ -41,6 +41,8 @@ _LINES: tuple[tuple[str, str, str, str, Any], ...] = (
 def write_theorem(folder: Path, results: Results) -> None:
     """Write `theorem1.csv`, `theorem1.md`, `theorem1.svg` and `theorem1.png`.
 
+    There is no figure if all runs diverged.
+
     Args:
         folder: The output folder.
         results: Contents of `theorem1.json`.
@@ -48,6 +50,8 @@ def write_theorem(folder: Path, results: Results) -> None:
     check_ours(folder)
     write_atomically(folder / "theorem1.csv", to_csv(results))
     write_atomically(folder / "theorem1.md", to_markdown(results))
+    if not any(grouped(results)):
+        return
     with mpl.rc_context(STYLE):
         figure = draw(results)
     write_atomically(folder / "theorem1.svg", to_svg("theorem1", figure))
@@ -89,7 +93,7 @@ def to_csv(results: Results) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "seed", "state", "network", "step", *_PER_STEP, "fitted"])
     for run in results["runs"]:
-        for found in run["measurements"]:
+        for found in _measurements(run):
             for i, step in enumerate(found["steps"]):
                 values = [f"{found[name][i]:.6e}" for name in _PER_STEP]
                 place = [run["model"], run["seed"], found["state"], found["activation"]]
@@ -141,7 +145,9 @@ def tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]
 def findings(results: Results) -> list[str]:
     """What the run shows, in sentences; the last is the verdict."""
     groups = dict(grouped(results))
-    sentences = []
+    sentences = _divergences(results)
+    if not groups:
+        return sentences or ["Nothing was measured."]
     for (model, state, activation), runs in groups.items():
         if activation != "own":
             continue
@@ -154,7 +160,15 @@ def findings(results: Results) -> list[str]:
             parts.append(f"with SiLU for ReLU as {_order(smooth, 'error')}")
         sentences.append(f"{model}, {state}: {', '.join(parts)}.")
     trained = [r for k, runs in groups.items() if k[1:] == ("trained", "own") for r in runs]
-    return [*sentences, *_sizes(trained, _rates(results)), _verdict(groups)]
+    sizes = _sizes(trained, _rates(results)) if trained else []
+    return [*sentences, *sizes, _verdict(groups)]
+
+
+def _divergences(results: Results) -> list[str]:
+    epochs: dict[str, dict[int, int | None]] = {}
+    for run in results["runs"]:
+        epochs.setdefault(run["model"], {})[run["seed"]] = run.get("diverged", {}).get("epoch")
+    return [text for item in epochs.items() for text in left_out(*item, "tables and figures")]
 
 
 def _sizes(runs: list[Row], rates: tuple[float, float]) -> list[str]:
@@ -197,7 +211,7 @@ def grouped(results: Results) -> Iterator[tuple[Key, list[Row]]]:
     """The measurements of all seeds, by model, state and activation."""
     groups: dict[Key, list[Row]] = {}
     for run in results["runs"]:
-        for found in run["measurements"]:
+        for found in _measurements(run):
             key = (run["model"], found["state"], found["activation"])
             groups.setdefault(key, []).append(found)
     yield from groups.items()
@@ -255,6 +269,11 @@ def _panel(panel: Axes, groups: dict[Key, list[Row]], model: str, state: str) ->
             fontsize=8,
             color="#555555",
         )
+
+
+def _measurements(run: Row) -> list[Row]:
+    found: list[Row] = run.get("measurements", [])  # a run that diverged has none
+    return found
 
 
 def _rates(results: Results) -> tuple[float, float]:

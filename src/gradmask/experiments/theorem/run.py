@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ from gradmask.experiments.theorem.numbers import measure, smooth_twin
 from gradmask.experiments.training.budget import EpochBudget
 from gradmask.experiments.training.checkpoint import remove_checkpoints
 from gradmask.experiments.training.components import new_model, resolve_device
+from gradmask.experiments.training.divergence import Diverged
 from gradmask.experiments.training.run import Row, train_run
 from gradmask.seeding import seeded_generator
 
@@ -38,7 +40,7 @@ def run_theorem(config: TheoremCheck, console: Console) -> Results:
     Training is in float32 and measuring in float64. The output folder then holds `config.yaml` and
     `theorem1.json`; `write_theorem` adds tables, findings and a figure. Runs that `theorem1.json`
     already holds are not done again, and training that has a checkpoint goes on from it, so an
-    interrupted run goes on.
+    interrupted run goes on. A run that diverges is recorded as such, and the others go on.
 
     Args:
         config: The options.
@@ -79,16 +81,19 @@ def _run_missing(config: TheoremCheck, results: Results, console: Console) -> Re
         console.print(f"{len(done)} finished runs found; {len(missing)} to go.")
     for number, (model, seed) in enumerate(missing, start=1):
         directory = run_directory(config.output, model, seed)
-        run = _run(config, model, seed, device, directory, budget)
+        try:
+            run = _run(config, model, seed, device, directory, budget)
+        except Diverged as diverged:  # the others go on
+            known = {name: diverged.run[name] for name in ("seed", "seconds", "diverged")}
+            run = {"model": model, **known}
         results["runs"].append(run)
         results["runs"].sort(key=lambda r: (config.models.index(r["model"]), r["seed"]))
         write_json(config.output / FILE, results)
         remove_checkpoints(directory)
-        console.print(
-            f"[{number}/{len(missing)}] {model}, seed {seed}: {run['seconds']:.1f} s",
-            highlight=False,
-            markup=False,
-        )
+        told = f"[{number}/{len(missing)}] {model}, seed {seed}: {run['seconds']:.1f} s"
+        if "diverged" in run:
+            told += f", diverged in epoch {run['diverged']['epoch']}"
+        console.print(told, highlight=False, markup=False)
     write_json(config.output / FILE, results)
     return results
 
@@ -133,6 +138,10 @@ def _run(
         observe=lambda _, *rest: last.append(rest),
         budget=budget,
     )
+    final = trained["epochs"][-1]
+    if not math.isfinite(final["test_loss"]):  # since its last step
+        known = {"epoch": final["epoch"], "reason": f"test_loss is {final['test_loss']}"}
+        raise Diverged(f"{name}, seed {seed}: {known['reason']}", trained | {"diverged": known})
     model, batches = last[-1]
     sources, probe = _samples(config, data, seed, batches, device)
     rates = {"lr": config.lr, "lr_over_batch": config.lr / config.batch_size}
@@ -144,7 +153,6 @@ def _run(
             if twin is not None:
                 found = measure(twin, sources, probe, config.step_sizes(), rates)
                 measurements.append({"state": state, "activation": activation, **found})
-    final = trained["epochs"][-1]
     return {
         "model": name,
         "seed": seed,

@@ -133,7 +133,7 @@ def _load_shards(directory: Path, described: dict[str, Any], run: RunState) -> P
     )
     if path is None:
         return None
-    _check(path, plain, plain["shapes"], described, run.model)
+    _check(path, plain, plain.get("shapes", {}), described, run.model)
     tensors = run.empty_shards(plain)
     read_shards(path, tensors)
     _fill(directory, run, plain, tensors)

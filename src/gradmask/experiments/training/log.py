@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from gradmask.errors import StateError
 from gradmask.experiments.files import damaged, to_json
@@ -43,7 +46,7 @@ class RunLog:
         self._file.truncate(size)
         for stale in directory.glob("events.out.tfevents.*"):  # of a run that was interrupted
             stale.unlink()
-        self._board = SummaryWriter(str(directory))
+        self._board = _Board(directory)
         for line in written.decode().splitlines():
             self._show(json.loads(line))
 
@@ -51,8 +54,10 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+        finally:
+            self._board.close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Write the measurements of an epoch, or a record of an influence monitor.
@@ -72,6 +77,28 @@ class RunLog:
 
     def _show(self, row: dict[str, Any]) -> None:
         when = int(row["step"] if "step" in row else row["epoch"])
-        for name, value in row.items():
-            if isinstance(value, float):
-                self._board.add_scalar(name, value, when)
+        self._board.add({n: v for n, v in row.items() if isinstance(v, float)}, when)
+
+
+class _Board:
+    """Events for TensorBoard. Its own writer has a thread, which prints that a disk is full."""
+
+    def __init__(self, directory: Path) -> None:
+        name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
+        self._file = (directory / name).open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Write numbers by name."""
+        numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=numbers)))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file, even if it cannot be written to its end."""
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())

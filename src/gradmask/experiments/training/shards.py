@@ -75,7 +75,7 @@ def read_plain(folder: Path, ours: Processes) -> dict[str, Any]:
             raise KeyError("files are missing, or others there")
         names = sorted(sums)[ours.rank :: ours.count]
         damaged = next((n for n in names if _sum(folder / n) != sums[n]), None)
-    except (StateError, OSError, KeyError, AttributeError):
+    except (StateError, OSError, KeyError, AttributeError, TypeError):
         damaged = RUN_FILE
     for found in ours.gather(damaged):
         if found is not None:
