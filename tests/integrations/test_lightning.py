@@ -30,7 +30,16 @@ pytorch_lightning = pytest.importorskip("pytorch_lightning")
 FisherMaskCallback = pytest.importorskip("gradmask.integrations.lightning").FisherMaskCallback
 
 PACKAGES = {"lightning": lightning, "pytorch_lightning": pytorch_lightning}
-pytestmark = pytest.mark.usefixtures("repeatable")
+pytestmark = pytest.mark.usefixtures("repeatable", "own_environment")
+
+
+@pytest.fixture
+def own_environment():
+    """Lightning leaves ranks in the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def network():
@@ -493,7 +502,7 @@ def test_two_processes(tmp_path):
     assert_same(first["masks"], mask.masks)
 
 
-def test_ddp_on_one_process(tmp_path, monkeypatch):
+def test_ddp_on_one_process(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "0")
     callback = FisherMaskCallback(0.3, refresh=3)
     options = {"strategy": "ddp", "use_distributed_sampler": False}
