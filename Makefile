@@ -24,8 +24,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train on real digits with and without the mask, print the table (2 minutes)
 	$(BIN)/gradmask run demo
 
-test: $(READY) ## run the tests
-	$(BIN)/pytest
+test: $(READY) ## run the tests, two at a time
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(READY) ## run every test, the long ones too
 	$(BIN)/pytest -m ""
