@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from gradmask.containers import check_cuttable, map_tensors, sample_count, tensors_in
 from gradmask.errors import DataError, OptionError
 from gradmask.fisher.likelihood import Loss
-from gradmask.fisher.tasks import Task, find_task
+from gradmask.fisher.tasks import Task, check_task, find_task
 
 Unpack = Callable[[Any], Any]
 
@@ -79,6 +79,7 @@ class Adapter:
         self.model = self._scored or model
         self._bare, self._loss, self._unpack = model, loss, unpack
         self._device = next(model.parameters()).device
+        self._batches = 0
 
     @property
     def unpacks(self) -> bool:
@@ -104,7 +105,7 @@ class Adapter:
         Raises:
             DataError: If it has no such form.
         """
-        batch = self._unpack(batch) if self._unpack else batch
+        batch = _with_names(self._unpack(batch) if self._unpack else batch)
         with_names = has_names(batch)
         pair = _parts(batch)
         check_cuttable(pair[0], "inputs")
@@ -121,8 +122,12 @@ class Adapter:
         inputs = self._arguments(inputs, targets)
         if self._scored is None or not len(targets):
             return inputs, targets
+        run = lambda given: call(self._bare, given)  # noqa: E731
+        self._batches += 1
+        task = self._scored.task
+        if task is not None and task.own and self._batches.bit_count() == 1:  # the 2nd, 4th, 8th
+            check_task(task, run, inputs, targets)
         if self._scored.task is None:
-            run = lambda given: call(self._bare, given)  # noqa: E731
             labelled = has_names(inputs) and _accepts(self._bare, {**inputs, "labels": targets})
             self._scored.task = find_task(run, inputs, targets, self._loss, labelled=labelled)
         return inputs, self._scored.task.targets(targets)
@@ -186,7 +191,7 @@ def as_batch(batch: Any) -> Any:
     Raises:
         DataError: If it has no such form.
     """
-    inputs, targets = _parts(batch)
+    inputs, targets = _parts(batch := _with_names(batch))
     inputs = {str(key): inputs[key] for key in inputs} if has_names(inputs) else inputs
     return {**inputs, "labels": targets} if has_names(batch) else (inputs, targets)
 
@@ -200,12 +205,6 @@ def _parts(batch: Any) -> tuple[Any, Any]:
             targets = found.pop(names[0])
             return found, targets
         what = f"a {type(batch).__name__} with the entries {', '.join(found)}"
-    elif isinstance(batch, tuple) and len(fields := getattr(batch, "_fields", ())) > 2:
-        names = [name for name in fields if name in LABELS]
-        if len(names) == 1:
-            place = fields.index(names[0])
-            return tuple(batch[:place] + batch[place + 1 :]), batch[place]
-        what = f"a {type(batch).__name__} with the fields {', '.join(fields)}"
     elif isinstance(batch, tuple | list):
         if len(batch) == 2:
             return batch[0], batch[1]
@@ -216,6 +215,12 @@ def _parts(batch: Any) -> tuple[Any, Any]:
         f"The loader gave {what}: expected (inputs, targets) batches, or a mapping with its "
         f"targets as one of {', '.join(LABELS)}. Else give unpack=lambda batch: (inputs, targets)."
     )
+
+
+def _with_names(batch: Any) -> Any:
+    """A named tuple that says which of its fields are targets, as a mapping."""
+    fields = getattr(batch, "_fields", ()) if isinstance(batch, tuple) else ()
+    return dict(zip(fields, batch, strict=True)) if set(fields) & set(LABELS) else batch
 
 
 def _check_strided(inputs: Any) -> None:

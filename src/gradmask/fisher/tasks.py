@@ -21,11 +21,13 @@ class Task(NamedTuple):
         shifted: The logits of a position are scored against the label of the next (causal language
             models).
         ahead: Positions that the logits have before those of the labels (virtual tokens).
+        own: Whether its mean is the loss that the model gives.
     """
 
     loss: str
     shifted: bool = False
     ahead: int = 0
+    own: bool = False
 
     def arranged(self, logits: Tensor) -> Tensor:
         """Logits (N, ..., classes) as (N, classes, ...), whatever the sizes."""
@@ -53,41 +55,87 @@ def find_task(
         labelled: Whether the model takes labels too, and scores them.
 
     Returns:
-        The task whose mean over what counts is the loss that the model gives; a loss that was
-        asked for by name need not be.
+        The task whose mean over what counts is the loss that the model gives; if the model gives
+        none, the one that fits.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there is none, or if it cannot be told from another.
     """
-    with torch.no_grad():
-        outputs = run({**inputs, "labels": labels} if labelled else inputs)
-    logits, own = getattr(outputs, "logits", None), getattr(outputs, "loss", None)
-    if not isinstance(logits, Tensor):
-        if isinstance(outputs, Tensor) or loss is not None:
+    logits, own = _scored(run, inputs, labels, labelled=labelled)
+    if logits is None:
+        if own is None and (loss is not None or labelled is False):
             return Task(str(loss or "cross_entropy"))
         raise DataError(
-            f"The model's {type(outputs).__name__} has no `logits` to score the labels by: give "
-            "loss=callable of (outputs, labels)."
+            "The model's outputs have no `logits` to score the labels by: give loss=callable of "
+            "(outputs, labels)."
         )
     tasks = [task for task in _candidates(logits, labels) if loss in (None, task.loss)]
-    if isinstance(own, Tensor) and own.numel() == 1 and own.isfinite():
-        for task in tasks:
-            if _is_near(_mean(task, logits, labels), own):
-                return task
-        if loss is None or len(tasks) > 1:
-            raise DataError(
-                f"The model's own loss, {own.item():.6g}, is not the mean of a likelihood of its "
-                f"logits {tuple(logits.shape)} and the labels {tuple(labels.shape)} ("
-                f"{', '.join(_named(task, logits, labels) for task in tasks) or 'none fits'}): "
-                "give loss=callable of (outputs, labels)."
-            )
-    if not tasks or (loss is None and (len(tasks) > 1 or labels.is_floating_point())):
+    if own is not None and own.isfinite():
+        errors = {task: _error(task, logits, labels, own) for task in tasks}
+        near = [task for task in tasks if errors[task] <= _tolerance(own)]
+        best = min(near, key=errors.__getitem__, default=None)
+        resolution = max(errors[best], torch.finfo(own.dtype).eps) if best else 0.0
+        others = [task for task in near if task != best and errors[task] <= 10 * resolution]
+        if best and not others:
+            return best._replace(own=True)
+        if best is None and loss is not None and len(tasks) == 1:
+            return tasks[0]
+        why = "cannot be told from another" if best else "is not that of a known likelihood"
+        raise _refused(why, tasks, logits, labels, own)
+    if len(tasks) != 1 or (loss is None and (own is not None or labels.is_floating_point())):
         raise DataError(
             f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} with logits of shape "
-            f"{tuple(logits.shape)} do not say how they are scored: give loss='cross_entropy', "
-            "'bernoulli', 'mse', or a callable of (outputs, labels)."
+            f"{tuple(logits.shape)} do not say how they are scored"
+            + ("" if own is None else f", as the model's own loss is {own.item()}")
+            + ": give loss='cross_entropy', 'bernoulli', 'mse', or a callable of (outputs, labels)."
         )
     return tasks[0]
+
+
+def check_task(task: Task, run: Callable[[Any], Any], inputs: Any, labels: Tensor) -> None:
+    """Raise a DataError if the model's own loss of another batch is not that of the task."""
+    with torch.no_grad():
+        outputs = run({**inputs, "labels": labels})
+    own = outputs.loss.detach()
+    # Where nothing counts there is nothing to compare.
+    if own.isfinite() and _error(task, outputs.logits, labels, own) > _tolerance(own):
+        raise _refused("is another than in batches before", [task], outputs.logits, labels, own)
+
+
+def _scored(
+    run: Callable[[Any], Any], inputs: Any, labels: Tensor, *, labelled: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Logits of a batch, and the model's own loss if it gives one."""
+    with torch.no_grad():
+        if not labelled:
+            outputs, own = run(inputs), None
+            if isinstance(outputs, Tensor):
+                return None, None
+        else:
+            scored = run({**inputs, "labels": labels})
+            own = getattr(scored, "loss", None)
+            try:
+                outputs = run(inputs)
+            except Exception as error:
+                raise DataError(
+                    f"The model does not run without its labels ({error}): give unpack=lambda "
+                    "batch: (inputs, labels), with what it makes of them (decoder_input_ids) among "
+                    "the inputs."
+                ) from error
+            if isinstance(outputs, Tensor):
+                return None, None
+    logits = getattr(outputs, "logits", None)
+    own = own.detach() if isinstance(own, Tensor) and own.numel() == 1 else None
+    return logits if isinstance(logits, Tensor) else None, own
+
+
+def _refused(why: str, tasks: list[Task], logits: Tensor, labels: Tensor, own: Tensor) -> DataError:
+    found = ", ".join(_named(task, logits, labels) for task in tasks) or "none fits"
+    return DataError(
+        f"The model's own loss, {own.item():.6g}, {why}: of its logits {tuple(logits.shape)} and "
+        f"the labels {tuple(labels.shape)} these have the means {found}. Give loss=callable of "
+        "(outputs, labels)."
+    )
 
 
 def _candidates(logits: Tensor, labels: Tensor) -> Iterator[Task]:
@@ -116,9 +164,14 @@ def _mean(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     return F.mse_loss(logits, targets)
 
 
-def _is_near(value: Tensor, own: Tensor) -> bool:
-    half = own.dtype in (torch.float16, torch.bfloat16)
-    return bool(torch.isclose(value.double(), own.double(), rtol=2e-2 if half else 1e-4))
+def _error(task: Task, logits: Tensor, labels: Tensor, own: Tensor) -> float:
+    """Difference of a task's mean from the model's own loss, relative to that."""
+    value = _mean(task, logits, labels).double()
+    return float((value - own.double()).abs() / own.double().abs().clamp_min(1e-12))
+
+
+def _tolerance(own: Tensor) -> float:
+    return 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-5
 
 
 def _named(task: Task, logits: Tensor, labels: Tensor) -> str:
