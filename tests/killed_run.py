@@ -66,7 +66,7 @@ def run(words, moment=None, counts_file=None, environment=None):
 
     def line(self, row, original=RunLog.write):
         if reached("line"):
-            whole = json.dumps(row)
+            whole = json.dumps(row).encode()
             self._file.write(whole[: int(share * len(whole))])
             self._file.flush()
             die()
