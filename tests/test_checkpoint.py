@@ -187,6 +187,7 @@ def quiet():
     return Progress(Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_every_recipe_can_be_stopped_and_continued(tmp_path, capsys):
     """The two kinds of recipe, on the command line."""
     words = ["--epochs=2", "--seeds=0", "--device=cpu", "--width=4", "--train-size=100"]

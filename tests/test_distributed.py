@@ -165,10 +165,10 @@ def alone():
     ("way", "world"),
     [
         ("ddp", 2),
-        ("ddp", 4),
+        pytest.param("ddp", 4, marks=pytest.mark.slow),
         ("fsdp", 2),
         pytest.param("fsdp", 4, marks=pytest.mark.slow),
-        ("hsdp", 4),
+        pytest.param("hsdp", 4, marks=pytest.mark.slow),
     ],
 )
 def test_same_as_in_one_process(way, world, tmp_path):

@@ -111,6 +111,7 @@ def watch_buffers(rank, world, config):
     assert all(seen)
 
 
+@pytest.mark.slow
 def test_running_statistics_are_the_same_everywhere(tmp_path):
     config = replace(CONFIG, model="small_cnn", width=4, arms=("fisher",), epochs=2)
     run_processes(watch_buffers, 2, tmp_path, replace(config, output=tmp_path / "out"))
@@ -179,7 +180,7 @@ def spoil(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_with_the_same_bits(engine, tmp_path):
     config = replace(CONFIG, arms=("fisher",), engine=engine, optimizer="adamw", lr=0.01)
     # With running statistics, of which every process has its own.
@@ -194,7 +195,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(engine, tmp_path):
 
 @pytest.mark.parametrize(
     ("engine", "before", "after"),
-    [("ddp", 2, 1), pytest.param("fsdp", 2, 3, marks=pytest.mark.slow)],
+    [
+        pytest.param("ddp", 2, 1, marks=pytest.mark.slow),
+        pytest.param("fsdp", 2, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_the_number_of_processes_may_change(engine, before, after, single, tmp_path):
     config = replace(CONFIG, arms=("fisher",), engine=engine, checkpoint_every=2)
@@ -237,7 +241,7 @@ def refuse(rank, world, config):
                 compare(replace(config, output=config.output / "x", **options))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_what_cannot_be_gone_on_from(engine, tmp_path):
     config = replace(
         CONFIG, arms=("fisher",), engine=engine, checkpoint_every=2, output=tmp_path / "out"
@@ -267,6 +271,7 @@ def test_a_process_that_dies_ends_the_others(engine, tmp_path):
     assert len(failures) == 1
 
 
+@pytest.mark.slow
 def test_torchrun(single, tmp_path):
     words = "run compare --data digits --train_size 150 --model mlp --width 16 --arms fisher"
     words += " --seeds 0 --epochs 4 --batch_size 30 --lr 0.05 --schedule cosine --save_every 4"

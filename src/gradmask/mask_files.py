@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
@@ -119,7 +118,8 @@ def masks_sha256(masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None
     for name in sorted(masks):
         bits = _pack(_whole(masks[name]))
         found.update(json.dumps([name, list(masks[name].shape)]).encode())
-        found.update(ctypes.string_at(bits.data_ptr(), bits.numel()) if bits.numel() else b"")
+        for chunk in bits.split(1 << 20):
+            found.update(bytes(chunk.tolist()))
     return found.hexdigest()
 
 

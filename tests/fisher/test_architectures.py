@@ -22,7 +22,7 @@ models = pytest.importorskip("torchvision.models")
             {},
             ("features.0.1", ".0.weight", ".0.bias", "classifier.0"),
         ),
-        ("vit_b_16", {"image_size": 32}, ()),
+        pytest.param("vit_b_16", {"image_size": 32}, (), marks=pytest.mark.slow),
     ],
 )
 def test_network(name, options, expected, ways):
