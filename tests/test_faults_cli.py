@@ -90,13 +90,15 @@ PLACES = [  # what fails, at which of its calls
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "moment"), PLACES, ids=lambda v: getattr(v, "__name__", v)
+    ("fault", "owner", "name", "moment"),
+    [
+        pytest.param(fault, *where, marks=[pytest.mark.slow] * (place % step > 0))
+        for fault, step in ((full, 1), (interrupted, 2), (read_only, 6), (broken, 6))
+        for place, where in enumerate(PLACES)
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
 )
-@pytest.mark.parametrize(
-    "fault",
-    [full, interrupted, *(pytest.param(f, marks=pytest.mark.slow) for f in (read_only, broken))],
-)
-def test_faults_in_the_middle(owner, name, moment, fault, place, monkeypatch, capsys):
+def test_faults_in_the_middle(fault, owner, name, moment, place, monkeypatch, capsys):
     words = [*RUN, "--augment=true", "--epochs=3", "--output=deep/out"]
     calls, original = Counter(), getattr(owner, name)
 

@@ -186,13 +186,10 @@ def test_interrupts_during_the_imports(module, place):
     assert os.listdir(place) == []
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [
-        (signal.SIGINT, 130),
-        pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
-    ],
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]
 )
 def test_signals_at_work(number, status, place):
     words = [sys.executable, "-m", "gradmask.cli", *RUN, "--epochs=100000", "--output=out"]
