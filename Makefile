@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := experiments,integrations,dev
+DEMO_READY := .venv/.ready-demo
 
 .PHONY: help demo test test-slow lint format bench clean
 .DEFAULT_GOAL := help
@@ -13,7 +13,9 @@ EXTRAS := experiments,integrations,dev
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(READY): pyproject.toml constraints.txt
+$(DEMO_READY): EXTRAS := experiments
+$(READY): EXTRAS := experiments,integrations,dev
+$(READY) $(DEMO_READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "gradmask needs Python 3.11 or newer; none was found. Install it, or name it: make PYTHON=/path/to/python"; exit 1; }
 	@echo "Preparing .venv (first run only; PyTorch is a download of a few GB) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(READY) ## train on real digits with and without the mask, print the table (2 minutes)
+demo: $(DEMO_READY) ## train on real digits with and without the mask, print the table (2 minutes)
 	$(BIN)/gradmask run demo
 
 test: $(READY) ## run the tests, two at a time
