@@ -136,7 +136,8 @@ def test_odd_environments_do_no_harm(environment, place):
     assert "Traceback" not in found.stderr
     assert "Conclusion" in found.stdout or "test accuracy" in found.stdout
     found = command(["run", "demo", "--help"], place, environment=environment)
-    assert (found.returncode, found.stderr) == (0, "")
+    said = [line for line in found.stderr.splitlines() if line and not line.startswith("libgomp:")]
+    assert (found.returncode, said) == (0, [])
 
 
 def at_import(place, module, deed):
@@ -223,7 +224,6 @@ def test_signals_at_work(number, status, place):
         ("rich", ["recipes"]),
         ("rich", ["bench", "threshold"]),
         ("matplotlib", ["bench", "refresh"]),
-        ("jinja2", ["report", "."]),
     ],
 )
 def test_a_missing_extra_is_named(module, words, place):

@@ -190,6 +190,34 @@ def test_padding_has_no_influence(case):
     assert_near(fisher_diagonal(model, [padded]), fisher_diagonal(model, alone))
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("case", ["bert", "bert-tokens", "bert-masked", "gpt2", "llama"])
+def test_padding_of_a_probe_does_not_count(case, labelled):
+    model, data, _ = made(case)
+    probe, alone = tokens(5, (3, 2)), []
+    if labelled:
+        labels = labels_of(probe).clamp(max=3) if case == "bert-tokens" else labels_of(probe)
+        probe["labels"] = torch.tensor([0, 2]) if case == "bert" else labels
+    for n, length in enumerate((3, 2)):
+        row = {k: v[n : n + 1] for k, v in probe.items()}
+        alone.append({k: v[:, :length] if v.dim() == 2 else v for k, v in row.items()})
+    sources = data[1]
+    for method in ("kl", "quadratic"):
+        found = influence(model, sources, probe, method=method, pairwise=True)
+        each = [influence(model, sources, row, method=method, pairwise=True) for row in alone]
+        assert torch.allclose(found, torch.cat(each, 1), rtol=1e-6, atol=1e-30)
+    found = influence(model, sources, probe, method="diagonal")
+    each = [influence(model, sources, row, method="diagonal") for row in alone]
+    assert torch.allclose(found, torch.stack(each).mean(0), rtol=1e-8)
+    other = {**probe, "input_ids": probe["input_ids"].clone()}
+    other["input_ids"][probe["attention_mask"] == 0] = 7
+    for method in ("quadratic", "diagonal"):
+        given, changed = (
+            influence(model, sources, p, method=method, fisher="sampled") for p in (probe, other)
+        )
+        assert torch.allclose(given, changed, rtol=1e-8)
+
+
 @pytest.mark.parametrize("case", ["bert", "gpt2", "t5", "vit"])
 def test_influence_and_norms(case):
     model, data, own = made(case)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from gradmask.containers import check_cuttable, map_tensors, sample_count, tensors_in
 from gradmask.errors import DataError, OptionError
-from gradmask.fisher.likelihood import Loss
+from gradmask.fisher.likelihood import IGNORED, Loss
 from gradmask.fisher.tasks import Task, check_task, find_task
 
 Unpack = Callable[[Any], Any]
@@ -36,8 +37,22 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+class Padded(NamedTuple):
+    """Inputs of which not every position counts.
+
+    Attributes:
+        inputs: The inputs.
+        counts: Whether a position does, of the shape of the logits without their classes.
+    """
+
+    inputs: Any
+    counts: Tensor
+
+
 class Scored(nn.Module):
     """A model whose outputs are the logits alone, where it returns them by that name.
+
+    Logits of positions that do not count are constant, so that nothing depends on them.
 
     Args:
         model: The model.
@@ -50,11 +65,17 @@ class Scored(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         """The logits, with the classes where PyTorch's losses have them."""
-        outputs = call(self.model, inputs)
+        given, counts = inputs if isinstance(inputs, Padded) else (inputs, None)
+        outputs = call(self.model, given)
         logits = getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor):
             return outputs
-        return logits if self.task is None else self.task.arranged(logits)
+        if self.task is None:
+            return logits
+        logits = self.task.arranged(logits)
+        if counts is None or counts.shape != logits.shape[:1] + logits.shape[2:]:
+            return logits
+        return torch.where(counts.unsqueeze(1), logits, 0.0)
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's own names."""
@@ -75,7 +96,8 @@ class Adapter:
 
     def __init__(self, model: nn.Module, loss: Loss | None, unpack: Unpack | None = None) -> None:
         named = loss is None or isinstance(loss, str)
-        self._scored = Scored(model) if named else None
+        scored = model if isinstance(model, Scored) else Scored(model)
+        self._scored = scored if named else None
         self.model = self._scored or model
         self._bare, self._loss, self._unpack = model, loss, unpack
         self._device = next(model.parameters()).device
@@ -133,11 +155,24 @@ class Adapter:
         return inputs, self._scored.task.targets(targets)
 
     def inputs(self, batch: Any) -> Any:
-        """Inputs of a batch that may have targets by name, checked, on the device."""
+        """Inputs of a batch that may have targets by name, checked, on the device.
+
+        Positions that its targets ignore do not count, or else those that it pads.
+        """
         if has_names(batch) and any(name in batch for name in LABELS):
-            return self(batch)[0]
+            inputs, targets = self(batch)
+            return _padded(inputs, targets != IGNORED, self._scored)
         blank = torch.empty(sample_count(batch), device=self._device)
-        return Adapter(self._bare, self._loss)((batch, blank))[0]
+        inputs = Adapter(self._bare, self._loss)((batch, blank))[0]
+        if not has_names(inputs):
+            return inputs
+        decodes = any(str(name).startswith("decoder_") for name in inputs)
+        name = "decoder_attention_mask" if decodes else "attention_mask"
+        mask = inputs[name] if name in inputs else None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return inputs
+        ahead = self._scored.task.ahead if self._scored and self._scored.task else 0
+        return _padded(inputs, F.pad(mask, (ahead, 0)) != 0, self._scored)
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, non_blocking=True)
@@ -215,6 +250,12 @@ def _parts(batch: Any) -> tuple[Any, Any]:
         f"The loader gave {what}: expected (inputs, targets) batches, or a mapping with its "
         f"targets as one of {', '.join(LABELS)}. Else give unpack=lambda batch: (inputs, targets)."
     )
+
+
+def _padded(inputs: Any, counts: Tensor, scored: Scored | None) -> Any:
+    task = scored.task if scored else None
+    labels = task is not None and task.loss == "cross_entropy"
+    return Padded(inputs, counts) if labels and not counts.all() else inputs
 
 
 def _with_names(batch: Any) -> Any:
