@@ -17,7 +17,7 @@ CORE = [
     "parameters",
     "distributed",
     "preserve",
-    "undisturbed",
+    "loaders",
     "measuring",
     "kernels",
     "fisher",
@@ -33,7 +33,7 @@ CORE = [
     "__init__",
 ]
 TOP = ["integrations", "experiments", "benchmarks", "cli"]
-PUBLIC = ["__init__", "errors", "interrupts", "seeding", "distributed"]
+PUBLIC = ["__init__", "errors", "interrupts", "seeding", "distributed", "loaders"]
 HEAVY = {"torchvision", "sklearn", "datasets", "matplotlib", "scipy", "rich", "jsonargparse"}
 
 

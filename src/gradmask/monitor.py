@@ -20,7 +20,8 @@ from gradmask.fisher.sampling import random_samples
 from gradmask.fisher.verify import Verify
 from gradmask.influence import gradient_norms, influence
 from gradmask.influence.measure import METHODS
-from gradmask.seeding import seeded_generator
+from gradmask.loaders import undisturbed
+from gradmask.seeding import own_random_state, seeded_generator
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -59,8 +60,8 @@ class InfluenceMonitor:
     Args:
         model: The model in training; it is left as it was.
         data: A DataLoader or another iterable of batches (see `fisher_diagonal`), or one of them.
-            Read once, other than a plain DataLoader up to four times what is wanted; a generator of
-            its own moves on by that. Augmentation, if it does any, is frozen as it is read.
+            Read once, other than a plain DataLoader up to four times what is wanted; its generators
+            and all random states stay. Augmentation, if it does any, is frozen as it is read.
         every: Calls of `step` from one measurement to the next.
         sources: Samples whose gradient steps are measured.
         probe: Other samples, on which they are measured.
@@ -205,9 +206,10 @@ def _two_parts(
         data = [data]
     wanted = sources + probe
     batches = []
-    for batch in random_samples(data, wanted, seed):
-        batch = as_batch(unpack(batch) if unpack else batch)
-        batches.append((batch, sample_count(batch)))
+    with own_random_state(seed, "monitor"), undisturbed(data) as read:
+        for batch in random_samples(read, wanted, seed):
+            batch = as_batch(unpack(batch) if unpack else batch)
+            batches.append((batch, sample_count(batch)))
     found = sum(count for _, count in batches)
     if found < wanted:
         raise DataError(

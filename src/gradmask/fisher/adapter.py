@@ -166,9 +166,9 @@ class Adapter:
         inputs = Adapter(self._bare, self._loss)((batch, blank))[0]
         if not has_names(inputs):
             return inputs
-        decodes = any(str(name).startswith("decoder_") for name in inputs)
-        name = "decoder_attention_mask" if decodes else "attention_mask"
-        mask = inputs[name] if name in inputs else None
+        given = dict(inputs)
+        decodes = any(str(name).startswith("decoder_") for name in given)
+        mask = given.get("decoder_attention_mask" if decodes else "attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return inputs
         ahead = self._scored.task.ahead if self._scored and self._scored.task else 0

@@ -29,10 +29,10 @@ from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.sampling import random_samples
 from gradmask.fisher.sharded import sharded_sums
 from gradmask.fisher.verify import Verify, check_verify
+from gradmask.loaders import undisturbed
 from gradmask.measuring import measuring
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed
-from gradmask.undisturbed import undisturbed
 
 Sums = tuple[dict[str, Tensor], int]
 

@@ -15,12 +15,12 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
 from gradmask.containers import map_tensors, part, sample_count
+from gradmask.loaders import loader_over
 
 logger = logging.getLogger("gradmask")
 
@@ -76,15 +76,8 @@ def _rebuilt(loader: DataLoader[Any], count: int, generator: torch.Generator) ->
     # The sampler may leave samples out (a validation part). Its order must not matter.
     available = sorted(batches.sampler)
     chosen = torch.randperm(len(available), generator=generator)[:count].sort().values.tolist()
-    yield from DataLoader(
-        Subset(loader.dataset, [available[i] for i in chosen]),
-        batch_size=batches.batch_size,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=generator,
-    )
+    places = [available[i] for i in chosen]
+    yield from loader_over(loader, places, batches.batch_size, generator)
 
 
 def _in_order(loader: Iterable[Any], count: int, generator: torch.Generator) -> Iterator[Any]:

@@ -10,18 +10,21 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from gradmask import FisherMask, InfluenceMonitor
 from gradmask.distributed import is_sharded
 from gradmask.errors import (
+    DataError,
     GradmaskWarning,
     OptionError,
     StateError,
     check_choice,
     check_keep,
 )
-from gradmask.integrations.reading import another_loader, own_random_state
 from gradmask.integrations.schedule import Refresh, Schedule
+from gradmask.loaders import loader_over
+from gradmask.seeding import own_random_state
 
 try:
     from transformers import TrainerCallback
@@ -217,23 +220,29 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
 
     def _refresh(self, args: Any, state: Any, loader: Any) -> None:
         assert self.mask is not None
-        with own_random_state(self.mask.seed, self.mask.refreshes, args.process_index):
+        with own_random_state("reading", self.mask.seed, self.mask.refreshes, args.process_index):
             self.mask.refresh(self._data(args, state, loader))
         self.sha256 = self.mask.sha256()
 
     def _data(self, args: Any, state: Any, loader: Any, size: int = 0) -> Iterable[Any]:
         if self.data is not None:
             return self.data
-        size = size or state.train_batch_size or args.train_batch_size
-        return another_loader(loader, size, rank=args.process_index, ranks=args.world_size)
+        # Not the Trainer's own loader: reading it within an epoch would end that.
+        dataset: Any = getattr(loader, "dataset", None)
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise DataError(
+                f"The training data ({type(dataset).__name__}) cannot be read again while they are "
+                "trained on: give data=loader of batches to measure on."
+            )
+        own = range(args.process_index, len(dataset), args.world_size)
+        return loader_over(loader, own, size or state.train_batch_size or args.train_batch_size)
 
     def _monitor(self, model: nn.Module, args: Any, state: Any, loader: Any) -> InfluenceMonitor:
         given = {k: v for k, v in self.options.items() if k in ("loss", "unpack", "seed")}
         options = {"sources": 64, "probe": 256, **given, **(self.watched or {})}
-        with own_random_state(options.get("seed", 0), "monitor", args.process_index):
-            # In one batch, which pads all samples to one length.
-            data = self._data(args, state, loader, options["sources"] + options["probe"])
-            return InfluenceMonitor(model, data, **options)
+        # In one batch, which pads all samples to one length.
+        data = self._data(args, state, loader, options["sources"] + options["probe"])
+        return InfluenceMonitor(model, data, **options)
 
     def _warn_if_never_made(self, why: str) -> None:
         if self.mask is not None and not self.mask.refreshes and not self._warned:

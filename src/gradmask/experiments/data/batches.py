@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from gradmask.experiments.config import Comparison
 from gradmask.experiments.data.images import ImageData
@@ -44,11 +44,16 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `(inputs, labels)` batches; the last may be smaller."""
-        pixels = self.images.shape[2:].numel()
-        size = self.size or min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // pixels))
+        size = self.batch_size
         labels = [self.ours.part(part) for part in self.labels.split(size)]
         for images, part in zip(self._images(size), labels, strict=True):
             yield self.prepare(images), part
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch."""
+        pixels = self.images.shape[2:].numel()
+        return self.size or min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // pixels))
 
     def _images(self, size: int) -> Iterator[Tensor]:
         if not isinstance(self.images, StoredImages):
@@ -62,31 +67,59 @@ class Batches:
             yield images.to(self.labels.device, non_blocking=True)
 
 
-def fisher_batches(batches: Batches) -> Iterable[Any]:
-    """Images for a Fisher pass, of which a random part may be all that is decoded.
+class InMemory(Dataset[tuple[Tensor, Tensor]]):
+    """Images in memory with their labels, for a `DataLoader` that reads a part of them.
+
+    Args:
+        images: The images.
+        labels: Their labels, on the same device.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch, which nothing need collate."""
+        chosen = torch.tensor(places, device=self.labels.device)
+        return self.images[chosen], self.labels[chosen]
+
+
+def fisher_batches(batches: Batches) -> DataLoader[Any]:
+    """Images for a Fisher pass, of which a random part may be all that is read.
 
     Args:
         batches: The images.
 
     Returns:
-        The same, or a `DataLoader` over this process's part of images that are stored.
+        A loader over this process's part of them.
     """
-    if not isinstance(batches.images, StoredImages):
-        return batches
-    own = batches.ours.part(torch.arange(len(batches.labels)))
-    labels = batches.labels[own.to(batches.labels.device)].cpu()
+    mine = slice(batches.ours.rank, None, batches.ours.count)
+    images, labels = batches.images[mine], batches.labels[mine]
+    if isinstance(images, StoredImages):
+        return DataLoader(
+            Labelled(images, labels.cpu()),
+            batch_size=batches.batch_size,
+            num_workers=images.workers,
+            generator=torch.Generator(),
+            collate_fn=partial(_collated, batches.prepare),
+        )
     return DataLoader(
-        Labelled(batches.images[own], labels),
-        batch_size=batches.size,
-        num_workers=batches.images.workers,
-        generator=torch.Generator(),
+        InMemory(images, labels),
+        batch_size=batches.batch_size,
         collate_fn=partial(_prepared, batches.prepare),
     )
 
 
-def _prepared(prepare: Prepare, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _collated(prepare: Prepare, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     images, labels = zip(*pairs, strict=True)
     return prepare(torch.stack(images)), torch.stack(labels)
+
+
+def _prepared(prepare: Prepare, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return prepare(batch[0]), batch[1]
 
 
 def training_batches(

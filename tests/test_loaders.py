@@ -12,11 +12,13 @@ from torch.utils.data import (
     Dataset,
     RandomSampler,
     Sampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
+    default_collate,
 )
 
-from gradmask import fisher_diagonal
+from gradmask import InfluenceMonitor, fisher_diagonal
 
 
 class Augmented(Dataset):
@@ -28,6 +30,30 @@ class Augmented(Dataset):
     def __getitem__(self, i):
         noise = [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
         return torch.tensor([float(i), *noise]), i % 2
+
+
+class Noisy(Augmented):
+    """Samples with noise from generators of its own."""
+
+    def __init__(self):
+        self.drawn = generator()
+        self.numpy = np.random.default_rng(1)
+
+    def __getitem__(self, i):
+        noise = [float(torch.rand((), generator=self.drawn)), self.numpy.random(), 0.0]
+        return torch.tensor([float(i), *noise]), i % 2
+
+
+class Collate:
+    """Batches with noise from a generator of its own, and a count."""
+
+    def __init__(self):
+        self.drawn, self.count = generator(), 0
+
+    def __call__(self, samples):
+        self.count += 1
+        inputs, targets = default_collate(samples)
+        return inputs + self.count * torch.rand(inputs.shape, generator=self.drawn), targets
 
 
 class Counting(Sampler):
@@ -58,6 +84,8 @@ LOADERS = {
         Augmented(),
         batch_sampler=BatchSampler(RandomSampler(range(12), generator=generator()), 5, False),
     ),
+    "own noise": lambda: DataLoader(Subset(Noisy(), range(12)), 5),
+    "collating": lambda: DataLoader(Augmented(), 5, collate_fn=Collate()),
     "counting": lambda: DataLoader(Augmented(), 5, sampler=Counting()),
 }
 
@@ -76,13 +104,20 @@ def drawn(loader, measure):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("most", [None, 4])
+MEASURES = {
+    "all": lambda model, loader: fisher_diagonal(model, loader),
+    "some": lambda model, loader: fisher_diagonal(model, loader, max_samples=4),
+    "monitor": lambda model, loader: InfluenceMonitor(model, loader, sources=2, probe=3),
+}
+
+
+@pytest.mark.parametrize("measures", MEASURES.values(), ids=MEASURES)
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
-def test_training_draws_the_same(make, most):
+def test_training_draws_the_same(make, measures):
     model = nn.Linear(4, 2)
 
     def measure(loader):
-        fisher_diagonal(model, loader, max_samples=most)
+        measures(model, loader)
 
     assert torch.equal(drawn(make(), measure), drawn(make(), lambda loader: None))
 
