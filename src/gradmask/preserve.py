@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmask.distributed import is_sharded
+from gradmask.distributed import is_sharded, local
 from gradmask.errors import ModelError
 
 _SLOTS = ("_parameters", "_buffers", "_modules")
@@ -141,8 +141,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _same(tensor: Tensor, before: Tensor) -> bool:
-    """Whether two tensors have the same bits, NaN or not."""
-    now = tensor.detach()
+    """Whether two tensors have the same bits, NaN or not; of one in shards, this rank's part."""
+    now, before = local(tensor.detach()), local(before)
     if torch.equal(now, before):
         return True
     return bool((now.isnan() & before.isnan() | (now == before)).all())

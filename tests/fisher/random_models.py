@@ -185,6 +185,7 @@ PARTS = {
     "gru-time-first": lambda: Net(recurrent, rnn=nn.GRU(D, D)),
     "embedding": lambda: Net(lambda m, h: h * m.e(tokens(h)), e=nn.Embedding(3, D, padding_idx=0)),
     "position-table": lambda: Net(lambda m, h: h + m.e(torch.arange(T)), e=nn.Embedding(T, D)),
+    "normalised": lambda: Net(lambda m, h: h @ (m.p / m.p.norm()).T, p=p(D, D)),
     "one-by-one": lambda: Net(lambda m, h: torch.stack([m.fc(x) for x in h]), fc=linear()),
     "choice": lambda: Net(choice, fc=linear(), other=linear()),
     "where": lambda: Net(

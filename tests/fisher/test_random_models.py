@@ -57,4 +57,6 @@ def test_every_way_is_taken(ways):
         check(seed)
         counts.update(ways.values())
         ways.clear()
-    assert set(counts) == {"rule", "matmul", "elementwise", "derived", "module", "sample"}
+    assert set(counts) == {
+        "rule", "matmul", "elementwise", "lookup", "derived", "module", "sample",
+    }  # fmt: skip

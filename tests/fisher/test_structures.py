@@ -426,8 +426,57 @@ def test_what_is_worked_out_once_for_the_batch(steps, ways):
     sizes = (4, 1, 2, 3)
     data = [(torch.randint(11, (n, steps)), torch.arange(n) % CLASSES) for n in sizes]
     assert_close(fisher_diagonal(model, data), oracle(model, data))
-    found = {ways[n] for n in ("place.weight", "distance.weight", "table", "length")}
+    found = {ways[n] for n in ("distance.weight", "table", "length")}
     assert found == {"derived"} or steps == 1  # which looks like one sample
+    assert ways["place.weight"] == "lookup"
+
+
+def test_sequences_of_other_lengths_are_measured_in_the_same_way(ways):
+    model = randomise(
+        Net(
+            lambda m, x: readout(
+                ((m.token(x) + m.place(torch.arange(x.shape[1]))) * m.table[: x.shape[1]]).mean(1)
+            ),
+            token=nn.Embedding(11, CLASSES),
+            place=nn.Embedding(7, CLASSES),
+            table=nn.Parameter(torch.randn(7, CLASSES)),
+        )
+    )
+    data = [(torch.randint(11, (3, steps)), torch.arange(3) % CLASSES) for steps in (5, 4, 7, 6)]
+    assert_close(fisher_diagonal(model, data), oracle(model, data))
+    assert set(ways.values()) == {"rule", "lookup", "derived"}, ways
+
+
+LOOKUPS = {
+    "places": lambda m, x: m.token(x) + m.table(torch.arange(4)),
+    "twice": lambda m, x: m.token(x) + m.table(torch.tensor([2, 0, 2, 1])),
+    "one-sample": lambda m, x: m.token(x) * m.table(torch.arange(4)[None]),
+    "reshaped": lambda m, x: m.token(x) + m.table(torch.arange(4).reshape(2, 2)).reshape(1, 4, -1),
+    "one-place": lambda m, x: m.token(x) + m.table(torch.tensor(1)),
+    "samples-second": lambda m, x: (
+        m.token(x.T) + m.table(torch.tensor([[3], [0], [0], [1]]))
+    ).transpose(0, 1),
+    "product": lambda m, x: m.token(x) @ m.table(torch.tensor([1, 0, 1, 2])),
+    "several-uses": lambda m, x: m.token(x).tanh() * m.table(torch.arange(4)) + m.table.weight[1],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 0}, {"padding_idx": -1}, {"freq": True}])
+@pytest.mark.parametrize("case", LOOKUPS)
+def test_rows_that_are_the_same_for_all_samples(case, options, ways):
+    options = dict(options)
+    options["scale_grad_by_freq"] = options.pop("freq", False)
+    model = randomise(
+        Net(
+            lambda m, x: readout(torch.tanh(LOOKUPS[case](m, x)).mean(1)),
+            token=nn.Embedding(11, CLASSES),
+            table=nn.Embedding(6, CLASSES, **options),
+        )
+    )
+    data = [(torch.randint(11, (n, 4)), torch.arange(n) % CLASSES) for n in (4, 1, 2, 3)]
+    assert_close(fisher_diagonal(model, data), oracle(model, data))
+    if case != "several-uses":
+        assert ways["table.weight"] == ("derived" if options["scale_grad_by_freq"] else "lookup")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

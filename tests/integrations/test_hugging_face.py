@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 from hosts import bert, gpt2, labels_of, language_batches, llama, t5, tokens, vit, with_labels
+from processes import run_processes
 from transformers import BatchEncoding
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -188,6 +189,26 @@ def test_padding_has_no_influence(case):
         row = {k: v[n : n + 1] for k, v in padded.items()}
         alone.append({k: v[:, :length] if v.dim() == 2 else v for k, v in row.items()})
     assert_near(fisher_diagonal(model, [padded]), fisher_diagonal(model, alone))
+
+
+def check_in_shards(rank, world):
+    """Each rank has other batches; layers are units, embeddings and head belong to the whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    for case in ("bert-tokens", "bert-masked", "gpt2", "gpt2-untied", "llama"):
+        model, data, _ = made(case)
+        data = data[:2]
+        expected = fisher_diagonal(model, data, verify="all")
+        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        for layer in layers:
+            fully_shard(layer)
+        fully_shard(model)
+        found = fisher_diagonal(model, data[rank::world])
+        assert_near({name: value.full_tensor() for name, value in found.items()}, expected)
+
+
+def test_in_shards(tmp_path):
+    run_processes(check_in_shards, 2, tmp_path)
 
 
 @pytest.mark.parametrize("labelled", [True, False])

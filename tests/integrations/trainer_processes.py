@@ -17,11 +17,6 @@ from gradmask.integrations.transformers import FILE, FisherMaskCallback
 RANKS = 2
 
 
-def freeze_embeddings(model):
-    """All samples look up the same positions, which no rule measures in shards."""
-    model.bert.embeddings.requires_grad_(False)
-
-
 def callback():
     return FisherMaskCallback(0.3, refresh=3, scope="update")
 
@@ -34,8 +29,6 @@ def assert_as_alone(found, state, kind="text"):
     """The mask is that of one process from all data, but for rounding at the threshold."""
     model = made(kind)
     model.load_state_dict(state)
-    if kind == "class":
-        freeze_embeddings(model)
     with warnings.catch_warnings(action="ignore", category=GradmaskWarning):
         alone = FisherMask(model, 0.3)
     alone.refresh(DataLoader(samples(24, kind), batch_size=4, collate_fn=collate))
@@ -76,7 +69,6 @@ def fsdp(folder):
     args = TrainingArguments(str(folder), use_cpu=True, report_to="none")
     assert args.world_size == RANKS
     model = made("class")
-    freeze_embeddings(model)
     for layer in model.bert.encoder.layer:
         fully_shard(layer)
     fully_shard(model)

@@ -139,7 +139,8 @@ class Pass:
             again = first and trusts and bool(unexplained)
             if not again:
                 handled = {k: p for k, p in fast.items() if k in capture.handled}
-                self._note(capture, groups)
+                with together(groups, DOING):
+                    self._note(capture, groups)
                 check = None if groups else check
                 try:
                     terms = chain([batch.first], batch.rest)

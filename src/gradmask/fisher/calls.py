@@ -34,8 +34,8 @@ class Call:
         edges: Places in the graph whose gradients it needs.
         gradients: Those gradients, after a backward pass.
         inputs: Nodes of the inputs.
-        kind: `rule`, `matmul`, `elementwise` or `module`, and what tells the call from others of
-            its kind.
+        kind: `rule`, `matmul`, `elementwise`, `lookup`, `derived` or `module`, and what tells the
+            call from others of its kind.
     """
 
     kind: tuple[Any, ...]

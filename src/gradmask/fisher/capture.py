@@ -56,11 +56,11 @@ class Capture:
         self._allowed, self._refused = allowed, set(refused)
         self._names = {id(p): name for name, p in parameters.items()}
         self._batch_size = batch_size
-        self._observer = Observer(model, self._names, batch_size)
         self._calls: list[Call] = []
         self._owner: dict[str, list[Call]] = defaultdict(list)
         self._returned: list[tuple[Any, list[tuple[Call, int]]]] = []
         self._handles: list[Any] = note_whole_parameters(model, self._names)
+        self._observer = Observer(model, self._names, batch_size)
         self._norms: dict[tuple[Call, int], Tensor] | None = None
         self._totals: dict[str, Tensor] | None = None
         self._settle: Settle = lambda _: None

@@ -172,7 +172,9 @@ class DerivedCall(Call):
 
     def __init__(self, call: ElementwiseCall | MatmulCall, edge: GradientEdge, leaf: Node) -> None:
         super().__init__(call.names, call.edges)
-        self.kind = ("derived", edge.node.name(), call.kind)
+        # Of other sizes in other batches, as sequences are longer or shorter.
+        kind = tuple(len(k) if isinstance(k, tuple) else k for k in call.kind)
+        self.kind = ("derived", edge.node.name(), kind)
         self.call, self.edge, self.leaf = call, edge, leaf
 
     def rows(self, gradient: Tensor) -> Tensor:
@@ -181,13 +183,47 @@ class DerivedCall(Call):
 
     def per_sample(self, samples: slice) -> dict[str, Tensor]:
         """A backward pass from what was derived to the parameter, for one sample at a time."""
-        self.call.gradients = self.gradients
-        name = self.call.name
-        derived = self.call.per_sample(samples)[name]
-        given = derived.to(_result(self.edge.node, self.edge.output_nr).dtype)
+        given = self.derived(samples).to(_result(self.edge.node, self.edge.output_nr).dtype)
         edges = [self.edge], [GradientEdge(self.leaf, 0)]
         rows = [torch.autograd.grad(*edges, [g], retain_graph=True)[0] for g in given]
-        return {name: torch.stack([full_precision(row.to_dense()) for row in rows])}
+        return {self.call.name: torch.stack([full_precision(row.to_dense()) for row in rows])}
+
+    def derived(self, samples: slice) -> Tensor:
+        """Per-sample gradients of what was derived."""
+        self.call.gradients = self.gradients
+        return self.call.per_sample(samples)[self.call.name]
+
+
+class LookupCall(DerivedCall):
+    """An operation on rows of a table, the same for all samples: position embeddings."""
+
+    def __init__(self, call: ElementwiseCall | MatmulCall, edge: GradientEdge, leaf: Node) -> None:
+        super().__init__(call, edge, leaf)
+        self.kind = ("lookup", *self.kind[1:])
+        self.size = _result(leaf).shape[0]
+        self.table = _reshaped(edge.node)
+
+    def rows_of_table(self, samples: slice) -> tuple[Tensor, Tensor]:
+        """Places in the table, each once, and per-sample gradients (n, places, ...) there."""
+        keys, inverse = self.table._saved_indices.flatten().unique(return_inverse=True)
+        g = self.derived(samples)
+        g = g.reshape(len(g), len(inverse), -1)
+        found = g.new_zeros(len(g), len(keys), g.shape[2]).index_add_(1, inverse, g)
+        if (padding := self.table._saved_padding_idx) < self.size:
+            found[:, keys == padding] = 0
+        return keys, found
+
+    def per_sample(self, samples: slice) -> dict[str, Tensor]:
+        """Gradients of the rows that are looked up, and zeros."""
+        keys, found = self.rows_of_table(samples)
+        whole = found.new_zeros(len(found), self.size, found.shape[2])
+        return {self.call.name: whole.index_copy_(1, keys, found)}
+
+    def add_squares(self, totals: dict[str, Tensor], samples: slice = ALL) -> bool:
+        """Of those rows alone."""
+        keys, found = self.rows_of_table(samples)
+        totals[self.call.name].index_add_(0, keys, found.square_().sum(0))
+        return True
 
 
 def operation_calls(
@@ -244,7 +280,7 @@ def operation_calls(
                     if call is None:
                         break
                     edge = GradientEdge(child, index)
-                    calls.append(DerivedCall(call, edge, leaf) if changed else call)
+                    calls.append(_derived(call, edge, leaf) if changed else call)
             else:
                 found += calls
                 continue
@@ -254,6 +290,20 @@ def operation_calls(
                 seen.add(node)
                 stack.append((node, size, False, True))
     return found
+
+
+def _derived(call: ElementwiseCall | MatmulCall, edge: GradientEdge, leaf: Node) -> DerivedCall:
+    node = _reshaped(edge.node)
+    rows = node.name() == "EmbeddingBackward0" and node.next_functions[0][0] is leaf
+    simple = rows and not node._saved_scale_grad_by_freq
+    return (LookupCall if simple else DerivedCall)(call, edge, leaf)
+
+
+def _reshaped(node: Node) -> Node:
+    """What was reshaped to give this."""
+    while node.name() in _RESHAPES:
+        node = node.next_functions[0][0]
+    return node
 
 
 def _result(node: Node, index: int = 0) -> Any:
