@@ -37,6 +37,20 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+class Batch(NamedTuple):
+    """What a loader gave.
+
+    Attributes:
+        inputs: What the model is called with.
+        targets: As they came.
+        scored: Whether they are labels as the model itself scores them.
+    """
+
+    inputs: Any
+    targets: Tensor
+    scored: bool
+
+
 class Padded(NamedTuple):
     """Inputs of which not every position counts.
 
@@ -116,10 +130,11 @@ class Adapter:
 
     def read(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
         """Inputs and targets of the batches that hold samples, on the device."""
-        for batch in batches:
-            inputs, targets = self(batch)
-            if len(targets):
-                yield inputs, targets
+        return map(self.score, self.parse_all(batches))
+
+    def parse_all(self, batches: Iterable[Any]) -> Iterator[Batch]:
+        """The batches that hold samples, on the device; the model does not run."""
+        return (found for found in map(self.parse, batches) if len(found.targets))
 
     def __call__(self, batch: Any) -> tuple[Any, Tensor]:
         """Inputs and targets of one batch, checked, on the device.
@@ -127,8 +142,15 @@ class Adapter:
         Raises:
             DataError: If it has no such form.
         """
+        return self.score(self.parse(batch))
+
+    def parse(self, batch: Any) -> Batch:
+        """One batch, checked, on the device; the model does not run.
+
+        Raises:
+            DataError: If it has no such form.
+        """
         batch = _with_names(self._unpack(batch) if self._unpack else batch)
-        with_names = has_names(batch)
         pair = _parts(batch)
         check_cuttable(pair[0], "inputs")
         _check_strided(pair[0])
@@ -139,20 +161,30 @@ class Adapter:
                 "shape (samples, ...)."
             )
         sample_count((inputs, targets))
-        if not with_names:
+        if not has_names(batch):
+            return Batch(inputs, targets, False)
+        return Batch(self._arguments(inputs, targets), targets, self._scored is not None)
+
+    def score(self, batch: Batch) -> tuple[Any, Tensor]:
+        """Inputs and targets of a batch; the model may run, to find or to check its likelihood.
+
+        Raises:
+            DataError: If the model's own loss is of no known form, or of another than before.
+        """
+        inputs, targets, scored = batch
+        if not scored or not len(targets):
             return inputs, targets
-        inputs = self._arguments(inputs, targets)
-        if self._scored is None or not len(targets):
-            return inputs, targets
+        assert self._scored is not None
         run = lambda given: call(self._bare, given)  # noqa: E731
         self._batches += 1
         task = self._scored.task
         if task is not None and task.own and self._batches.bit_count() == 1:  # the 2nd, 4th, 8th
             check_task(task, run, inputs, targets)
-        if self._scored.task is None:
+        if task is None:
             labelled = has_names(inputs) and _accepts(self._bare, {**inputs, "labels": targets})
-            self._scored.task = find_task(run, inputs, targets, self._loss, labelled=labelled)
-        return inputs, self._scored.task.targets(targets)
+            task = find_task(run, inputs, targets, self._loss, labelled=labelled)
+            self._scored.task = task
+        return inputs, task.targets(targets)
 
     def inputs(self, batch: Any) -> Any:
         """Inputs of a batch that may have targets by name, checked, on the device.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,7 +26,7 @@ from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.sampling import random_samples
-from gradmask.fisher.sharded import sharded_sums
+from gradmask.fisher.sharded import in_step, sharded_sums
 from gradmask.fisher.verify import Verify, check_verify
 from gradmask.loaders import undisturbed
 from gradmask.measuring import measuring
@@ -114,22 +113,28 @@ def fisher_diagonal(
     adapter = Adapter(model, loss, unpack)
     seed = derive_seed(seed, "rank", rank) if rank else seed
 
-    def read(data: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
-        if max_samples is not None:
-            share = max_samples // ranks + (rank < max_samples % ranks)
-            data = random_samples(data, max(1, share), seed)
-        return adapter.read(data)
+    def chosen(data: Iterable[Any]) -> Iterable[Any]:
+        if max_samples is None:
+            return data
+        share = max_samples // ranks + (rank < max_samples % ranks)
+        return random_samples(data, max(1, share), seed)
 
-    generator = torch.Generator().manual_seed(seed)
+    def begin() -> Pass:
+        generator = torch.Generator().manual_seed(seed)
+        return Pass(adapter.model, parameters, kind, adapter.loss, generator, verify)
+
     with undisturbed(loader) as data, measuring(model, parameters.values(), loss):
-        with together(groups, DOING):
-            batches = started(read(data))
-        single_pass = Pass(adapter.model, parameters, kind, adapter.loss, generator, verify)
         if shard_groups(parameters.values()):
+            parsed = adapter.parse_all(chosen(data))
+            batches = started(in_step(adapter, parsed, groups))
+            single_pass = begin()
             totals, count = sharded_sums(single_pass, batches, groups)
         else:
             with together(groups, DOING):
-                again = None if isinstance(loader, Iterator) else partial(read, data)
+                read = lambda: adapter.read(chosen(data))  # noqa: E731
+                batches = started(read())
+                single_pass = begin()
+                again = None if isinstance(loader, Iterator) else read
                 totals, count = _sums(single_pass, batches, again)
             totals = {name: sum_over(total, groups) for name, total in totals.items()}
             count = int(sum_over(torch.tensor([count], device="cpu"), groups))

@@ -19,6 +19,7 @@ from gradmask.distributed import (
     together,
 )
 from gradmask.errors import DataError
+from gradmask.fisher.adapter import Adapter, Batch
 from gradmask.fisher.batch import DOING, Pass
 from gradmask.fisher.reference import zero_squares
 
@@ -56,17 +57,16 @@ class ShardSums(dict[str, Tensor]):
 
 
 def sharded_sums(
-    single_pass: Pass, batches: Iterator[tuple[Any, Tensor]], groups: Groups
+    single_pass: Pass, batches: Iterator[tuple[Any, Tensor, bool]], groups: Groups
 ) -> tuple[dict[str, Tensor], int]:
     """Add up squared per-sample gradients over the batches of all ranks.
 
-    A layer is gathered for all ranks at once, so all must run it equally often: a rank that has no
-    batch left repeats its last one with weight zero. A batch of one runs as two halves, because
-    with one sample the pass would take other ways than on the other ranks.
+    A batch of one runs as two halves, because with one sample the pass would take other ways than
+    on the other ranks.
 
     Args:
         single_pass: The pass.
-        batches: Inputs and targets of this rank.
+        batches: What `in_step` gave.
         groups: The ranks.
 
     Returns:
@@ -75,7 +75,7 @@ def sharded_sums(
     totals = ShardSums(single_pass.parameters)
     count = 0
     try:
-        for inputs, targets, own in _in_step(batches, groups):
+        for inputs, targets, own in batches:
             samples = len(targets) if own else 0
             totals.weight = float(own)
             if len(targets) == 1:
@@ -94,11 +94,23 @@ def _twice(tensor: Tensor) -> Tensor:
     return torch.cat([tensor] * 2) if tensor.dim() else tensor
 
 
-def _in_step(
-    remaining: Iterator[tuple[Any, Tensor]], groups: Groups
+def in_step(
+    adapter: Adapter, remaining: Iterator[Batch], groups: Groups
 ) -> Iterator[tuple[Any, Tensor, bool]]:
-    """Inputs and targets, and whether they are this rank's own and not a repetition."""
-    last: tuple[Any, Tensor] | None = None
+    """Read the batches of all ranks, as many on each.
+
+    A layer is gathered for all ranks at once, so all must run it equally often: a rank that has no
+    batch left repeats its last one.
+
+    Args:
+        adapter: Scores them.
+        remaining: Batches of this rank.
+        groups: The ranks.
+
+    Yields:
+        Inputs and targets, and whether they are this rank's own and not a repetition.
+    """
+    last: Batch | None = None
     while True:
         with together(groups, DOING):
             batch = next(remaining, None)
@@ -108,4 +120,6 @@ def _in_step(
         with together(groups, DOING):
             if last is None:
                 raise DataError("This rank has no samples: with fully_shard every rank needs some.")
-        yield *last, batch is not None
+        with together(groups, DOING):  # runs the model on all
+            inputs, targets = adapter.score(last)
+        yield inputs, targets, batch is not None
