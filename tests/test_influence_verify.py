@@ -98,13 +98,13 @@ def test_a_broken_rule_is_caught(change, options, monkeypatch, failed):
 
 @pytest.mark.parametrize("options", [o for o in METHODS if o.get("fisher") != "sampled"], ids=str)
 def test_samples_that_depend_on_their_batch(options):
-    """A mean over the batch of the inputs: each sample is measured alone."""
+    """A mean over the batch of the inputs; time in the place of the samples gives the same."""
     model = Net(lambda x: x - 0.5 * x.mean(0)).double()
-    sources, probe = data(4), data(3)
-    if options.get("method") == "diagonal":
-        probe = tuple(t[:1] for t in probe)  # the mean of its diagonals is no mean of values
-    found = measured(model, sources, probe, options)
-    assert torch.allclose(found, one_by_one(model, sources, probe, options), rtol=1e-8)
+    with pytest.raises(ModelError, match="depends on the others"):
+        measured(model, data(4), data(3), options)
+    one, other = data(1), data(1)  # as the message says
+    found = measured(model, one, other, options)
+    assert torch.allclose(found, one_by_one(model, one, other, options), rtol=1e-8)
 
 
 def test_a_gaussian(failed):

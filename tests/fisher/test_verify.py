@@ -20,7 +20,7 @@ from cases import (
 from torch import nn
 
 from gradmask import fisher_diagonal
-from gradmask.errors import DataError, OptionError
+from gradmask.errors import DataError, ModelError, OptionError
 from gradmask.fisher import batch, linear, losses, rules
 from gradmask.fisher.operations import Layout
 from gradmask.fisher.verify import Schedule
@@ -248,12 +248,34 @@ def randomise_like(model):
     return Net(lambda m, x: readout(m.fc(x)), fc=model.fc)
 
 
-def test_mixed_inputs_are_measured_alone(failed):
+def time_first(m, x):
+    """A recurrent network of which dimension 0 is time."""
+    return m.out(m.rnn(x)[0])
+
+
+def recurrent():
+    return randomise(Net(time_first, rnn=nn.LSTM(3, 4), out=nn.Linear(4, CLASSES)))
+
+
+def test_samples_that_depend_on_others_are_refused():
     """A mean over the batch of what has no gradient is not seen by any backward pass."""
-    model = randomise(Net(lambda m, x: readout(m.fc(x - x.mean(0))), fc=nn.Linear(3, 3)))
-    data = batches(floats(3), (4, 3))
-    assert_close(fisher_diagonal(model, data), oracle(model, data))
-    assert failed()
+    model = randomise(Net(lambda m, x: readout(m.fc(x - 0.5 * x.mean(0))), fc=nn.Linear(3, 3)))
+    with pytest.raises(ModelError, match=r"depends on the others.*batch_first=False"):
+        fisher_diagonal(model, batches(floats(3), (4, 3)))
+    single = batches(floats(3), (1, 1, 1))  # as the message says
+    assert_close(fisher_diagonal(model, single), oracle(model, single))
+
+
+@pytest.mark.parametrize("verify", ["spread", False])
+def test_time_in_dimension_0_is_refused(verify):
+    """Steps of a sequence are no samples; the same data with samples first are right."""
+    x, y = torch.randn(6, 5, 3, dtype=torch.float64), torch.randint(CLASSES, (6, 5))
+    turned = [(x, y.T.contiguous().T)]
+    with pytest.raises(ModelError, match=r"depends on the others.*batch_first=False"):
+        fisher_diagonal(Net(lambda m, x: m.inner(x).mT, inner=recurrent()), turned, verify=verify)
+    model = Net(lambda m, x: m.inner(x.transpose(0, 1)).permute(1, 2, 0), inner=recurrent())
+    data = [(x.transpose(0, 1), y.T)]
+    assert_close(fisher_diagonal(model, data, verify=verify), oracle(model, data))
 
 
 def test_exact_with_a_failed_check():

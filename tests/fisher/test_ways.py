@@ -117,7 +117,6 @@ DERIVED = {
     "split": bare(lambda p, x: (lambda a, b: (x * a).tanh() + b)(*p.sin().chunk(2)), 6),
 }
 BY_SAMPLE = {
-    "along-the-samples": bare(lambda p, x: x + p[: len(x)], 5, 4, 3),
     "also-elsewhere": bare(lambda p, x: (x * p) @ p, 3),
     "quotient": bare(lambda p, x: x / p, 3),
 }

@@ -20,6 +20,7 @@ from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact
 from gradmask.fisher.losses import check_parameters_of, nll
 from gradmask.fisher.reference import (
     add_per_sample_squares,
+    check_independent,
     check_repeatable,
     sample_gradients,
 )
@@ -94,6 +95,7 @@ class Pass:
         self._generator.set_state(self._start)
         self._schedule = Schedule(self._verify, self.parameters, self._generator.initial_seed())
         self._ways: Ways | None = None
+        self._independent = False  # seen to be
         self._layouts: set[str] = set()
         self._seen: dict[str, str] = {}
 
@@ -157,6 +159,9 @@ class Pass:
             return self.add(inputs, targets, totals, groups, settle)
         data = self.model, inputs, scored
         rest = {k: p for k, p in self.parameters.items() if k not in handled}
+        cut = rest or "module" in self._seen.values()
+        if cut and n > 1 and (check is not None or not self._independent):
+            self._check_independent(inputs, n)
         if rest:
             self.reached |= add_per_sample_squares(*data, rest, totals, **options)
         if check is not None and check.turn == 1:
@@ -169,9 +174,16 @@ class Pass:
                 alone[name] += squared(excerpt(g, check.turn))
         wrong = self._schedule.wrong(found, alone, self._precision)
         if wrong and not self._saturated(inputs, scored, options["loss"], check.rows):
+            self._check_independent(inputs, n)
             self._distrust(wrong)
             return False
         return True
+
+    def _check_independent(self, inputs: Any, samples: int) -> None:
+        """Refuse samples that depend on others, the first (in time, perhaps) least likely."""
+        self._independent = True
+        rows = sorted({samples - 1, samples // 2, 0}, reverse=True)
+        check_independent(self.model, inputs, rows, self._precision)
 
     def _saturated(self, inputs: Any, targets: Tensor, loss: Loss, rows: slice) -> bool:
         """Whether the checked samples are so sure of their labels that rounding decides."""

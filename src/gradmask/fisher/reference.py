@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from gradmask.fisher.calls import full_precision
 from gradmask.fisher.likelihood import Loss, NotFiniteError, exact_terms
 from gradmask.fisher.losses import nll
 from gradmask.fisher.rules import squared
+from gradmask.fisher.verify import rounding
 
 # What models and losses raise where the number of samples does not suit them.
 UNFIT = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
@@ -70,6 +71,43 @@ def _check_apart(model: nn.Module, inputs: Any, n: int, twice: Any) -> None:
                 "The model takes no batch of one, and what it gives for a sample depends on the "
                 "others in its batch: a sample has no gradient of its own."
             )
+
+
+def check_independent(
+    model: nn.Module, inputs: Any, rows: Iterable[int], precision: torch.dtype
+) -> None:
+    """Refuse a model whose outputs for a sample depend on the others in its batch.
+
+    Args:
+        model: The model, in eval mode.
+        inputs: Inputs of several samples.
+        rows: The samples to run alone.
+        precision: What the model computes in.
+
+    Raises:
+        ModelError: If they do.
+    """
+    count = sample_count(inputs)
+    with torch.no_grad():
+        batch = tensors_in(call(model, inputs))
+        for row in rows:
+            try:
+                sample = tensors_in(call(model, part(inputs, slice(row, row + 1))))
+            except UNFIT:  # it takes no batch of one
+                return
+            for one, many in zip(sample, batch, strict=False):
+                shapes = (count, *one.shape[1:]), (1, *many.shape[1:])
+                if one.dim() and (many.shape, one.shape) == shapes and one.is_floating_point():
+                    a, b = one[0].double(), many[row].double()
+                    if (a - b).norm() > rounding(precision) * torch.maximum(a.norm(), b.norm()):
+                        raise ModelError(
+                            "What the model gives for a sample depends on the others in its "
+                            "batch, so a sample has no gradient of its own. If time comes first "
+                            "(batch_first=False), dimension 0 of a batch is not its samples: put "
+                            "the samples there, in inputs and targets, and transpose inside "
+                            "forward. If the model is meant so (statistics or a capacity of the "
+                            "batch), measure on batches of one."
+                        )
 
 
 def check_repeatable(model: nn.Module, inputs: Any, row: int, precision: torch.dtype) -> None:

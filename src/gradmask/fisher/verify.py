@@ -110,7 +110,7 @@ class Schedule:
         """
         if not alone:
             return set()
-        relative = _TOLERANCE.get(precision, _ROUGH)
+        relative = rounding(precision)
         # Gradients that cancel to zero leave rounding behind.
         noise = (4 if relative == _ROUGH else 32) * torch.finfo(precision).eps
         rows = [_compared(found[name], value) for name, value in alone.items()]
@@ -120,6 +120,11 @@ class Schedule:
         seen, off = sizes > floor, ~(errors <= relative * sizes + floor)
         self._unseen -= {name for name, flag in zip(alone, seen.tolist(), strict=True) if flag}
         return {name for name, flag in zip(alone, off.tolist(), strict=True) if flag}
+
+
+def rounding(precision: torch.dtype) -> float:
+    """Relative difference that rounding may make in what a model computes in a precision."""
+    return _TOLERANCE.get(precision, _ROUGH)
 
 
 def _compared(found: Tensor, alone: Tensor) -> Tensor:
@@ -140,8 +145,8 @@ def warn_of_failed(wrong: set[str]) -> None:
     """
     logger.warning(
         "The check of single samples failed for %s: all parameters are measured with the whole "
-        "model, one sample at a time, which is right and slow. Samples may be mixed in the batch, "
-        "or a rule of a layer may be wrong.",
+        "model, one sample at a time, which is right and slow. Samples may be mixed inside the "
+        "model, or a rule of a layer may be wrong.",
         ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
     )
 

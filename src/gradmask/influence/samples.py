@@ -34,7 +34,6 @@ class Samples:
         loss: The negative log-likelihood.
         guard: Checks their gradients.
         ways: What `safe_ways` gave.
-        apart: The outputs of a sample depend on the batch that it is in: none but batches of one.
     """
 
     inputs: Any
@@ -43,11 +42,9 @@ class Samples:
     loss: Loss
     guard: Guard
     ways: Ways | None = None
-    apart: bool = False
 
     def blocks(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` samples."""
-        size = 1 if self.apart else size
         return (slice(n, min(n + size, self.count)) for n in range(0, self.count, size))
 
 

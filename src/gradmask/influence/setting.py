@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from gradmask.fisher.batch import safe_ways
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.likelihood import Loss, draw_directions
 from gradmask.fisher.losses import nll
-from gradmask.fisher.reference import UNFIT, check_repeatable
+from gradmask.fisher.reference import UNFIT, check_independent, check_repeatable
 from gradmask.fisher.verify import Verify, computed_in
 from gradmask.influence.distribution import Head, find_head
 from gradmask.influence.guard import Guard, Parameters, Refuted, Rows
@@ -266,9 +266,13 @@ def prepare(
         map_tensors(lambda t: t.detach(), example),
     )
     if verify:
-        check_repeatable(model, inputs, 0, computed_in(parameters.values()))
-        sources, others = (_apart(setting, s, verify) for s in (setting.sources, setting.probe))
-        setting = replace(setting, sources=sources, probe=others)
+        lowest = computed_in(parameters.values())
+        check_repeatable(model, inputs, 0, lowest)
+        for data in (setting.sources, setting.probe):
+            rows = next(data.blocks(setting.together))
+            last = rows.stop - 1
+            some = range(rows.stop) if verify == "all" else {last, last // 2, 0} if last else ()
+            check_independent(model, part(data.inputs, rows), some, lowest)
     return setting
 
 
@@ -304,33 +308,6 @@ def _refuse_if_two_work(model: nn.Module, inputs: Any, error: Exception) -> None
             f"The model does not take one sample alone ({error}), and influence needs that: let "
             "its forward pass accept a batch of one."
         ) from error
-
-
-def _apart(setting: Setting, samples: Samples, verify: Verify) -> Samples:
-    """The samples, none but in batches of one if their outputs depend on those beside them.
-
-    Four of the first block are looked at, with `verify="all"` every one of it.
-    """
-    rows = next(samples.blocks(setting.together))
-    if rows.stop == 1:
-        return samples
-    near = 1e-6 if computed_in(setting.parameters.values()) == torch.float64 else 1e-2
-    last = rows.stop - 1
-    some = range(rows.stop) if verify == "all" else {0, last // 3, 2 * last // 3, last}
-    with torch.no_grad():
-        together = tensors_in(call(setting.model, part(samples.inputs, rows)))
-        for row in some:
-            sample = part(samples.inputs, slice(row, row + 1))
-            for one, many in zip(tensors_in(call(setting.model, sample)), together, strict=False):
-                if one.dim() and one.is_floating_point() and one.shape[1:] == many.shape[1:]:
-                    a, b = one[0].double(), many[row].double()
-                    if (a - b).norm() > near * torch.maximum(a.norm(), b.norm()):
-                        logger.warning(
-                            "The outputs of a sample depend on the batch that it is in: all run "
-                            "one sample at a time, which is slow."
-                        )
-                        return replace(samples, apart=True)
-    return samples
 
 
 def _labelled(name: str, data: Any, adapter: Adapter) -> tuple[Any, Tensor]:
