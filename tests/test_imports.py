@@ -29,6 +29,7 @@ CORE = [
     "attach",
     "watch",
     "steps",
+    "mask_warnings",
     "mask",
     "__init__",
 ]

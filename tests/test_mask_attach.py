@@ -269,10 +269,53 @@ def test_compiled_models():
     optimizer = sgd(model)
     mask = FisherMask(model, keep=0.5).attach(optimizer)
     mask.refresh([(torch.randn(8, 4), torch.randint(0, 2, (8,)))])
-    before = snapshot(model)
+    plain = model._orig_mod  # whose names these are
+    before = snapshot(plain)
     fill(model)
     optimizer.step()
-    assert same(moved(model, before), mask.masks)
+    assert same(moved(plain, before), mask.masks)
+    state = mask.state_dict()
+    other = FisherMask(plain, keep=0.5)
+    other.load_state_dict(state)
+    assert same(other.masks, mask.masks)
+    state["masks"] = {f"_orig_mod.{name}": m for name, m in state["masks"].items()}  # as before
+    other.load_state_dict(state)
+    assert same(other.masks, mask.masks)
+    assert FisherMask.from_masks(model, state["masks"]).masks.keys() == mask.masks.keys()
+
+
+NOT_HELD = r"No attached optimizer holds .*which keep=0.5 counts"
+
+
+def test_what_no_attached_optimizer_holds_is_told_once():
+    model = nn.Sequential(linear(), linear(3, 2))
+    optimizer = sgd(model[1])
+    mask = FisherMask(model, keep=0.5).attach(optimizer)
+    data = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
+    with pytest.warns(GradmaskWarning, match=r"holds 0.bias, 0.weight \(65.2% of the parameters\)"):
+        mask.refresh(data)
+    mask.refresh(data)
+    model[0].requires_grad_(False)  # the mend
+    FisherMask(model, keep=0.5).attach(optimizer).refresh(data)
+
+
+def test_a_mask_that_nothing_uses_is_told_once():
+    model = linear()
+    mask, data = FisherMask(model, keep=0.5), [(torch.randn(8, 4), torch.randint(0, 3, (8,)))]
+    mask.refresh(data)
+    mask.refresh(data)  # of the same weights
+    optimizer = sgd(model)
+    fill(model)
+    optimizer.step()
+    with pytest.warns(GradmaskWarning, match=r"masks nothing: call mask.attach\(optimizer\)"):
+        mask.refresh(data)
+    optimizer.step()
+    mask.refresh(data)
+    by_hand = FisherMask(model, keep=0.5)
+    by_hand.refresh(data)
+    by_hand.apply_()
+    optimizer.step()
+    by_hand.refresh(data)
 
 
 def test_all_zero_fisher_masks_nothing_and_says_so():

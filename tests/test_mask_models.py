@@ -6,6 +6,7 @@ from small_models import FIRST, pair, two_layers
 from torch import nn
 
 from gradmask import FisherMask
+from gradmask.errors import GradmaskWarning
 
 
 def test_layers_frozen_when_the_mask_was_made():
@@ -20,7 +21,8 @@ def test_layers_frozen_when_the_mask_was_made():
     values["0.bias"] += 1.0
     values["1.weight"] += 1.0
     values["1.bias"] += 1.0
-    mask.update(values | {"0.weight": torch.arange(12.0).view(3, 4)})
+    with pytest.warns(GradmaskWarning, match="No attached optimizer holds 1.bias, 1.weight"):
+        mask.update(values | {"0.weight": torch.arange(12.0).view(3, 4)})
     before = model[0].weight.detach().clone()
     for p in model[0].parameters():
         p.grad = torch.ones_like(p)
@@ -56,7 +58,12 @@ def test_parameters_replaced_after_the_mask_was_made():
     model.weight.grad = torch.ones(1, 2)
     optimizer.step()
     assert model.weight.tolist() == [[4.0, 6.0]]
-    for renew in (lambda: mask.update(FIRST), lambda: mask.load_state_dict(mask.state_dict())):
+
+    def update():
+        with pytest.warns(GradmaskWarning, match="No attached optimizer holds weight"):
+            mask.update(FIRST)
+
+    for renew in (update, lambda: mask.load_state_dict(mask.state_dict())):
         model.weight = nn.Parameter(torch.tensor([[5.0, 6.0]]))
         renew()
         model.weight.grad = torch.ones(1, 2)

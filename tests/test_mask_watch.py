@@ -9,7 +9,7 @@ from torch import nn
 from wrapping_optimizers import Alone, BareLookahead, Sam, ScheduleFree
 
 from gradmask import FisherMask
-from gradmask.errors import OptimizerError
+from gradmask.errors import GradmaskWarning, OptimizerError
 from gradmask.watch import checksum
 
 SCOPES = ["gradient", "update"]
@@ -80,7 +80,8 @@ def test_a_parameter_that_no_attached_optimizer_holds(scope):
     values = {"0.weight": FIRST["weight"], "1.weight": torch.ones(1, 1)}
     mine, other = sgd(model[0]), sgd(model[1])
     mask = FisherMask(model, keep=0.5, scope=scope).attach(mine)
-    mask.update(values)
+    with pytest.warns(GradmaskWarning, match=r"No attached optimizer holds 1\.weight"):
+        mask.update(values)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     mine.step()
@@ -240,9 +241,11 @@ def test_the_mend_for_weights_loaded_on_purpose(scope, steps):
 def test_without_an_attached_optimizer_nothing_is_checked(scope):
     model = pair()
     mask = FisherMask(model, keep=0.5, scope=scope)
-    for value in (1.0, 2.0):
+    mask.update(FIRST)
+    put(model, 1.0, 1.0)
+    with pytest.warns(GradmaskWarning, match="masks nothing"):
         mask.update(FIRST)
-        put(model, value, value)
+    put(model, 2.0, 2.0)
     optimizer = sgd(model)
     mask.attach(optimizer)
     mask.update(FIRST)

@@ -156,7 +156,8 @@ def sample_count(batch: Any) -> int:
     sizes = {len(t) for t in tensors_in(batch) if t.dim()}
     if len(sizes) > 1:
         raise DataError(
-            f"A batch must hold tensors with the same number of samples; found {sorted(sizes)}."
+            f"A batch must hold tensors with the same number of samples; found {sorted(sizes)}. "
+            "Dimension 0 is the samples, of targets too: (samples, positions), not flattened."
         )
     return sizes.pop() if sizes else 0
 

@@ -26,13 +26,24 @@ Groups: TypeAlias = tuple[ProcessGroup, ...]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel`, whose own forward pass waits for other ranks."""
-    replicated = _replicated(model)
-    return model if replicated is None else replicated.module
+    """The model inside `torch.compile` and `DistributedDataParallel`, which waits for other ranks.
+
+    Raises:
+        ModelError: If it is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"Expected the model, an nn.Module, and got a {type(model).__name__}.")
+    inner = _compiled(model)
+    return _compiled(inner.module) if isinstance(inner, DistributedDataParallel) else inner
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    inner: nn.Module = getattr(model, "_orig_mod", model)  # of torch.compile
+    return inner
 
 
 def _replicated(model: nn.Module) -> DistributedDataParallel | None:
-    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    inner = _compiled(model)
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
@@ -137,7 +148,7 @@ def data_groups(model: nn.Module, group: ProcessGroup | None = None) -> Groups:
         ModelError: If parameters are sharded in a way that cannot be measured.
         OptionError: If a group is given with a sharded model.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
     sharded = {name: p for name, p in parameters.items() if is_sharded(p)}
     if sharded:
         if group is not None:

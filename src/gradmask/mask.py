@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from gradmask.distributed import (
     warn_if_alone,
 )
 from gradmask.errors import (
-    GradmaskWarning,
     OptionError,
     check_choice,
     check_keep,
@@ -32,7 +30,8 @@ from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
 from gradmask.mask_files import masks_sha256, read_masks, save_masks
-from gradmask.mask_state import check_masks, check_shapes, check_state, placed
+from gradmask.mask_state import check_masks, check_shapes, check_state, of_plain_model, placed
+from gradmask.mask_warnings import warn_of_unused, warn_of_use
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed, seeded_generator
 from gradmask.selection import STRATEGIES, kept_counts, make_masks
@@ -114,6 +113,7 @@ class FisherMask:
         self.max_samples = None if max_samples is None else int(max_samples)
         self.refreshes = 0
         self._kept: dict[str, int] = {}
+        self._warned = False
         self._steps = MaskedSteps(self.model, scope, loss)
 
     @classmethod
@@ -145,7 +145,7 @@ class FisherMask:
             StateError: If a name, shape or type does not fit the model's trainable parameters.
         """
         mask = cls(model, scope=scope, group=group)
-        check_masks(masks, mask._trainable())
+        check_masks(masks := of_plain_model(masks), mask._trainable())
         mask.strategy = "fixed"
         mask.load_state_dict(mask.state_dict() | {"masks": dict(masks)})
         mask.keep = mask.kept_fraction
@@ -154,6 +154,7 @@ class FisherMask:
     @property
     def masks(self) -> dict[str, Tensor]:
         """The mask of every parameter by name: True where it learns. Empty before a refresh."""
+        self._steps.used = True  # by hand, perhaps
         return self._steps.masks
 
     @masks.setter
@@ -215,16 +216,7 @@ class FisherMask:
         options |= {"unpack": self.unpack}
         fisher = fisher_diagonal(self._wrapped, loader, max_samples=self.max_samples, **options)
         if unused:
-            share = sum(fisher[n].numel() for n in unused) / sum(f.numel() for f in fisher.values())
-            names = sorted(unused)
-            rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warnings.warn(
-                f"In eval mode the loss does not depend on {', '.join(names[:5])}{rest} "
-                f"({share:.1%} of the parameters): they have no Fisher information, stay out of "
-                "the threshold and go on learning. Freeze what should not learn.",
-                GradmaskWarning,
-                stacklevel=2,
-            )
+            warn_of_unused(fisher, unused)
         self.update(fisher, unused)
 
     def update(self, fisher: dict[str, Tensor], unused: Collection[str] = ()) -> None:
@@ -245,12 +237,14 @@ class FisherMask:
         self._check_measured()
         check_shapes(fisher, self._trainable(), "Fisher diagonal")
         self._steps.check(shard_groups(self.model.parameters()))
+        if not self._warned:
+            self._warned = warn_of_use(self._steps, fisher, self.keep)
         generator = seeded_generator(self.seed, "mask", self.refreshes)
         used = {name: f for name, f in fisher.items() if name not in unused}
         masks = make_masks(used, self.keep, strategy=self.strategy, generator=generator)
         masks |= {name: torch.ones_like(fisher[name], dtype=torch.bool) for name in unused}
         self.masks = {name: masks[name] for name in fisher}
-        self._kept = kept_counts(self.masks)
+        self._kept = kept_counts(self._steps.masks)
         self._steps.masks_made()
         self.refreshes += 1
 
@@ -261,24 +255,26 @@ class FisherMask:
     @property
     def kept_fraction(self) -> float:
         """Share of all trainable parameters that learn now, as realised (1 before a refresh)."""
-        if not self.masks:
+        if not self._steps.masks:
             return 1.0
-        return sum(self._kept.values()) / sum(m.numel() for m in self.masks.values())
+        return sum(self._kept.values()) / sum(m.numel() for m in self._steps.masks.values())
 
     @property
     def kept_fractions(self) -> dict[str, float]:
         """The same share for every parameter by name."""
-        if not self.masks:
+        if not self._steps.masks:
             return dict.fromkeys(self._trainable(), 1.0)
         # A parameter without entries has nothing masked.
-        return {n: self._kept[n] / m.numel() if m.numel() else 1.0 for n, m in self.masks.items()}
+        return {
+            n: self._kept[n] / m.numel() if m.numel() else 1.0 for n, m in self._steps.masks.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Options, refresh count and masks; plain values and tensors that load without pickle.
 
         Masks of sharded parameters are DTensors, for `torch.distributed.checkpoint`.
         """
-        masks = {name: mask.clone() for name, mask in self.masks.items()}
+        masks = {name: mask.clone() for name, mask in self._steps.masks.items()}
         return {**self._counted(), "masks": masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -292,13 +288,13 @@ class FisherMask:
             StateError: If the state is of another version, other options or another model.
         """
         check_state(state, self._options())
-        masks = state["masks"]
+        masks = of_plain_model(state["masks"])
         if masks:
             check_shapes(masks, self._trainable(), "state")
         self._steps.read_parameters()
         parameters = self._steps.parameters
         self.masks = {name: placed(mask, parameters[name]) for name, mask in masks.items()}
-        self._kept = kept_counts(self.masks)
+        self._kept = kept_counts(self._steps.masks)
         self.refreshes = state["refreshes"]
         self._steps.masks_loaded()
 
@@ -313,7 +309,7 @@ class FisherMask:
         Raises:
             ImportError: If safetensors is not installed.
         """
-        save_masks(path, self.masks, self._counted())
+        save_masks(path, self._steps.masks, self._counted())
 
     def load(self, path: str | Path) -> None:
         """Go on from a file that `save` wrote; nothing changes unless all of it fits.
@@ -330,7 +326,7 @@ class FisherMask:
 
     def sha256(self) -> str:
         """SHA-256 of the state as digits; with sharded parameters every rank must call."""
-        return masks_sha256(self.masks, self._counted())
+        return masks_sha256(self._steps.masks, self._counted())
 
     def _check_measured(self) -> None:
         if self.strategy == "fixed":

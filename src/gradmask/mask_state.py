@@ -39,6 +39,13 @@ def check_state(state: Any, options: Mapping[str, Any]) -> None:
         raise StateError("The state's masks or refresh count are damaged.")
 
 
+def of_plain_model(masks: Any) -> Any:
+    """Masks by the names of a plain model, also if these were those of a compiled one."""
+    if not isinstance(masks, Mapping):
+        return masks
+    return {n.removeprefix("_orig_mod.") if isinstance(n, str) else n: m for n, m in masks.items()}
+
+
 def check_masks(masks: Any, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
     """Check that these are masks by name.
 

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map
 from gradmask.containers import part, sample_count, tensors_in
 from gradmask.errors import DataError, OptionError, StateError, check_choice
 from gradmask.fisher.adapter import Unpack as UnpackBatch
-from gradmask.fisher.adapter import as_batch, check_batches, check_unpack, has_names
+from gradmask.fisher.adapter import as_batch, check_batches, check_unpack
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.sampling import random_samples
+from gradmask.fisher.scored import has_names
 from gradmask.fisher.verify import Verify
 from gradmask.influence import gradient_norms, influence
 from gradmask.influence.measure import METHODS

@@ -39,6 +39,9 @@ class MaskedSteps:
         model: The model.
         scope: `gradient` or `update`.
         loss: The loss, whose parameters are masked too if it is a module.
+
+    Attributes:
+        used: Whether an optimizer was attached, or gradients masked or masks read by hand.
     """
 
     def __init__(self, model: nn.Module, scope: str, loss: Any = None) -> None:
@@ -48,6 +51,8 @@ class MaskedSteps:
         self._names: dict[int, str] = {}
         self._handles: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
         self._watch = WeightWatch(hold=scope == "update")
+        self.used = False
+        self._versions: dict[str, int] = {}
         self.read_parameters()
 
     def read_parameters(self) -> None:
@@ -84,6 +89,7 @@ class MaskedSteps:
         prints = {name: fingerprint(p) for name, p in news.items()}
         self._hook(hooked)
         self._watch.start(prints)
+        self.used = True
 
     def _hook(self, optimizers: Iterable[Optimizer]) -> None:
         added: dict[Optimizer, list[Any]] = {}
@@ -134,6 +140,17 @@ class MaskedSteps:
         with together(groups, "checking that weights moved in masked steps only"):
             self._watch.check(self.parameters, self.masks, self._holders())
 
+    def moved_unmasked(self) -> bool:
+        """Whether weights changed since this was asked before, and nothing ever used the masks."""
+        before, self._versions = self._versions, {n: p._version for n, p in self.parameters.items()}
+        return not self.used and bool(before) and before != self._versions
+
+    def unheld(self) -> list[str]:
+        """Names of trainable parameters that no attached optimizer holds, if any is attached."""
+        holders = self._holders()
+        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        return [name for name, p in trained.items() if holders and id(p) not in holders]
+
     def _holders(self) -> dict[int, list[str]]:
         """Types of the attached optimizers that hold a parameter, by its id."""
         holders: dict[int, list[str]] = {}
@@ -145,6 +162,7 @@ class MaskedSteps:
     @torch.no_grad()
     def apply(self) -> None:
         """Mask the gradients in place."""
+        self.used = True
         self.read_parameters()
         _mask_gradients([self._masked(n, p) for n, p in self.parameters.items() if n in self.masks])
 

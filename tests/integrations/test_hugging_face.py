@@ -275,6 +275,28 @@ def test_a_loss_of_the_users_gets_the_labels_as_they_are():
     assert torch.Size([1, 9]) in seen
 
 
+@pytest.mark.parametrize("case", ["bert", "bert-square", "gpt2"])
+def test_losses_of_pytorch_score_the_logits(case):
+    model, data, own = made(case)
+    smoothed = torch.nn.CrossEntropyLoss(label_smoothing=0.2)
+
+    def loss(outputs, labels):
+        logits = outputs.logits
+        if own == 1:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), reduction="sum", label_smoothing=0.2
+        )
+
+    assert_near(
+        fisher_diagonal(model, data, loss=smoothed), fisher_diagonal(model, data, loss=loss)
+    )
+    pairs = [({k: v for k, v in b.items() if k != "labels"}, b["labels"]) for b in data]
+    if case == "bert":
+        found = fisher_diagonal(model, pairs, loss=smoothed)
+        assert_near(found, fisher_diagonal(model, data, loss=loss))
+
+
 def test_a_batch_of_another_form():
     model, data, own = made("bert")
     others = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -15,26 +14,13 @@ from torch.utils.data import Dataset
 from gradmask.containers import check_cuttable, map_tensors, sample_count, tensors_in
 from gradmask.errors import DataError, OptionError
 from gradmask.fisher.likelihood import IGNORED, Loss
-from gradmask.fisher.tasks import Task, check_task, find_task
+from gradmask.fisher.losses import likelihood_of, takes_logits
+from gradmask.fisher.scored import Padded, Scored, accepts, call, has_names, takes_one
+from gradmask.fisher.tasks import check_task, find_task
 
 Unpack = Callable[[Any], Any]
 
 LABELS = ("labels", "label", "targets", "target")  # what a batch with names may call its targets
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Call the model: a tuple or list gives positional arguments, a mapping gives keywords.
-
-    A model whose forward takes one tuple or mapping gets it as it is.
-    """
-    if isinstance(model, Scored):
-        return model(inputs)
-    if isinstance(inputs, tuple | list):
-        return model(inputs) if _takes_one(model, inputs, {}) else model(*inputs)
-    if has_names(inputs):
-        keywords = {str(key): inputs[key] for key in inputs}
-        return model(inputs) if _takes_one(model, (), keywords) else model(**keywords)
-    return model(inputs)
 
 
 class Batch(NamedTuple):
@@ -51,51 +37,6 @@ class Batch(NamedTuple):
     scored: bool
 
 
-class Padded(NamedTuple):
-    """Inputs of which not every position counts.
-
-    Attributes:
-        inputs: The inputs.
-        counts: Whether a position does, of the shape of the logits without their classes.
-    """
-
-    inputs: Any
-    counts: Tensor
-
-
-class Scored(nn.Module):
-    """A model whose outputs are the logits alone, where it returns them by that name.
-
-    Logits of positions that do not count are constant, so that nothing depends on them.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.task: Task | None = None
-
-    def forward(self, inputs: Any) -> Any:
-        """The logits, with the classes where PyTorch's losses have them."""
-        given, counts = inputs if isinstance(inputs, Padded) else (inputs, None)
-        outputs = call(self.model, given)
-        logits = getattr(outputs, "logits", None)
-        if not isinstance(logits, Tensor):
-            return outputs
-        if self.task is None:
-            return logits
-        logits = self.task.arranged(logits)
-        if counts is None or counts.shape != logits.shape[:1] + logits.shape[2:]:
-            return logits
-        return torch.where(counts.unsqueeze(1), logits, 0.0)
-
-    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's own names."""
-        return self.model.named_parameters(*args, **options)
-
-
 class Adapter:
     """How the batches of a loader become inputs and targets, and what they are scored by.
 
@@ -109,9 +50,10 @@ class Adapter:
     """
 
     def __init__(self, model: nn.Module, loss: Loss | None, unpack: Unpack | None = None) -> None:
-        named = loss is None or isinstance(loss, str)
+        self._name = likelihood_of(loss)
+        self._named = loss is None or self._name is not None
         scored = model if isinstance(model, Scored) else Scored(model)
-        self._scored = scored if named else None
+        self._scored = scored if self._named or takes_logits(loss) else None
         self.model = self._scored or model
         self._bare, self._loss, self._unpack = model, loss, unpack
         self._device = next(model.parameters()).device
@@ -163,7 +105,7 @@ class Adapter:
         sample_count((inputs, targets))
         if not has_names(batch):
             return Batch(inputs, targets, False)
-        return Batch(self._arguments(inputs, targets), targets, self._scored is not None)
+        return Batch(self._arguments(inputs, targets), targets, self._named)
 
     def score(self, batch: Batch) -> tuple[Any, Tensor]:
         """Inputs and targets of a batch; the model may run, to find or to check its likelihood.
@@ -181,8 +123,8 @@ class Adapter:
         if task is not None and task.own and self._batches.bit_count() == 1:  # the 2nd, 4th, 8th
             check_task(task, run, inputs, targets)
         if task is None:
-            labelled = has_names(inputs) and _accepts(self._bare, {**inputs, "labels": targets})
-            task = find_task(run, inputs, targets, self._loss, labelled=labelled)
+            labelled = has_names(inputs) and accepts(self._bare, {**inputs, "labels": targets})
+            task = find_task(run, inputs, targets, self._name, labelled=labelled)
             self._scored.task = task
         return inputs, task.targets(targets)
 
@@ -214,11 +156,11 @@ class Adapter:
         prepare = getattr(self._bare, "prepare_decoder_input_ids_from_labels", None)
         if prepare is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
             inputs = {**inputs, "decoder_input_ids": prepare(labels=targets)}
-        if _accepts(self._bare, inputs):
+        if accepts(self._bare, inputs):
             return inputs
         if len(inputs) == 1:
             return next(iter(inputs.values()))
-        if _takes_one(self._bare, (), inputs):
+        if takes_one(self._bare, (), inputs):
             return inputs
         raise DataError(
             f"The batch's entries {', '.join(inputs)} are not what the forward method of "
@@ -230,11 +172,6 @@ def started(batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches, the first of them read already."""
     first = next(batches, None)
     return iter(()) if first is None else chain([first], batches)
-
-
-def has_names(batch: Any) -> bool:
-    """Whether a batch is a mapping, or looks like one."""
-    return hasattr(batch, "keys") and hasattr(batch, "__getitem__")
 
 
 def check_batches(loader: Any) -> None:
@@ -278,6 +215,8 @@ def _parts(batch: Any) -> tuple[Any, Any]:
         what = f"a {type(batch).__name__} of {len(batch)}"
     else:
         what = f"a {type(batch).__name__}"
+    if isinstance(batch, Tensor):
+        what += " (of one batch alone, give a list: [batch])"
     raise DataError(
         f"The loader gave {what}: expected (inputs, targets) batches, or a mapping with its "
         f"targets as one of {', '.join(LABELS)}. Else give unpack=lambda batch: (inputs, targets)."
@@ -303,32 +242,3 @@ def _check_strided(inputs: Any) -> None:
                 "The inputs hold a sparse or nested tensor, which cannot be cut into samples: use "
                 "to_dense() or to_padded_tensor()."
             )
-
-
-def _takes_one(model: nn.Module, args: Any, keywords: dict[str, Any]) -> bool:
-    """Whether these do not fit the parameters of `forward`, and one argument does."""
-    signature = _signature(model)
-    if signature is None:
-        return False
-    return not _binds(signature, *args, **keywords) and _binds(signature, None)
-
-
-def _accepts(model: nn.Module, keywords: dict[str, Any]) -> bool:
-    """Whether `forward` takes these."""
-    signature = _signature(model)
-    return signature is None or _binds(signature, **keywords)
-
-
-def _signature(model: nn.Module) -> inspect.Signature | None:
-    try:
-        return inspect.signature(model.forward)
-    except (TypeError, ValueError):
-        return None
-
-
-def _binds(signature: inspect.Signature, *args: Any, **keywords: Any) -> bool:
-    try:
-        signature.bind(*args, **keywords)
-    except TypeError:
-        return False
-    return True

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from gradmask.containers import part
 from gradmask.distributed import Groups, sum_over, together
 from gradmask.errors import DataError, ModelError
-from gradmask.fisher.adapter import call
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.capture import Capture, Settle, Way, Ways
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
@@ -25,6 +24,7 @@ from gradmask.fisher.reference import (
     sample_gradients,
 )
 from gradmask.fisher.rules import squared
+from gradmask.fisher.scored import call
 from gradmask.fisher.verify import (
     Check,
     Excerpts,

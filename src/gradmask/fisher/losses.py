@@ -85,6 +85,21 @@ def standard_loss(loss: Loss | None) -> Loss | None:
     return "cross_entropy" if plain and function is F.cross_entropy else found
 
 
+def takes_logits(loss: Any) -> bool:
+    """Whether it is one of PyTorch's own losses, which take no outputs with logits inside."""
+    own = type(loss).__module__ == nn.CrossEntropyLoss.__module__
+    return own or isinstance(loss, WeightedCrossEntropy)
+
+
+def likelihood_of(loss: Any) -> str | None:
+    """The name of the likelihood whose logits and targets a loss takes, if it has one."""
+    if isinstance(loss, WeightedCrossEntropy):
+        return "cross_entropy" if loss.function is F.cross_entropy else None
+    if isinstance(loss, str):
+        return loss
+    return {nn.BCEWithLogitsLoss: "bernoulli", nn.MSELoss: "mse"}.get(type(loss))
+
+
 class Nll(NamedTuple):
     """A negative log-likelihood.
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from gradmask.containers import check_cuttable, tensors_in
 from gradmask.errors import DataError
-from gradmask.fisher.adapter import Scored
 from gradmask.fisher.calls import LayerCall, ModuleCall, spans
 from gradmask.fisher.rules import LayerRule, find_rule
+from gradmask.fisher.scored import Scored
 
 
 class Observer:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from gradmask.containers import map_tensors, part, sample_count, tensors_in
 from gradmask.errors import ModelError
-from gradmask.fisher.adapter import call
 from gradmask.fisher.calls import full_precision
 from gradmask.fisher.likelihood import Loss, NotFiniteError, exact_terms
 from gradmask.fisher.losses import nll
 from gradmask.fisher.rules import squared
+from gradmask.fisher.scored import call
 from gradmask.fisher.verify import rounding
 
 # What models and losses raise where the number of samples does not suit them.

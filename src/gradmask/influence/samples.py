@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from gradmask.containers import part
-from gradmask.fisher.adapter import call
 from gradmask.fisher.calls import Call, LayerCall, per_sample_together
 from gradmask.fisher.capture import Capture, Ways
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.losses import check_parameters_of
+from gradmask.fisher.scored import call
 from gradmask.influence.guard import Groups, Guard, Parameters, Term, WholeCall
 
 # Samples that ran one batch after the other: the groups of each, and which of them they are of.

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmask.containers import map_tensors, part, sample_count, tensors_in
+from gradmask.containers import map_tensors, part, sample_count
 from gradmask.errors import DataError, ModelError, OptionError
-from gradmask.fisher.adapter import Adapter, Unpack, call, has_names
+from gradmask.fisher.adapter import Adapter, Unpack
 from gradmask.fisher.batch import safe_ways
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.likelihood import Loss, draw_directions
 from gradmask.fisher.losses import nll
 from gradmask.fisher.reference import UNFIT, check_independent, check_repeatable
+from gradmask.fisher.scored import call, has_names
 from gradmask.fisher.verify import Verify, computed_in
 from gradmask.influence.distribution import Head, find_head
 from gradmask.influence.guard import Guard, Parameters, Refuted, Rows

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradmask.containers import part, tensors_in
 from gradmask.errors import ModelError
-from gradmask.fisher.adapter import call
+from gradmask.fisher.scored import call
 from gradmask.fisher.verify import computed_in
 from gradmask.influence.samples import captured, stacked
 from gradmask.influence.setting import Blocks, LossTerm, Setting, check_outputs

@@ -1,0 +1,61 @@
+"""Warnings where a mask would surprise: on what it has no say, or that nothing uses it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from gradmask.errors import GradmaskWarning
+from gradmask.steps import MaskedSteps
+
+
+def warn_of_unused(fisher: Mapping[str, Tensor], unused: Collection[str]) -> None:
+    """Say which parameters have no information at all and so are not masked.
+
+    Args:
+        fisher: The Fisher diagonal.
+        unused: Names on which the loss does not depend in eval mode.
+    """
+    _warn(
+        f"In eval mode the loss does not depend on {_listed(fisher, unused)}: they have no Fisher "
+        "information, stay out of the threshold and go on learning. Freeze what should not learn."
+    )
+
+
+def warn_of_use(steps: MaskedSteps, fisher: Mapping[str, Tensor], keep: float) -> bool:
+    """Say if nothing uses the masks, or if `keep` counts what nothing trains.
+
+    Args:
+        steps: The steps that are masked.
+        fisher: The Fisher diagonal.
+        keep: Share that learns.
+
+    Returns:
+        Whether there was something to say.
+    """
+    moved, unheld = steps.moved_unmasked(), steps.unheld()
+    if moved:
+        _warn(
+            "The weights changed since the mask was made, and it masks nothing: call "
+            "mask.attach(optimizer) once, or mask.apply_() before each step."
+        )
+    if unheld:
+        _warn(
+            f"No attached optimizer holds {_listed(fisher, unheld)}, which keep={keep} counts: "
+            "freeze what is not trained (requires_grad_(False)), or attach the optimizer that "
+            "trains it."
+        )
+    return moved or bool(unheld)
+
+
+def _listed(fisher: Mapping[str, Tensor], chosen: Collection[str]) -> str:
+    names, total = sorted(chosen), sum(f.numel() for f in fisher.values())
+    share = sum(fisher[name].numel() for name in names if name in fisher) / max(1, total)
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{rest} ({share:.1%} of the parameters)"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, GradmaskWarning, stacklevel=4)
