@@ -214,6 +214,16 @@ def test_not_elementwise(case, ways):
     assert ways["p"] == "sample"
 
 
+def test_the_slow_way_is_warned_of(caplog):
+    model = randomise(BY_SAMPLE["quotient"])
+    fisher_diagonal(model, batches(floats(4, 3), (1, 3, 3)))
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [line.partition(":")[0] for line in said] == [
+        "The whole model runs again for each sample, which is slow, since no rule measures p"
+    ]
+    assert "register_rule" in said[0]
+
+
 @pytest.mark.parametrize("case", MATMUL)
 def test_matmul(case, ways):
     check(MATMUL[case])

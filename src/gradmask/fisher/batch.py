@@ -98,6 +98,7 @@ class Pass:
         self._independent = False  # seen to be
         self._layouts: set[str] = set()
         self._seen: dict[str, str] = {}
+        self._slow: set[str] = set()
 
     def add(
         self,
@@ -142,7 +143,7 @@ class Pass:
             if not again:
                 handled = {k: p for k, p in fast.items() if k in capture.handled}
                 with together(groups, DOING):
-                    self._note(capture, groups)
+                    self._note(capture, n, groups)
                 check = None if groups else check
                 try:
                     terms = chain([batch.first], batch.rest)
@@ -230,14 +231,19 @@ class Pass:
         flag = torch.tensor([may], dtype=torch.int32, device="cpu")
         return bool(sum_over(flag, groups)) if groups else may
 
-    def _note(self, capture: Capture, groups: Groups) -> None:
+    def _note(self, capture: Capture, samples: int, groups: Groups) -> None:
         """Note what is measured how."""
         self.reached |= capture.reached
         ways = {name: way[0][0] for name, way in capture.ways().items()}
         ways |= dict.fromkeys(self.parameters.keys() - capture.handled, "sample")
         if groups:
             _check_rules(ways)
-        _report({name: way for name, way in ways.items() if self._seen.get(name) != way})
+        news = {name: way for name, way in ways.items() if self._seen.get(name) != way}
+        _report(news)
+        if samples > 1 and not self.alone:
+            slow = {name for name, way in ways.items() if way == "sample"} - self._slow
+            _warn_of_slow(sorted(slow))
+            self._slow |= slow
         self._seen |= ways
 
     def _distrust(self, wrong: set[str]) -> None:
@@ -293,10 +299,20 @@ def _check_rules(ways: dict[str, str]) -> None:
 
 def _report(ways: dict[str, str]) -> None:
     """Say which parameters have no rule, and so cost more."""
-    for way, text in (
-        ("module", "Run again one sample at a time, module by module"),
-        ("sample", "Run again one sample at a time, with the whole model"),
-    ):
-        names = [name for name, found in ways.items() if found == way]
-        if names:
-            logger.info("%s (no rule applies): %s", text, ", ".join(names))
+    names = [name for name, found in ways.items() if found == "module"]
+    if names:
+        logger.info(
+            "Run again one sample at a time, module by module (no rule applies): %s",
+            ", ".join(names),
+        )
+
+
+def _warn_of_slow(names: list[str]) -> None:
+    """Name the parameters for which the whole model runs again for each sample, and the mend."""
+    if names:
+        logger.warning(
+            "The whole model runs again for each sample, which is slow, since no rule measures %s: "
+            "put what uses it into a module of its own, register a rule for that "
+            "(gradmask.fisher.register_rule), or freeze it.",
+            ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+        )
