@@ -14,9 +14,10 @@ from gradmask.containers import part
 from gradmask.distributed import Groups, sum_over, together
 from gradmask.errors import DataError, ModelError
 from gradmask.fisher.calls import Unmeasurable
-from gradmask.fisher.capture import Capture, Settle, Way, Ways
+from gradmask.fisher.capture import Capture, Settle, Ways
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
 from gradmask.fisher.losses import check_parameters_of, nll
+from gradmask.fisher.probe import forget, remember, remembered, safe_ways
 from gradmask.fisher.reference import (
     add_per_sample_squares,
     check_independent,
@@ -123,8 +124,11 @@ class Pass:
         """
         n, trusts = len(targets), self._trusts and not groups
         fast = {} if self.alone else self.parameters
-        first = n > 1 and self._ways is None
-        if first:
+        first, names = n > 1 and self._ways is None, frozenset(fast)
+        before = remembered(self.model, names) if first and trusts else None
+        if before is not None:
+            self._ways = before.ways
+        elif first:
             self._ways = safe_ways(self.model, inputs, fast, trust_rules=trusts)
         ways = self._ways if n > 1 else None
         with Capture(self.model, fast, n, ways) as capture:
@@ -135,11 +139,15 @@ class Pass:
                 known = chain(self.model.parameters(), self.parameters.values())
                 check_parameters_of(self._loss, capture.of_loss, known)
                 unexplained = (ways or {}).keys() & capture.reached - capture.ways().keys()
-                check = self._schedule.check(capture.structure, capture.sizes(), n)
-            if n > 1 and self._may_mix(capture, check, groups):
+                form = capture.structure, capture.sizes(), n
+            if before is not None and (unexplained or form not in before.batches):
+                forget(self.model)
+                self._ways = None
+            again = first and (self._ways is None or (trusts and bool(unexplained)))
+            check = None if again else self._schedule.check(*form, passed=before is not None)
+            if not again and n > 1 and self._may_mix(capture, check, groups):
                 with together(groups, DOING):
                     capture.drop(capture.mixed(outputs))
-            again = first and trusts and bool(unexplained)
             if not again:
                 handled = {k: p for k, p in fast.items() if k in capture.handled}
                 with together(groups, DOING):
@@ -149,14 +157,16 @@ class Pass:
                     terms = chain([batch.first], batch.rest)
                     found = capture.add_squares(terms, totals, settle, check)
                 except Unmeasurable:
+                    forget(self.model)
                     self._trusts = False
                     self._distrust(set(fast))
                     return False
                 del terms
             scored, options = batch.targets, batch.options
             del outputs, batch  # and with them the graph
-        if again:  # a dimension was 2 long by chance: the probe finds out
-            self._trusts, self._ways = False, None
+        if again:
+            if self._ways is not None:  # a dimension was 2 long by chance: the probe finds out
+                self._trusts, self._ways = False, None
             return self.add(inputs, targets, totals, groups, settle)
         data = self.model, inputs, scored
         rest = {k: p for k, p in self.parameters.items() if k not in handled}
@@ -176,8 +186,11 @@ class Pass:
         wrong = self._schedule.wrong(found, alone, self._precision)
         if wrong and not self._saturated(inputs, scored, options["loss"], check.rows):
             self._check_independent(inputs, n)
+            forget(self.model)
             self._distrust(wrong)
             return False
+        if first and self._ways:
+            remember(self.model, names, self._ways, form)
         return True
 
     def _check_independent(self, inputs: Any, samples: int) -> None:
@@ -253,37 +266,6 @@ class Pass:
             return
         warn_of_failed(wrong)
         self.alone = True
-
-
-def safe_ways(
-    model: nn.Module,
-    inputs: Any,
-    parameters: dict[str, nn.Parameter],
-    *,
-    trust_rules: bool = False,
-) -> Ways:
-    """How to measure each parameter: the first way that keeps samples apart, as seen on two.
-
-    A dimension that only happens to be as long as the batch is not 2 long here as well, so it is
-    not captured; if it is 2, the gradients of one sample's outputs reach the other's row.
-
-    Args:
-        model: The model, in eval mode.
-        inputs: Inputs of at least two samples.
-        parameters: What is measured.
-        trust_rules: Leave it to a later check if all are layers with a rule.
-    """
-    refused: set[tuple[str, Way]] = set()
-    while True:
-        with Capture(model, parameters, 2, refused=refused) as probe:
-            outputs = call(model, part(inputs, slice(2)))
-            probe.resolve(outputs)
-            ways = probe.ways()
-            simple = trust_rules and all(kind[0] == "rule" for way in ways.values() for kind in way)
-            mixed = set() if simple else probe.mixed(outputs)
-        if not mixed:
-            return ways
-        refused |= {(name, ways[name]) for name in mixed}
 
 
 def _check_rules(ways: dict[str, str]) -> None:

@@ -68,13 +68,16 @@ class Schedule:
         self._batches = self._sizes = self._turn = 0
         self._known: set[Hashable] = set()
 
-    def check(self, structure: Hashable, sizes: Hashable, samples: int) -> Check | None:
+    def check(
+        self, structure: Hashable, sizes: Hashable, samples: int, *, passed: bool = False
+    ) -> Check | None:
         """What to check in the next batch, if anything.
 
         Args:
             structure: Tells graphs of other operations apart.
             sizes: Tells graphs of other sizes apart.
             samples: Samples in the batch.
+            passed: Such a batch has been checked in an earlier pass: one sample is enough.
         """
         if not self.verify:
             return None
@@ -92,7 +95,11 @@ class Schedule:
         if not (due or self.verify == "all"):
             return None
         self._turn += 1
-        chosen = torch.randperm(samples, generator=self._generator)[: 1 + new].sort().values
+        chosen = (
+            torch.randperm(samples, generator=self._generator)[: 1 + (new and not passed)]
+            .sort()
+            .values
+        )
         first, last = int(chosen[0]), int(chosen[-1])
         pair = slice(first, last + 1, max(1, last - first))
         return Check(slice(None) if self.verify == "all" else pair, self._turn)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from gradmask.containers import map_tensors, part, sample_count
 from gradmask.errors import DataError, ModelError, OptionError
 from gradmask.fisher.adapter import Adapter, Unpack
-from gradmask.fisher.batch import safe_ways
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.likelihood import Loss, draw_directions
 from gradmask.fisher.losses import nll
+from gradmask.fisher.probe import safe_ways
 from gradmask.fisher.reference import UNFIT, check_independent, check_repeatable
 from gradmask.fisher.scored import call, has_names
 from gradmask.fisher.verify import Verify, computed_in
