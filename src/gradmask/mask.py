@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,32 @@ class FisherMask:
             )
         self.update(fisher, unused)
 
+    def check(self, loader: Iterable[Any]) -> None:
+        """Measure two samples, so that data, loss or model that do not fit are told at once.
+
+        Mask and count of refreshes stay; random states and the loader as with `refresh`. Nothing
+        is measured for `random` and fixed masks, nor on an iterator, which that would use up. On
+        many processes all must call it.
+
+        Args:
+            loader: What `refresh` will get.
+
+        Raises:
+            ModelError: If the model cannot be measured.
+            DataError: If the data cannot be used, or the loss is not finite.
+            DistributedError: If that happened on another rank.
+        """
+        if self.strategy in ("random", "fixed") or isinstance(loader, Iterator):
+            return
+        options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "group": self._group}
+        options |= {"seed": self.seed, "unpack": self.unpack, "max_samples": 2}
+        logger = logging.getLogger("gradmask")
+        logger.addFilter(_nothing)  # that two samples are few is meant
+        try:
+            fisher_diagonal(self._wrapped, loader, **options)
+        finally:
+            logger.removeFilter(_nothing)
+
     def update(self, fisher: dict[str, Tensor], unused: Collection[str] = ()) -> None:
         """Make the mask from a Fisher diagonal that was measured already.
 
@@ -347,3 +374,7 @@ class FisherMask:
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OPTIONS}
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
