@@ -168,7 +168,8 @@ def test_unpack_says_what_the_targets_are():
     assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
     # Of other data the batches may have another form.
     data = [{"inputs": x, "kinds": y} for x, y in DataLoader(samples(), 8)]
-    options = {"data": data, "unpack": lambda batch: (batch["inputs"], batch["kinds"])}
+    entries = lambda batch: tuple(batch.values()) if isinstance(batch, dict) else batch  # noqa: E731
+    options = {"data": data, "unpack": entries}
     assert not told(module_with(squares), callback=FisherMaskCallback(0.3, refresh=2, **options))
 
 

@@ -48,8 +48,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
     The logs get the share that learns, as `fisher_mask/kept`.
 
     The Fisher information is that of the model's own likelihood, as the model's `loss` has it,
-    whatever the Trainer adds (label smoothing, `compute_loss_func`, a `compute_loss` of your own):
-    give `loss` for another one.
+    whatever the Trainer adds (label smoothing, `compute_loss_func`, a `compute_loss` of your own),
+    with a warning if the first step trains something else: give `loss` for another one.
 
     Example:
         ```python
