@@ -72,11 +72,12 @@ class OwnLossNote:
         model: A model of Hugging Face's; it has a forward hook until `remove`.
 
     Attributes:
-        followed: Whether one did.
+        called: Whether the model was called with gradients.
+        followed: Whether a backward pass went through its loss.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.followed = False
+        self.called = self.followed = False
         self._handle = model.register_forward_hook(self._note)
 
     def remove(self) -> None:
@@ -84,6 +85,7 @@ class OwnLossNote:
         self._handle.remove()
 
     def _note(self, _: nn.Module, __: Any, outputs: Any) -> None:
+        self.called |= torch.is_grad_enabled()
         named = isinstance(outputs, Mapping)
         loss = outputs.get("loss") if named else outputs[0] if isinstance(outputs, tuple) else None
         # A first output that is no loss is not a scalar.

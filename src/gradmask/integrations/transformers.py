@@ -276,7 +276,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         if note is None:
             return
         note.remove()
-        if not note.followed:
+        if note.called and not note.followed:
             warnings.warn(
                 "The Trainer trains another loss than the model's own (compute_loss_func, or a "
                 "compute_loss of your own), and the Fisher information is that of the model's own: "
