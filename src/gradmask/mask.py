@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
 from gradmask.mask_files import masks_sha256, read_masks, save_masks
 from gradmask.mask_state import check_masks, check_shapes, check_state, of_plain_model, placed
-from gradmask.mask_warnings import warn_of_unused, warn_of_use
+from gradmask.mask_warnings import warn_of_unused, warn_of_use, without_log
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed, seeded_generator
 from gradmask.selection import STRATEGIES, kept_counts, make_masks
@@ -211,13 +211,38 @@ class FisherMask:
             self.update({name: p.detach() for name, p in self._trainable().items()})
             return
         unused: set[str] = set()
-        options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "group": self._group}
-        options |= {"seed": derive_seed(self.seed, "fisher", self.refreshes), "unused": unused}
-        options |= {"unpack": self.unpack}
-        fisher = fisher_diagonal(self._wrapped, loader, max_samples=self.max_samples, **options)
+        seed = derive_seed(self.seed, "fisher", self.refreshes)
+        fisher = self._measure(loader, self.max_samples, seed, unused)
         if unused:
             warn_of_unused(fisher, unused)
         self.update(fisher, unused)
+
+    def check(self, loader: Iterable[Any]) -> None:
+        """Measure two samples, so that data, loss or model that do not fit are told at once.
+
+        Mask and count of refreshes stay; random states and the loader as with `refresh`. Nothing
+        is measured for `random` and fixed masks, nor on an iterator, which that would use up. On
+        many processes all must call it.
+
+        Args:
+            loader: What `refresh` will get.
+
+        Raises:
+            ModelError: If the model cannot be measured.
+            DataError: If the data cannot be used, or the loss is not finite.
+            DistributedError: If that happened on another rank.
+        """
+        if self.strategy in ("random", "fixed") or isinstance(loader, Iterator):
+            return
+        with without_log():  # that two samples are few is meant
+            self._measure(loader, 2, self.seed)
+
+    def _measure(
+        self, loader: Any, samples: int | None, seed: int, unused: set[str] | None = None
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "group": self._group}
+        options |= {"max_samples": samples, "seed": seed, "unused": unused, "unpack": self.unpack}
+        return fisher_diagonal(self._wrapped, loader, **options)
 
     def update(self, fisher: dict[str, Tensor], unused: Collection[str] = ()) -> None:
         """Make the mask from a Fisher diagonal that was measured already.

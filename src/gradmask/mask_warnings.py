@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -48,6 +50,21 @@ def warn_of_use(steps: MaskedSteps, fisher: Mapping[str, Tensor], keep: float) -
             "trains it."
         )
     return moved or bool(unheld)
+
+
+@contextmanager
+def without_log() -> Iterator[None]:
+    """Keep quiet what a pass logs."""
+    logger = logging.getLogger("gradmask")
+    logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 def _listed(fisher: Mapping[str, Tensor], chosen: Collection[str]) -> str:

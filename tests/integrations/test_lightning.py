@@ -4,8 +4,10 @@ import copy
 import importlib
 import os
 import random
+import re
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -372,6 +374,37 @@ def test_what_forward_logs_is_logged_in_training_only():
     kept = float(trainer.callback_metrics["fisher_mask/kept"])
     assert kept == pytest.approx(callback.mask.kept_fraction)
     assert kept == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_autoencoder_of_the_documentation(package):
+    """As it is shown, but for the package and what is printed and saved."""
+    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    (shown,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "AutoEncoder" in b)
+    shown = shown.replace("import lightning as L", f"import {package} as L")
+    made, _, run = shown.partition("trainer = ")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 1, 28, 28, generator=generator)
+    loader = DataLoader(TensorDataset(images, torch.zeros(20, dtype=torch.int64)), 5)
+    names = {"loader": loader, "__name__": __name__}
+    exec(made, names)
+    quiet = "logger=False, enable_checkpointing=False, accelerator='cpu', max_epochs=2"
+    exec("trainer = " + run.replace("max_epochs=10", quiet), names)
+    trainer = names["trainer"]
+    (callback,) = (c for c in trainer.callbacks if isinstance(c, FisherMaskCallback))
+    assert (callback.steps, callback.mask.refreshes) == (8, 1)
+    assert callback.mask.kept_fraction == pytest.approx(0.25, abs=0.01)
+    # What is measured are the squared gradients of each image's own error.
+    model = trainer.lightning_module
+    ours = fisher_diagonal(model, loader, loss="mse", unpack=names["images"])
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for image in images.flatten(1):
+        loss = model.training_step((image[None], None), 0) * 28 * 28 / 2
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        for total, gradient in zip(expected.values(), found, strict=True):
+            total += gradient**2 / len(images)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-9)
 
 
 # Refusals and warnings

@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import re
 import runpy
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from hosts import bert, gpt2, labels_of, tokens
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gradmask import FisherMask, load_masks
+from gradmask import FisherMask, fisher_diagonal, load_masks
 from gradmask.errors import (
     DataError,
     GradmaskWarning,
@@ -376,8 +377,10 @@ class Stream(IterableDataset):
 
 
 def test_streams_need_other_data(tmp_path):
+    host = trainer(tmp_path, FisherMaskCallback(refresh=2), data=Stream(), max_steps=4)
     with pytest.raises(DataError, match=r"Stream.*data="):
-        trainer(tmp_path, FisherMaskCallback(refresh=2), data=Stream(), max_steps=4).train()
+        host.train()
+    assert host.state.global_step == 0  # not after the first steps
     loader = DataLoader(samples(8), batch_size=4, collate_fn=collate)
     runs = []
     for callback in (None, FisherMaskCallback(1.0, data=loader)):
@@ -390,7 +393,8 @@ def test_streams_need_other_data(tmp_path):
 
 def test_a_mask_that_is_never_made(tmp_path):
     for options in ({"num_train_epochs": 1}, {"max_steps": 4}):
-        with pytest.warns(GradmaskWarning, match=r"Nothing is masked: training ends after"):
+        message = r"training ends after (\d).*refresh='start', or .*number of steps below \1>"
+        with pytest.warns(GradmaskWarning, match=message):
             trainer(tmp_path, FisherMaskCallback(), **options).train()
     with pytest.warns(GradmaskWarning, match=r"refresh=30"):
         trainer(tmp_path, FisherMaskCallback(refresh=30), max_steps=4).train()
@@ -401,6 +405,55 @@ def test_a_mask_that_is_never_made(tmp_path):
 
     with pytest.warns(GradmaskWarning, match="training ended after 2 steps"):
         trainer(tmp_path, [FisherMaskCallback(), Stop()]).train()
+
+
+def questions(n=8):
+    """Texts with the places where an answer begins and ends."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 37, (n, 9), generator=generator)
+    ends = torch.randint(9, (n, 2), generator=generator).sort(1).values
+    names = "input_ids", "start_positions", "end_positions"
+    rows = zip(ids, ends[:, 0], ends[:, 1], strict=True)
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_question_answering_of_the_documentation(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    (shown,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "start_positions" in b)
+    names = {"torch": torch, "F": torch.nn.functional, "FisherMaskCallback": FisherMaskCallback}
+    exec(shown, names)
+    callback, model, data = names["callback"], bert("QuestionAnswering"), questions()
+    collator = torch.utils.data.default_collate
+    host = trainer(
+        tmp_path, callback, model=model, data=data, collator=collator, num_train_epochs=2,
+        label_names=["start_positions", "end_positions"],
+    )  # fmt: skip
+    host.train()
+    assert callback.mask.refreshes == 1
+    model.eval()
+    loader = DataLoader(data, batch_size=4)
+    ours = fisher_diagonal(model, loader, **callback.options)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = {name: torch.zeros_like(p) for name, p in trained.items()}
+    for row in data:
+        loss = model(**{name: value[None] for name, value in row.items()}).loss
+        found = torch.autograd.grad(loss, list(trained.values()))
+        for total, gradient in zip(expected.values(), found, strict=True):
+            total += gradient**2 / len(data)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("refresh", ["epoch", 3])
+def test_misfits_are_told_before_training(tmp_path, refresh):
+    model, data = bert("QuestionAnswering"), questions()
+    options = {"model": model, "data": data, "collator": torch.utils.data.default_collate}
+    host = trainer(tmp_path, FisherMaskCallback(refresh=refresh), **options)
+    with pytest.raises(DataError, match="start_positions"):
+        host.train()
+    assert host.state.global_step == 0
+    # A random mask is measured on nothing.
+    trainer(tmp_path, FisherMaskCallback(refresh=1, strategy="random"), **options).train()
 
 
 def test_label_smoothing_is_told(tmp_path):

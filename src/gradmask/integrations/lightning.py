@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,17 @@ import torch.distributed as dist
 from torch import nn
 
 from gradmask import FisherMask
-from gradmask.errors import DataError, GradmaskWarning, ModelError, OptimizerError, OptionError
+from gradmask.errors import (
+    DataError,
+    GradmaskWarning,
+    ModelError,
+    OptimizerError,
+    OptionError,
+)
+from gradmask.integrations.first_step import CrossEntropyNote, is_compiled
+from gradmask.integrations.lightning_module import forward_errors, prepared, trainer_is
 from gradmask.integrations.schedule import Refresh, Schedule
+from gradmask.seeding import own_random_state
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _REFUSED = ("deepspeed", "fsdp", "modelparallel", "xla")
@@ -88,6 +97,8 @@ class FisherMaskCallback(Callback):
         self._schedule = Schedule(refresh)
         self._state: Mapping[str, Any] | None = None
         self._handles: list[Any] = []
+        self._note: CrossEntropyNote | None = None
+        self._begun = False
         self._refreshed = 0
 
     @property
@@ -127,23 +138,37 @@ class FisherMaskCallback(Callback):
             if self._state["mask"] is not None:
                 self.mask.load_state_dict(self._state["mask"])
             self._state = None
-        self.mask.unpack = partial(_prepared, trainer, pl_module, self.options.get("unpack"))
+        self.mask.unpack = partial(prepared, trainer, pl_module, self.options.get("unpack"))
         for optimizer in self._optimizers(trainer):
             self.mask.attach(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._count))
-        self._refreshed = self.steps
+        self._refreshed, self._begun = self.steps, False
         if self._schedule.at_start(self.mask.refreshes):
             self._refresh(trainer, pl_module)
+        elif not self.mask.refreshes:
+            self._measure(trainer, pl_module, self.mask.check)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the mask from the epoch before; so none is made that no step would use."""
         if trainer.current_epoch > 0 and self._schedule.after_epoch(last=False):
             self._refresh(trainer, pl_module)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Note in the first batch what `training_step` has from what is measured."""
+        first, self._begun = not self._begun, True
+        assert self.mask is not None
+        measured = self.options.get("loss") is None and self.mask.strategy != "random"
+        automatic = pl_module.automatic_optimization and not is_compiled(pl_module)
+        if first and measured and automatic:
+            self._note = CrossEntropyNote(self.mask.model, self._targets(batch))
+
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Make the mask after so many optimizer steps, of which a batch may have none or many."""
+        self._compare(trainer, pl_module, outputs)
         steps = range(self._refreshed + 1, self.steps + 1)
         self._refreshed = self.steps
         if any(self._schedule.after_step(step) for step in steps):
@@ -154,6 +179,10 @@ class FisherMaskCallback(Callback):
         if self.mask is not None:
             name = "fisher_mask/kept" if self.model is None else f"fisher_mask/kept/{self.model}"
             pl_module.log(name, self.mask.kept_fraction, sync_dist=trainer.world_size > 1)
+
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        """Take off the hook of a first batch that did not end."""
+        self._forget()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach the mask, and tell if there never was one."""
@@ -213,40 +242,67 @@ class FisherMaskCallback(Callback):
 
     def _refresh(self, trainer: Trainer, module: LightningModule) -> None:
         assert self.mask is not None
-        plugin = trainer.precision_plugin
+        self._measure(trainer, module, self.mask.refresh)
+
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, measure: Callable[[Iterable[Any]], None]
+    ) -> None:
+        assert self.mask is not None
+        plugin, loader = trainer.precision_plugin, self._loader(trainer)
         # Mixed precision is for speed: its weights are float32, and measured in it.
         own = str(plugin.precision).endswith("-true")
-        with _trainer_is(None, module), plugin.forward_context() if own else nullcontext():
-            self.mask.refresh(self._loader(trainer))
+        batches = "the training loader" if self.data is None else "data"
+        context = plugin.forward_context() if own else nullcontext()
+        with trainer_is(None, module), forward_errors(self.mask.model, batches), context:
+            measure(loader)
+
+    def _targets(self, batch: Any) -> Any:
+        """Targets of a training batch, if it is known where they are."""
+        unpack = self.options.get("unpack")
+        if unpack is not None:
+            if self.data is not None:  # whose batches may have another form
+                return None
+            try:
+                with own_random_state("unpack"):
+                    batch = unpack(batch)
+            except Exception:  # told when it is measured
+                return None
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        return batch[1] if pair else None
+
+    def _compare(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
+        note = self._note
+        self._forget()
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if note is None or loss is None:  # compared before, or no step
+            return
+        assert self.mask is not None
+        # A strategy that wraps the module sends training_step through its forward.
+        wrapped = self.mask.model is module and trainer.strategy.model is not module
+        found = note.difference(loss * trainer.accumulate_grad_batches, int(wrapped))
+        if found:
+            warnings.warn(
+                f"FisherMaskCallback measures the cross_entropy of "
+                f"{type(self.mask.model).__name__}.forward, and {found}: the mask may be that of "
+                "another loss than is trained. Give loss=..., unpack=lambda batch: (inputs, "
+                "targets), model='submodule' as in training_step; if all is meant so, "
+                "loss='cross_entropy'.",
+                GradmaskWarning,
+                stacklevel=3,
+            )
+
+    def _forget(self) -> None:
+        if self._note is not None:
+            self._note.remove()
+            self._note = None
 
     def _count(self, *_: Any) -> None:
         self.steps += 1
 
     def _detach(self) -> None:
+        self._forget()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if self.mask is not None:
             self.mask.detach()
-
-
-def _prepared(trainer: Trainer, module: LightningModule, unpack: Any, batch: Any) -> Any:
-    """A batch as `training_step` gets it: its precision, device, and the user's hooks on it."""
-    with _trainer_is(trainer, module):
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    return unpack(batch) if unpack else batch
-
-
-@contextmanager
-def _trainer_is(trainer: Trainer | None, module: LightningModule) -> Iterator[None]:
-    """Without its trainer a module logs nothing, and only the module itself is put back."""
-    found = [(vars(m), vars(m)["_trainer"]) for m in module.modules() if "_trainer" in vars(m)]
-    try:
-        for attributes, _ in found:
-            attributes["_trainer"] = trainer
-        yield
-    finally:
-        for attributes, before in found:
-            attributes["_trainer"] = before

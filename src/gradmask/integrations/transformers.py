@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gradmask.errors import (
     check_choice,
     check_keep,
 )
+from gradmask.integrations.first_step import OwnLossNote, is_compiled
 from gradmask.integrations.schedule import Refresh, Schedule
 from gradmask.loaders import loader_over
 from gradmask.seeding import own_random_state
@@ -46,8 +48,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
     The logs get the share that learns, as `fisher_mask/kept`.
 
     The Fisher information is that of the model's own likelihood, as the model's `loss` has it,
-    whatever the Trainer adds (label smoothing, `compute_loss_func`, a `compute_loss` of your own):
-    give `loss` for another one.
+    whatever the Trainer adds (label smoothing, `compute_loss_func`, a `compute_loss` of your own),
+    with a warning if the first step trains something else: give `loss` for another one.
 
     Example:
         ```python
@@ -95,6 +97,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         self.sha256 = ""
         self.left_out: list[str] = []
         self._begun = self._warned = False
+        self._note: OwnLossNote | None = None
         self._record: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
@@ -120,14 +123,21 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         self._begun, self._warned, self._record = False, False, {}
         if self.schedule.at_start(self.mask.refreshes):
             self._refresh(args, state, given["train_dataloader"])
+        elif not self.mask.refreshes:
+            with self._reading(args):
+                self.mask.check(self._data(args, state, given["train_dataloader"]))
         self.sha256 = self.mask.sha256()
         refresh = self.schedule.refresh
         steps = state.max_steps if isinstance(refresh, int) else state.num_train_epochs
         if steps <= (refresh if isinstance(refresh, int) else 1):
-            self._warn_if_never_made(f"training ends after {state.max_steps} steps")
+            self._warn_if_never_made("ends", state.max_steps)
         self.monitor = None
         if self.watched is not None:
             self.monitor = self._monitor(model, args, state, given["train_dataloader"])
+        named = self.options.get("loss") is not None or self.mask.strategy == "random"
+        told = args.label_smoothing_factor or args.n_gpu > 1 or args.torch_compile
+        if not (named or told or is_compiled(model)):
+            self._note = OwnLossNote(model)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Measure the mask of this epoch.
@@ -142,6 +152,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Measure the mask, and influence, if it is time; a last mask no step would use."""
+        self._warn_of_another_loss()
         step = state.global_step
         if self.monitor is not None and step % self.monitor.every == 0:
             self.monitor.calls = step
@@ -170,7 +181,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the mask off the optimizer; the masks stay to be read."""
-        self._warn_if_never_made(f"training ended after {state.global_step} steps")
+        self._warn_if_never_made("ended", state.global_step)
         self._detach()
 
     def _check(self, args: Any, state: Any) -> Any:
@@ -220,9 +231,14 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
 
     def _refresh(self, args: Any, state: Any, loader: Any) -> None:
         assert self.mask is not None
-        with own_random_state("reading", self.mask.seed, self.mask.refreshes, args.process_index):
+        with self._reading(args):
             self.mask.refresh(self._data(args, state, loader))
         self.sha256 = self.mask.sha256()
+
+    def _reading(self, args: Any) -> AbstractContextManager[None]:
+        assert self.mask is not None
+        place = self.mask.refreshes, args.process_index
+        return own_random_state("reading", self.mask.seed, *place)
 
     def _data(self, args: Any, state: Any, loader: Any, size: int = 0) -> Iterable[Any]:
         if self.data is not None:
@@ -244,17 +260,36 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         data = self._data(args, state, loader, options["sources"] + options["probe"])
         return InfluenceMonitor(model, data, **options)
 
-    def _warn_if_never_made(self, why: str) -> None:
+    def _warn_if_never_made(self, ends: str, steps: int) -> None:
         if self.mask is not None and not self.mask.refreshes and not self._warned:
             self._warned = True
+            number = f", or refresh=<a number of steps below {steps}>" if steps > 1 else ""
             warnings.warn(
-                f"Nothing is masked: {why}, before the first mask is measured "
-                f"(refresh={self.schedule.refresh!r}). Use refresh='start' or fewer steps.",
+                f"Nothing is masked: training {ends} after {steps} steps, before the first mask is "
+                f"measured (refresh={self.schedule.refresh!r}). Use refresh='start'{number}.",
+                GradmaskWarning,
+                stacklevel=3,
+            )
+
+    def _warn_of_another_loss(self) -> None:
+        note, self._note = self._note, None
+        if note is None:
+            return
+        note.remove()
+        if note.called and not note.followed:
+            warnings.warn(
+                "The Trainer trains another loss than the model's own (compute_loss_func, or a "
+                "compute_loss of your own), and the Fisher information is that of the model's own: "
+                "give FisherMaskCallback(loss=...), a callable of (outputs, targets); or name the "
+                "model's own, such as loss='cross_entropy', if it is meant.",
                 GradmaskWarning,
                 stacklevel=3,
             )
 
     def _detach(self) -> None:
+        if self._note is not None:
+            self._note.remove()
+            self._note = None
         if self.mask is not None:
             self.mask.detach()
 

@@ -1,0 +1,80 @@
+"""A `LightningModule` that is measured beside its trainer."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradmask.errors import GradmaskError, ModelError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+def prepared(trainer: Trainer, module: LightningModule, unpack: Any, batch: Any) -> Any:
+    """A batch as `training_step` gets it: its precision, device, and the user's hooks on it.
+
+    Args:
+        trainer: The trainer.
+        module: The module that it trains.
+        unpack: What the user has made of a batch, or None.
+        batch: A batch of a loader.
+
+    Returns:
+        The batch.
+    """
+    with trainer_is(trainer, module):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    return unpack(batch) if unpack else batch
+
+
+@contextmanager
+def trainer_is(trainer: Trainer | None, module: LightningModule) -> Iterator[None]:
+    """Without its trainer a module logs nothing, and only the module itself is put back."""
+    found = [(vars(m), vars(m)["_trainer"]) for m in module.modules() if "_trainer" in vars(m)]
+    try:
+        for attributes, _ in found:
+            attributes["_trainer"] = trainer
+        yield
+    finally:
+        for attributes, before in found:
+            attributes["_trainer"] = before
+
+
+@contextmanager
+def forward_errors(module: nn.Module, batches: str) -> Iterator[None]:
+    """Say of an error that the module's own `forward` raises why it was called.
+
+    Args:
+        module: What is measured.
+        batches: Where its batches are from.
+
+    Raises:
+        ModelError: If the module's `forward` fails.
+    """
+    try:
+        yield
+    except (GradmaskError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        if not _raised_in(error, module):
+            raise
+        raise ModelError(
+            f"FisherMaskCallback runs {type(module).__name__}.forward on the batches of {batches}, "
+            f"and it failed ({error}). If training_step prepares them, or trains something else, "
+            "say so: unpack=lambda batch: (inputs, targets), loss=..., or model='submodule'."
+        ) from error
+
+
+def _raised_in(error: Exception, module: nn.Module) -> bool:
+    """Whether an error was raised in a call of this module."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    calls = [frame for frame in frames if frame.f_code.co_name == "_call_impl"]
+    return any(frame.f_locals.get("self") is module for frame in calls)
