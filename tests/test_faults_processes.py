@@ -24,6 +24,11 @@ PATIENCE = 550  # seconds, for machines that have other work
 SOURCE = str(Path(gradmask.__file__).parents[1])
 
 
+def heed_interrupts():
+    """A suite in the background of a shell ignores them, and its children would too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def command(words, folder, *, shell='"$@"', environment=None, **others):
     """Run the command line as a process, in `folder`; `shell` says where its streams go."""
     found = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
@@ -33,7 +38,13 @@ def command(words, folder, *, shell='"$@"', environment=None, **others):
     line = ["sh", "-c", shell, "sh", sys.executable, "-m", "gradmask.cli", *words]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | others
     return subprocess.run(
-        line, cwd=folder, env=found, timeout=PATIENCE, encoding="utf-8", **streams
+        line,
+        cwd=folder,
+        env=found,
+        timeout=PATIENCE,
+        encoding="utf-8",
+        preexec_fn=heed_interrupts,
+        **streams,
     )
 
 
@@ -196,7 +207,12 @@ def test_signals_at_work(number, status, place):
     words = [sys.executable, "-m", "gradmask.cli", *RUN, "--epochs=100000", "--output=out"]
     environment = os.environ | {"PYTHONPATH": SOURCE}
     process = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end and not list(place.glob("out/runs/*/checkpoint.pt")):
