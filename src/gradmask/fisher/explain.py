@@ -9,7 +9,8 @@ from torch import nn
 from gradmask.fisher.calls import Call
 from gradmask.fisher.graph import Node, enclosed
 from gradmask.fisher.observe import Observer
-from gradmask.fisher.operations import Layout, operation_calls
+from gradmask.fisher.operations import Layout
+from gradmask.fisher.uses import operation_calls
 
 
 def explanations(

@@ -1,14 +1,13 @@
 """Single operations on bare parameters, and the per-sample gradients that follow from them.
 
 Matrix products (attention projections, functional layers, tied heads), and sums, products and
-expansions over the samples (class tokens, position embeddings, layer scales, biases). They are read
-off the autograd graph, which does not say where the samples lie in a result: first (N, P, ...) or
-second (P, N, ...), perhaps folded into rows. Both are offered; a probe tells which is right.
+expansions over the samples (class tokens, position embeddings, layer scales, biases); and the same
+of what is worked out from a parameter once for all samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +22,13 @@ from gradmask.fisher.linear import add_linear_squares
 Factor = Callable[[], Tensor | float]
 
 # Operations that leave the order of the entries as it is.
-_RESHAPES = (
+RESHAPES = (
     "ViewBackward0",
     "UnsqueezeBackward0",
     "ReshapeAliasBackward0",
     "UnsafeViewBackward0",
     "ToCopyBackward0",
 )
-_TRANSPOSES = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
-_PRODUCTS = ("MmBackward0", "AddmmBackward0")
-_DERIVED = 64  # operations that a parameter may go through before it meets the samples
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,7 @@ class DerivedCall(Call):
 
     def per_sample(self, samples: slice) -> dict[str, Tensor]:
         """A backward pass from what was derived to the parameter, for one sample at a time."""
-        given = self.derived(samples).to(_result(self.edge.node, self.edge.output_nr).dtype)
+        given = self.derived(samples).to(result(self.edge.node, self.edge.output_nr).dtype)
         edges = [self.edge], [GradientEdge(self.leaf, 0)]
         rows = [torch.autograd.grad(*edges, [g], retain_graph=True)[0] for g in given]
         return {self.call.name: torch.stack([full_precision(row.to_dense()) for row in rows])}
@@ -200,8 +196,8 @@ class LookupCall(DerivedCall):
     def __init__(self, call: ElementwiseCall | MatmulCall, edge: GradientEdge, leaf: Node) -> None:
         super().__init__(call, edge, leaf)
         self.kind = ("lookup", *self.kind[1:])
-        self.size = _result(leaf).shape[0]
-        self.table = _reshaped(edge.node)
+        self.size = result(leaf).shape[0]
+        self.table = reshaped(edge.node)
 
     def rows_of_table(self, samples: slice) -> tuple[Tensor, Tensor]:
         """Places in the table, each once, and per-sample gradients (n, places, ...) there."""
@@ -226,145 +222,13 @@ class LookupCall(DerivedCall):
         return True
 
 
-def operation_calls(
-    name: str,
-    leaf: Node,
-    parents: dict[Node, list[Node]],
-    roots: set[Node],
-    layout: Layout,
-    explained: Mapping[Node, Call],
-    *,
-    derived: bool = False,
-) -> list[Call]:
-    """Explain every use of a bare parameter by single operations, if that is what they are.
-
-    Args:
-        name: The parameter's name.
-        leaf: Its node.
-        parents: `{node: parents}` of the graph.
-        roots: Nodes of what is differentiated.
-        layout: Where the samples may lie in the results.
-        explained: Calls of layers with this parameter that consist of one operation.
-        derived: Whether what they use may be worked out from the parameter by others.
-
-    Returns:
-        The operations (and calls); none if some use is of another kind.
-    """
-    found: list[Call] = []
-    shape = torch.Size(_result(leaf).shape)
-    stack, seen = [(leaf, shape, False, False)], {leaf}
-    while stack:
-        child, form, transposed, changed = stack.pop()
-        for node in dict.fromkeys(parents[child]):
-            if node in explained and not changed:
-                found.append(explained[node])
-                continue
-            output = _result(node)
-            if output.dtype.is_complex or len(seen) > _DERIVED:
-                return []
-            size = torch.Size(output.shape)
-            flips = node.name() in _TRANSPOSES and size == form[::-1] and len(size) == 2
-            reshapes = node.name() in _RESHAPES and not transposed
-            if not changed and (flips or (reshapes and form.numel() == size.numel())):
-                if node in roots:
-                    return []
-                seen.add(node)
-                stack.append((node, size, transposed != flips, False))
-                continue
-            calls: list[Call] = []
-            for place, (below, index) in enumerate(node.next_functions):
-                if below is child:
-                    operand = torch.Size(_result(child, index).shape)
-                    use = name, operand if changed else shape
-                    call = _call(use, node, place, (operand, transposed), layout)
-                    if call is None:
-                        break
-                    edge = GradientEdge(child, index)
-                    calls.append(_derived(call, edge, leaf) if changed else call)
-            else:
-                found += calls
-                continue
-            if not derived or node in roots:
-                return []
-            if node not in seen:
-                seen.add(node)
-                stack.append((node, size, False, True))
-    return found
-
-
-def _derived(call: ElementwiseCall | MatmulCall, edge: GradientEdge, leaf: Node) -> DerivedCall:
-    node = _reshaped(edge.node)
-    rows = node.name() == "EmbeddingBackward0" and node.next_functions[0][0] is leaf
-    simple = rows and not node._saved_scale_grad_by_freq
-    return (LookupCall if simple else DerivedCall)(call, edge, leaf)
-
-
-def _reshaped(node: Node) -> Node:
+def reshaped(node: Node) -> Node:
     """What was reshaped to give this."""
-    while node.name() in _RESHAPES:
+    while node.name() in RESHAPES:
         node = node.next_functions[0][0]
     return node
 
 
-def _result(node: Node, index: int = 0) -> Any:
+def result(node: Node, index: int = 0) -> Any:
     """Shape and type of what an operation gave."""
     return node._input_metadata[index]
-
-
-def _call(
-    use: tuple[str, torch.Size],
-    node: Node,
-    place: int,
-    operand: tuple[torch.Size, bool],
-    layout: Layout,
-) -> ElementwiseCall | MatmulCall | None:
-    """The call of an operation on a parameter, if it is of a known kind.
-
-    Args:
-        use: The parameter's name and shape.
-        node: The operation.
-        place: Which operand is the parameter.
-        operand: The shape it has there, and whether it is transposed.
-        layout: Where the samples may lie in the result.
-    """
-    (name, shape), (form, transposed) = use, operand
-    if node.name() in _PRODUCTS and place == len(node.next_functions) - 1:
-        whole = form == (shape[::-1] if transposed else shape)
-        fits = whole and layout.dimension(torch.Size(_result(node).shape)) is not None
-        return MatmulCall(name, node, transposed, layout) if fits else None
-    return _elementwise(use, node, place, None if transposed else form, layout)
-
-
-def _elementwise(
-    use: tuple[str, torch.Size],
-    node: Node,
-    place: int,
-    operand: torch.Size | None,
-    layout: Layout,
-) -> ElementwiseCall | None:
-    output, factor = torch.Size(node._input_metadata[0].shape), _factor(node, place)
-    at = layout.dimension(output)
-    if operand is None or factor is None or at is None:
-        return None
-    sizes = (1,) * (len(output) - len(operand)) + tuple(operand)
-    if len(sizes) != len(output) or sizes[at] != 1:
-        return None
-    rest = (1,) * layout.folds(output) + sizes[:at] + sizes[at + 1 :]
-    return ElementwiseCall(use, node, rest, factor, layout)
-
-
-def _factor(node: Node, place: int) -> Factor | None:
-    """What the gradient of an operation's output is multiplied by on its way to an operand."""
-    kind = node.name()
-    if kind == "ExpandBackward0":
-        return lambda: 1.0
-    if kind == "AddmmBackward0" and place == 0:
-        return lambda: float(node._saved_beta)
-    if kind == "AddBackward0":
-        return lambda: 1.0 if place == 0 else float(node._saved_alpha)
-    if kind == "SubBackward0":
-        return lambda: 1.0 if place == 0 else -float(node._saved_alpha)
-    if kind == "MulBackward0":
-        saved = "_saved_other" if place == 0 else "_saved_self"
-        return lambda: getattr(node, saved).detach()
-    return None
