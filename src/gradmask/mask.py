@@ -262,10 +262,10 @@ class FisherMask:
         self._check_measured()
         check_shapes(fisher, self._trainable(), "Fisher diagonal")
         self._steps.check(shard_groups(self.model.parameters()))
-        if not self._warned:
-            self._warned = warn_of_use(self._steps, fisher, self.keep)
         generator = seeded_generator(self.seed, "mask", self.refreshes)
         used = {name: f for name, f in fisher.items() if name not in unused}
+        if not self._warned:
+            self._warned = warn_of_use(self._steps, used, self.keep)
         masks = make_masks(used, self.keep, strategy=self.strategy, generator=generator)
         masks |= {name: torch.ones_like(fisher[name], dtype=torch.bool) for name in unused}
         self.masks = {name: masks[name] for name in fisher}
@@ -299,7 +299,7 @@ class FisherMask:
 
         Masks of sharded parameters are DTensors, for `torch.distributed.checkpoint`.
         """
-        masks = {name: mask.clone() for name, mask in self._steps.masks.items()}
+        masks = {name: mask.clone() for name, mask in self.masks.items()}
         return {**self._counted(), "masks": masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -334,7 +334,7 @@ class FisherMask:
         Raises:
             ImportError: If safetensors is not installed.
         """
-        save_masks(path, self._steps.masks, self._counted())
+        save_masks(path, self.masks, self._counted())
 
     def load(self, path: str | Path) -> None:
         """Go on from a file that `save` wrote; nothing changes unless all of it fits.

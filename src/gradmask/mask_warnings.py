@@ -31,13 +31,13 @@ def warn_of_use(steps: MaskedSteps, fisher: Mapping[str, Tensor], keep: float) -
 
     Args:
         steps: The steps that are masked.
-        fisher: The Fisher diagonal.
+        fisher: The Fisher diagonal of what the threshold is over.
         keep: Share that learns.
 
     Returns:
         Whether there was something to say.
     """
-    moved, unheld = steps.moved_unmasked(), steps.unheld()
+    moved, unheld = steps.moved_unmasked(), [n for n in steps.unheld() if n in fisher]
     if moved:
         _warn(
             "The weights changed since the mask was made, and it masks nothing: call "

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import CLASSES, Net, assert_close, batches, floats, oracle, randomise, readout
 from torch import nn
 
-from gradmask import FisherMask, fisher_diagonal, gradient_norms
+from gradmask import FisherMask, fisher_diagonal, gradient_norms, influence
 from gradmask.errors import DataError, GradmaskWarning, ModelError, OptionError
 
 WEIGHT = torch.tensor([0.1, 1.0, 5.0, 0.5], dtype=torch.float64)
@@ -421,3 +421,25 @@ def test_one_dict_for_a_model_that_takes_one():
     expected = oracle(Net(lambda m, x: readout(m.fc(x)), fc=model.fc), [(x, y)])
     assert_close(fisher_diagonal(TakesDict(), [({"x": x}, y)]), expected)
     assert_close(fisher_diagonal(TakesTuple(), [((x, torch.zeros_like(x)), y)]), expected)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "exact", "sampled"])
+@pytest.mark.parametrize(
+    "loss", [None, nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(weight=WEIGHT)]
+)
+@pytest.mark.parametrize("order", [(5, CLASSES), (CLASSES, 5)])
+def test_as_many_positions_as_classes_in_one_batch(kind, loss, order):
+    """Logits (N, T, C) look like (N, C, T) there."""
+    if loss is not None and kind != "empirical":
+        return
+    model = randomise(Net(lambda m, x: m.fc(x), fc=nn.Linear(3, CLASSES)))
+    data = [
+        (torch.randn(2, t, 3, dtype=torch.float64), torch.randint(CLASSES, (2, t))) for t in order
+    ]
+    with pytest.raises(DataError, match="which is which cannot be told"):
+        fisher_diagonal(model, data, loss=loss, kind=kind)
+    (x, y), (probe, labels) = data
+    options = {"fisher": "empirical"} if kind == "empirical" else {}
+    if loss is None:
+        with pytest.raises(DataError, match="which is which cannot be told"):
+            influence(model, (x, y), (probe, labels) if options else probe, **options)

@@ -266,6 +266,51 @@ def test_samples_that_depend_on_others_are_refused():
     assert_close(fisher_diagonal(model, single), oracle(model, single))
 
 
+class Hiding(nn.Module):
+    """One logit is −∞, whatever the inputs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).masked_fill(torch.arange(CLASSES) == 3, -torch.inf)
+
+
+def test_infinite_logits_hide_nothing():
+    model = randomise(Net(lambda m, x: readout(m.fc(x - 0.5 * x.mean(0))), fc=nn.Linear(3, 3)))
+    data = [(x, y % 3) for x, y in batches(floats(3), (4, 3))]
+    with pytest.raises(ModelError, match="depends on the others"):
+        fisher_diagonal(Hiding(model), data)
+    independent = Hiding(randomise(Net(lambda m, x: readout(m.fc(x)), fc=nn.Linear(3, 3))))
+    assert_close(fisher_diagonal(independent, data), oracle(independent, data))
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), "mse"])
+def test_as_many_steps_as_samples_hide_nothing(loss):
+    """One step of all samples gives outputs of as many rows as the batch does."""
+    model = randomise(
+        Net(lambda m, x: m.out(m.rnn(x)[0][-1]), rnn=nn.GRU(3, 4), out=nn.Linear(4, 2))
+    )
+    data = [(torch.randn(4, 4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64))]
+    with pytest.raises((ModelError, DataError), match=r"depends on the others|samples"):
+        fisher_diagonal(model, data, loss=loss, verify="all")
+
+
+def test_outputs_that_cancel_are_no_mixing():
+    """Zero but for rounding, which differs from batch to batch, beside the logits."""
+
+    def forward(m, x):
+        turned = x @ m.q @ m.q.T
+        return readout(x / m.p), turned - x
+
+    q = torch.linalg.qr(torch.randn(3, 3))[0]
+    model = Net(forward, p=nn.Parameter(torch.rand(3) + 1.0), q=nn.Parameter(q))
+    data = [(x.float(), y) for x, y in batches(floats(4, 3), (8, 8))]
+    found = fisher_diagonal(model, data, loss=lambda out, y: F.cross_entropy(out[0], y))
+    assert found["p"].isfinite().all()
+
+
 @pytest.mark.parametrize("verify", ["spread", False])
 def test_time_in_dimension_0_is_refused(verify):
     """Steps of a sequence are no samples; the same data with samples first are right."""

@@ -53,6 +53,7 @@ class Adapter:
         self._name = likelihood_of(loss)
         self._named = loss is None or self._name is not None
         scored = model if isinstance(model, Scored) else Scored(model)
+        scored.of_classes = self._name in (None, "cross_entropy") and self._named
         self._scored = scored if self._named or takes_logits(loss) else None
         self.model = self._scored or model
         self._bare, self._loss, self._unpack = model, loss, unpack

@@ -16,7 +16,7 @@ from gradmask.errors import DataError, ModelError
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.capture import Capture, Settle, Ways
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
-from gradmask.fisher.losses import check_parameters_of, nll
+from gradmask.fisher.losses import check_parameters_of, likelihood_of, nll
 from gradmask.fisher.probe import forget, remember, remembered, safe_ways
 from gradmask.fisher.reference import (
     add_per_sample_squares,
@@ -213,6 +213,7 @@ class Pass:
 
     def _terms(self, outputs: Any, targets: Tensor) -> _Terms:
         """Scalars whose squared per-sample gradients add up to what is measured."""
+        self._check_layout(outputs, targets)
         if self._kind == "exact":
             rest = exact_terms(outputs, targets, self._loss)
             return _Terms(next(rest), rest, targets, {"exact": True, "loss": self._loss})
@@ -220,13 +221,13 @@ class Pass:
         if self._kind == "sampled":
             targets = draw_directions(outputs, targets, loss, self._generator)
             loss = directional
-        self._check_layout(outputs, targets)
         total, empty = nll(outputs, targets, loss)
         return _Terms(total, iter(()), targets, {"loss": loss, "skip": empty})
 
     def _check_layout(self, outputs: Any, targets: Tensor) -> None:
         """Refuse logits (N, T, C) whose T is C in one batch: there they look like (N, C, T)."""
-        if self._loss != "cross_entropy" or not isinstance(outputs, Tensor) or outputs.dim() < 3:
+        of_classes = likelihood_of(self._loss) == "cross_entropy"
+        if not of_classes or not isinstance(outputs, Tensor) or outputs.dim() < 3:
             return
         first = targets.shape == (outputs.shape[0], *outputs.shape[2:])
         last = targets.shape == outputs.shape[:-1]

@@ -47,8 +47,9 @@ class WeightedCrossEntropy:
         if isinstance(options.get("weight"), Tensor):
             options["weight"] = options["weight"].to(outputs)
         if isinstance(outputs, Tensor) and not targets.is_floating_point():
-            outputs = classes_last(outputs, targets)
-            counted = targets[targets.long() != options.get("ignore_index", IGNORED)]
+            outputs, ignored = classes_last(outputs, targets), options.get("ignore_index", IGNORED)
+            targets = targets.masked_fill(targets == IGNORED, ignored)  # of what is no target
+            counted = targets[targets.long() != ignored]
             check_labels(counted, outputs.shape[-1])
             outputs, targets = outputs.flatten(0, -2), targets.long().flatten()
         total: Tensor = self.function(outputs, targets, reduction="sum", **options)
@@ -94,7 +95,7 @@ def takes_logits(loss: Any) -> bool:
 def likelihood_of(loss: Any) -> str | None:
     """The name of the likelihood whose logits and targets a loss takes, if it has one."""
     if isinstance(loss, WeightedCrossEntropy):
-        return "cross_entropy" if loss.function is F.cross_entropy else None
+        return "cross_entropy"
     if isinstance(loss, str):
         return loss
     return {nn.BCEWithLogitsLoss: "bernoulli", nn.MSELoss: "mse"}.get(type(loss))

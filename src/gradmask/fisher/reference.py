@@ -95,19 +95,41 @@ def check_independent(
                 sample = tensors_in(call(model, part(inputs, slice(row, row + 1))))
             except UNFIT:  # it takes no batch of one
                 return
-            for one, many in zip(sample, batch, strict=False):
-                shapes = (count, *one.shape[1:]), (1, *many.shape[1:])
-                if one.dim() and (many.shape, one.shape) == shapes and one.is_floating_point():
-                    a, b = one[0].double(), many[row].double()
-                    if (a - b).norm() > rounding(precision) * torch.maximum(a.norm(), b.norm()):
-                        raise ModelError(
-                            "What the model gives for a sample depends on the others in its "
-                            "batch, so a sample has no gradient of its own. If time comes first "
-                            "(batch_first=False), dimension 0 of a batch is not its samples: put "
-                            "the samples there, in inputs and targets, and transpose inside "
-                            "forward. If the model is meant so (statistics or a capacity of the "
-                            "batch), measure on batches of one."
-                        )
+            pairs = [
+                (one[0], many[row]) if len(one) == 1 else (one, many)
+                for one, many in zip(sample, batch, strict=False)
+                if one.dim()
+                and len(many) == count
+                and one.shape[1:] == many.shape[1:]
+                # If alone it has as many rows as in the batch, they are other samples.
+                and len(one) in (1, count)
+            ]
+            if _differ(pairs, rounding(precision), 32 * torch.finfo(precision).eps):
+                raise ModelError(
+                    "What the model gives for a sample depends on the others in its batch, so a "
+                    "sample has no gradient of its own. If time comes first (batch_first=False), "
+                    "dimension 0 of a batch is not its samples: put the samples there, in inputs "
+                    "and targets, and transpose inside forward. If the model is meant so "
+                    "(statistics or a capacity of the batch), measure on batches of one."
+                )
+
+
+def _differ(pairs: list[tuple[Tensor, Tensor]], relative: float, noise: float) -> bool:
+    """Whether tensors differ by more than rounding: of theirs, or of the largest of all."""
+    inexact = [p for p in pairs if p[0].is_floating_point() or p[0].is_complex()]
+    found = [[_numbers(t) for t in pair] for pair in inexact]
+    if any((a.isfinite() != b.isfinite()).any() for a, b in found):
+        return True
+    found = [[t.nan_to_num(0.0, 0.0, 0.0) for t in pair] for pair in found]
+    largest = max((t.abs().max().item() for pair in found for t in pair if t.numel()), default=0.0)
+    return any(
+        (a - b).norm() > relative * max(a.norm(), b.norm()) + noise * largest * a.numel() ** 0.5
+        for a, b in found
+    )
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
 
 
 def check_repeatable(model: nn.Module, inputs: Any, row: int, precision: torch.dtype) -> None:

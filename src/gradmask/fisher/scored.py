@@ -52,6 +52,7 @@ class Scored(nn.Module):
         super().__init__()
         self.model = model
         self.task: Task | None = None
+        self.of_classes = False
 
     def forward(self, inputs: Any) -> Any:
         """The logits, with the classes where PyTorch's losses have them."""
@@ -60,8 +61,8 @@ class Scored(nn.Module):
         logits = getattr(outputs, "logits", None)
         if not isinstance(logits, Tensor):
             return outputs
-        if self.task is None:
-            return logits
+        if self.task is None:  # three dimensions: a language model's, with the classes last
+            return logits.movedim(-1, 1) if self.of_classes and logits.dim() == 3 else logits
         logits = self.task.arranged(logits)
         if counts is None or counts.shape != logits.shape[:1] + logits.shape[2:]:
             return logits

@@ -90,6 +90,29 @@ def find_head(outputs: Tensor, targets: Tensor, all_targets: Tensor, loss: str) 
     return Head(loss, dimension)
 
 
+def check_layouts(loss: str, outputs: Tensor, others: Tensor) -> None:
+    """Refuse logits (N, T, C) of which some have as many positions as classes and look otherwise.
+
+    Args:
+        loss: The loss.
+        outputs: Outputs for a source.
+        others: Outputs for a probe sample.
+
+    Raises:
+        DataError: If it is so.
+    """
+    if loss != "cross_entropy" or outputs.dim() < 3 or others.dim() != outputs.dim():
+        return
+    square, other = sorted((outputs, others), key=lambda o: o.shape[1] != o.shape[-1])
+    classes = square.shape[1]
+    if classes == square.shape[-1] == other.shape[-1] != other.shape[1]:
+        raise DataError(
+            f"Logits of shape {tuple(square.shape)} have as many positions as classes, and others "
+            f"{tuple(other.shape)} the classes last, so which is which cannot be told: give logits "
+            "as (samples, classes, positions)."
+        )
+
+
 def divergence(logits: Tensor, others: Tensor) -> Tensor:
     """KL(p ‖ q) = Σ_c q_c − p_c − p_c log(q_c / p_c), summed over positions, in nats (equation 3).
 

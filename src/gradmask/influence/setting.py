@@ -20,7 +20,7 @@ from gradmask.fisher.probe import safe_ways
 from gradmask.fisher.reference import UNFIT, check_independent, check_repeatable
 from gradmask.fisher.scored import call, has_names
 from gradmask.fisher.verify import Verify, computed_in
-from gradmask.influence.distribution import Head, find_head
+from gradmask.influence.distribution import Head, check_layouts, find_head
 from gradmask.influence.guard import Guard, Parameters, Refuted, Rows
 from gradmask.influence.samples import Block, Samples, activation_bytes, captured, condensed
 
@@ -249,6 +249,7 @@ def prepare(
         head = find_head(first, targets[:1], targets, loss)
         if probe_targets is not None:
             find_head(example, probe_targets[:1], probe_targets, loss)
+        check_layouts(loss, first, example)
 
     def samples(data: Any, labels: Tensor | None, count: int) -> Samples:
         guard = Guard(parameters, alone, verify)
