@@ -238,6 +238,16 @@ def test_padding_of_a_probe_does_not_count(case, labelled):
         assert torch.allclose(given, changed, rtol=1e-8)
 
 
+def test_influence_of_pairs_by_drawn_labels():
+    """The Fisher pass inside has another loss, and must not change what the logits are."""
+    model, data, _ = made("bert-tokens")
+    sources = {k: v for k, v in data[0].items() if k != "labels"}, data[0]["labels"]
+    for method in ("quadratic", "diagonal"):
+        options = {"method": method, "fisher": "sampled"}
+        found = influence(model, sources, tokens(5, (3, 3)), **options)
+        assert torch.allclose(found, influence(model, data[0], tokens(5, (3, 3)), **options))
+
+
 @pytest.mark.parametrize("case", ["bert", "gpt2", "t5", "vit"])
 def test_influence_and_norms(case):
     model, data, own = made(case)

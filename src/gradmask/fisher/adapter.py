@@ -52,8 +52,8 @@ class Adapter:
     def __init__(self, model: nn.Module, loss: Loss | None, unpack: Unpack | None = None) -> None:
         self._name = likelihood_of(loss)
         self._named = loss is None or self._name is not None
-        scored = model if isinstance(model, Scored) else Scored(model)
-        scored.of_classes = self._name in (None, "cross_entropy") and self._named
+        of_classes = self._named and self._name in (None, "cross_entropy")
+        scored = model if isinstance(model, Scored) else Scored(model, of_classes)
         self._scored = scored if self._named or takes_logits(loss) else None
         self.model = self._scored or model
         self._bare, self._loss, self._unpack = model, loss, unpack

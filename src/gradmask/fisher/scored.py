@@ -46,13 +46,13 @@ class Scored(nn.Module):
 
     Args:
         model: The model.
+        of_classes: Whether the logits are those of classes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, of_classes: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.of_classes = model, of_classes
         self.task: Task | None = None
-        self.of_classes = False
 
     def forward(self, inputs: Any) -> Any:
         """The logits, with the classes where PyTorch's losses have them."""
