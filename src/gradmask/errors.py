@@ -58,6 +58,18 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
         raise OptionError(f"Unknown {option} {value!r}.{hint} {names}")
 
 
+def first_names(names: Iterable[str], most: int = 5) -> str:
+    """The first of many names, and how many more there are, for a message.
+
+    Args:
+        names: The names.
+        most: As many are written out.
+    """
+    found = sorted(names)
+    rest = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + rest
+
+
 def check_keep(keep: float) -> None:
     """Raise an error unless 0 < keep <= 1.
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from gradmask.errors import GradmaskWarning
+from gradmask.errors import GradmaskWarning, first_names
 from gradmask.steps import MaskedSteps
 
 
@@ -68,10 +68,9 @@ def _nothing(_: logging.LogRecord) -> bool:
 
 
 def _listed(fisher: Mapping[str, Tensor], chosen: Collection[str]) -> str:
-    names, total = sorted(chosen), sum(f.numel() for f in fisher.values())
-    share = sum(fisher[name].numel() for name in names if name in fisher) / max(1, total)
-    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{', '.join(names[:5])}{rest} ({share:.1%} of the parameters)"
+    total = sum(f.numel() for f in fisher.values())
+    share = sum(fisher[name].numel() for name in chosen) / max(1, total)
+    return f"{first_names(chosen)} ({share:.1%} of the parameters)"
 
 
 def _warn(message: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradmask.containers import part
 from gradmask.distributed import Groups, sum_over, together
-from gradmask.errors import DataError, ModelError
+from gradmask.errors import DataError, ModelError, first_names
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.capture import Capture, Settle, Ways
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
@@ -256,7 +256,7 @@ class Pass:
         _report(news)
         if samples > 1 and not self.alone:
             slow = {name for name, way in ways.items() if way == "sample"} - self._slow
-            _warn_of_slow(sorted(slow))
+            _warn_of_slow(slow)
             self._slow |= slow
         self._seen |= ways
 
@@ -290,12 +290,12 @@ def _report(ways: dict[str, str]) -> None:
         )
 
 
-def _warn_of_slow(names: list[str]) -> None:
+def _warn_of_slow(names: set[str]) -> None:
     """Name the parameters for which the whole model runs again for each sample, and the mend."""
     if names:
         logger.warning(
             "The whole model runs again for each sample, which is slow, since no rule measures %s: "
             "put what uses it into a module of its own, register a rule for that "
             "(gradmask.fisher.register_rule), or freeze it.",
-            ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+            first_names(names),
         )

@@ -88,8 +88,7 @@ def standard_loss(loss: Loss | None) -> Loss | None:
 
 def takes_logits(loss: Any) -> bool:
     """Whether it is one of PyTorch's own losses, which take no outputs with logits inside."""
-    own = type(loss).__module__ == nn.CrossEntropyLoss.__module__
-    return own or isinstance(loss, WeightedCrossEntropy)
+    return type(loss).__module__ == nn.CrossEntropyLoss.__module__
 
 
 def likelihood_of(loss: Any) -> str | None:

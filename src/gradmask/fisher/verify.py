@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gradmask.errors import OptionError
+from gradmask.errors import OptionError, first_names
 
 logger = logging.getLogger("gradmask")
 
@@ -154,7 +154,7 @@ def warn_of_failed(wrong: set[str]) -> None:
         "The check of single samples failed for %s: all parameters are measured with the whole "
         "model, one sample at a time, which is right and slow. Samples may be mixed inside the "
         "model, or a rule of a layer may be wrong.",
-        ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+        first_names(wrong),
     )
 
 

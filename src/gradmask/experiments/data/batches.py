@@ -98,24 +98,18 @@ def fisher_batches(batches: Batches) -> DataLoader[Any]:
     """
     mine = slice(batches.ours.rank, None, batches.ours.count)
     images, labels = batches.images[mine], batches.labels[mine]
+    dataset: Dataset[tuple[Tensor, Tensor]]
     if isinstance(images, StoredImages):
-        return DataLoader(
-            Labelled(images, labels.cpu()),
-            batch_size=batches.batch_size,
-            num_workers=images.workers,
-            generator=torch.Generator(),
-            collate_fn=partial(_collated, batches.prepare),
-        )
+        dataset, workers = Labelled(images, labels.cpu()), images.workers
+    else:
+        dataset, workers = InMemory(images, labels), 0
     return DataLoader(
-        InMemory(images, labels),
+        dataset,
         batch_size=batches.batch_size,
+        num_workers=workers,
+        generator=torch.Generator(),
         collate_fn=partial(_prepared, batches.prepare),
     )
-
-
-def _collated(prepare: Prepare, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*pairs, strict=True)
-    return prepare(torch.stack(images)), torch.stack(labels)
 
 
 def _prepared(prepare: Prepare, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
