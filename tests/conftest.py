@@ -1,11 +1,52 @@
 import os
+import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a core for each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests make tensors without a device")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") != "cpu":
+        TestsOn(config.getoption("--device")).__enter__()
+
+
+class TestsOn(TorchFunctionMode):
+    """Put what a test makes on a device, unless it says where; what the package makes, it says."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function not in _device_constructors() or kwargs.get("device") or not in_a_test():
+            return function(*args, **kwargs)
+        if kwargs.get("generator") is not None:
+            return function(*args, **kwargs).to(self.device)
+        return function(*args, **kwargs | {"device": self.device})
+
+
+def in_a_test():
+    """Whether a test, not this package or a loader, asks for a tensor."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/src/gradmask/" in path or "/utils/data/" in path:
+            return False
+        if "/tests/" in path and not path.endswith("conftest.py"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -107,3 +107,27 @@ def test_core_is_light():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+FACTORIES = {
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros"),
+    *("rand", "randint", "randn", "randperm"),
+}
+
+
+def test_every_new_tensor_says_where():
+    """PyTorch's default device is the user's: ours must not follow it."""
+    silent = []
+    for (part, *_), path in modules():
+        for node in (
+            ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if part not in TOP else ()
+        ):
+            function = getattr(node, "func", None)
+            if (
+                isinstance(function, ast.Attribute)
+                and ast.unparse(function.value) == "torch"
+                and function.attr in FACTORIES
+                and not any(keyword.arg in ("device", None) for keyword in node.keywords)
+            ):
+                silent.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    assert not silent, "\n".join(silent)

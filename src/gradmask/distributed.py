@@ -242,7 +242,7 @@ def check_same(values: Mapping[str, float], groups: Groups) -> None:
     """
     number, count = place(groups)
     table = torch.zeros(count, len(values), dtype=torch.float64, device="cpu")
-    table[number] = torch.tensor(list(values.values()), dtype=torch.float64)
+    table[number] = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu")
     table = sum_over(table, groups)
     for name, found in zip(values, table.t(), strict=True):
         if (found != found[0]).any():

@@ -69,6 +69,9 @@ def loader_over(
         collate = copy.deepcopy(loader.collate_fn)  # may have a generator of its own
     except Exception:  # of whatever it holds
         collate = loader.collate_fn
+    if generator is not None:  # PyTorch draws the workers' seed on the default device
+        seed = generator.initial_seed()
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return DataLoader(
         Subset(loader.dataset, places),
         batch_size=batch_size,

@@ -160,7 +160,9 @@ def masks_from_indices(
         shape = parameter.shape
         masks[name] = mask = torch.zeros(math.prod(shape), dtype=torch.bool, device="cpu")
         places = indices.get(name, ())
-        places = torch.as_tensor(places if isinstance(places, Tensor) else list(places)).cpu()
+        places = torch.as_tensor(
+            places if isinstance(places, Tensor) else list(places), device="cpu"
+        )
         if places.numel():
             integers = not places.is_floating_point() and places.dtype != torch.bool
             if places.dim() != 1 or not integers or places.min() < 0 or places.max() >= len(mask):

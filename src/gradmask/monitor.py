@@ -145,7 +145,9 @@ class InfluenceMonitor:
         record: Record = {"step": self.calls}
         for method, values in self._values(None).items():
             record[f"influence/{method}/mean"] = values.mean().item()
-            found = values.quantile(torch.tensor(QUANTILES, dtype=values.dtype)).tolist()
+            found = values.quantile(
+                torch.tensor(QUANTILES, dtype=values.dtype, device=values.device)
+            ).tolist()
             for share, value in zip(QUANTILES, found, strict=True):
                 record[f"influence/{method}/q{100 * share:02.0f}"] = value
         record["seconds"] = time.perf_counter() - started
@@ -223,7 +225,7 @@ def _two_parts(
             "The samples have different shapes from batch to batch: give one pair (inputs, "
             "targets) padded to the same shape."
         )
-    order = torch.randperm(wanted, generator=seeded_generator(seed, "monitor"))
+    order = torch.randperm(wanted, generator=seeded_generator(seed, "monitor"), device="cpu")
     parts = [batch for batch, _ in batches]
     joined = tree_map(lambda *ts: torch.cat(ts)[order.to(ts[0].device)], *parts)
     return part(joined, slice(sources)), part(joined, slice(sources, wanted))

@@ -90,7 +90,7 @@ def fingerprint(parameter: Tensor, mask: Tensor | None = None) -> Print:
     """
     own = local(parameter.detach())
     if mask is None:
-        return Print(own.dtype, own.shape, torch.zeros(()), _checksum(own))
+        return Print(own.dtype, own.shape, torch.zeros((), device="cpu"), _checksum(own))
     kept = local(mask).to(own.device, non_blocking=True)
     return Print(own.dtype, own.shape, _checksum(kept), _checksum(own, kept))
 

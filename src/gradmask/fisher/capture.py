@@ -263,8 +263,10 @@ class Capture:
         if not tensors:
             return set()
         generator = torch.Generator().manual_seed(0)
-        exponents = torch.randperm(self._batch_size, generator=generator) % 16
-        weights = torch.ones(self._batch_size, dtype=torch.float64).ldexp(exponents - 8)
+        exponents = torch.randperm(self._batch_size, generator=generator, device="cpu") % 16
+        weights = torch.ones(self._batch_size, dtype=torch.float64, device="cpu").ldexp(
+            exponents - 8
+        )
         found = []
         for scales in (torch.ones_like(weights), weights):
             self._norms = {}

@@ -72,9 +72,9 @@ def _padded(module: _ConvNd, x: Tensor) -> Tensor:
 
 def _grid(sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
     """Places of the points of a grid, in order, with a step for each dimension."""
-    places = torch.zeros(1, dtype=torch.int64)
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, step in zip(sizes, steps, strict=True):
-        places = (places[:, None] + torch.arange(size) * step).flatten()
+        places = (places[:, None] + torch.arange(size, device="cpu") * step).flatten()
     return places
 
 

@@ -185,7 +185,7 @@ def directional(outputs: Tensor, directions: Tensor) -> Tensor:
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    bits = torch.randint(2, like.shape, generator=generator)
+    bits = torch.randint(2, like.shape, generator=generator, device="cpu")
     return (2 * bits - 1).to(like)
 
 

@@ -50,7 +50,7 @@ def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
 def _places(x: Tensor) -> Iterator[Tensor]:
     """Positions and features in a sample's memory."""
     steps = zip(x.shape[1:], x.stride()[1:], strict=True)
-    return (torch.arange(size) * step for size, step in steps)
+    return (torch.arange(size, device="cpu") * step for size, step in steps)
 
 
 def _is_large(total: Tensor, x: Tensor) -> bool:

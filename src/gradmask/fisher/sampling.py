@@ -75,7 +75,11 @@ def _rebuilt(loader: DataLoader[Any], count: int, generator: torch.Generator) ->
     batches: Any = loader.batch_sampler  # may be the user's own, beside which `sampler` is not read
     # The sampler may leave samples out (a validation part). Its order must not matter.
     available = sorted(batches.sampler)
-    chosen = torch.randperm(len(available), generator=generator)[:count].sort().values.tolist()
+    chosen = (
+        torch.randperm(len(available), generator=generator, device="cpu")[:count]
+        .sort()
+        .values.tolist()
+    )
     places = [available[i] for i in chosen]
     yield from loader_over(loader, places, batches.batch_size, generator)
 
@@ -94,7 +98,7 @@ def _in_order(loader: Iterable[Any], count: int, generator: torch.Generator) -> 
             break
         n = sample_count(batch)
         read += n
-        keys = torch.rand(n, generator=generator, dtype=torch.float64)
+        keys = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
         kept.append(_choose(keys, batch, bound))
         if sum(len(k) for k, _ in kept) > 2 * count:
             bound, kept = _smallest(kept, count)

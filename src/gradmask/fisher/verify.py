@@ -96,7 +96,9 @@ class Schedule:
             return None
         self._turn += 1
         chosen = (
-            torch.randperm(samples, generator=self._generator)[: 1 + (new and not passed)]
+            torch.randperm(samples, generator=self._generator, device="cpu")[
+                : 1 + (new and not passed)
+            ]
             .sort()
             .values
         )
@@ -122,7 +124,9 @@ class Schedule:
         noise = (4 if relative == _ROUGH else 32) * torch.finfo(precision).eps
         rows = [_compared(found[name], value) for name, value in alone.items()]
         errors, sizes, largest = torch.stack(rows).cpu().unbind(1)
-        counts = torch.tensor([a.numel() for a in alone.values()], dtype=torch.float64)
+        counts = torch.tensor(
+            [a.numel() for a in alone.values()], dtype=torch.float64, device="cpu"
+        )
         floor = noise**power * largest.max() * counts.sqrt()
         seen, off = sizes > floor, ~(errors <= relative * sizes + floor)
         self._unseen -= {name for name, flag in zip(alone, seen.tolist(), strict=True) if flag}
