@@ -313,6 +313,7 @@ def test_the_cheaper_way_is_taken(sources, expected, monkeypatch):
     assert used == [expected]
 
 
+@pytest.mark.cpu  # PyTorch has none of recurrent layers on CUDA
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward_derivatives_exist(name, monkeypatch):
     found = []

@@ -180,9 +180,9 @@ def test_count_digits(dtype, size, kernel, monkeypatch):
     bits = [int(b) % 2**width for b in values.add(0.0).view(integer)]
     most = mode(b >> 16 for b in bits)
     for shift, prefix in ((width - 16, None), (0, None), (0, most), (0, 12345)):
-        counts = torch.arange(1 << 16)
+        counts = torch.arange(1 << 16, device="cpu")
         count_digits(values, shift, prefix, counts)
-        truth = torch.arange(1 << 16)
+        truth = torch.arange(1 << 16, device="cpu")
         for b in bits:
             if prefix is None or b >> shift >> 16 == prefix:
                 truth[(b >> shift) % 2**16] += 1

@@ -59,6 +59,7 @@ def test_all_ways_agree_with_autograd(case, samples, elements, monkeypatch):
         torch.testing.assert_close(found, 1 + expected.square().sum(0), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("layer", "kernels", "way"),
     [

@@ -165,7 +165,7 @@ def test_parameters_of_a_loss_that_is_a_module(verify):
     assert_close(found, {name.removeprefix("model."): e for name, e in expected.items()})
     norms = gradient_norms(model, data[0], loss=loss)
     squares = sum(v.sum() for v in fisher_diagonal(model, data[:1], loss=loss).values())
-    assert norms.square().mean() == pytest.approx(squares.item(), rel=1e-10)
+    assert norms.square().mean().item() == pytest.approx(squares.item(), rel=1e-10)
 
 
 def test_a_mask_over_the_parameters_of_a_loss():

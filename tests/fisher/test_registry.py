@@ -52,6 +52,7 @@ def test_rule_that_is_wrong_about_shapes_is_named(own_rules):
         fisher_diagonal(model, batches(floats(2, 4)))
 
 
+@pytest.mark.cpu
 def test_rule_gets_no_more_samples_than_fit(own_rules, monkeypatch):
     sizes = []
 

@@ -216,6 +216,7 @@ def test_ways_to_the_squares_of_a_linear_layer(way, shape, monkeypatch):
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.cpu
 def test_large_products_go_one_after_the_other(monkeypatch):
     calls = []
     monkeypatch.setattr(linear, "can_add_squared_products", lambda *_: True)

@@ -163,12 +163,12 @@ def batch_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert module.running_var is not None
     # The channels of all samples side by side are those of one sample: one reading gives both sums.
     one = (1, -1, *x.shape[2:])
-    unknown = x.new_empty(0)  # statistics of the batch: CUDA wants them as empty tensors
+    unknown = x.new_empty(0)  # statistics of the batch: CUDA wants empty tensors
     mean, var = (s.to(x.dtype).repeat(len(x)) for s in (module.running_mean, module.running_var))
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
         g.reshape(one).contiguous(),
         x.reshape(one).contiguous(),
-        None,
+        torch.ones_like(mean),  # CUDA wants them
         mean,
         var,
         unknown,
