@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gradmask.kernels import (
+    Places,
     add_squared_products,
     can_add_squared_products,
     count_digits,
@@ -58,8 +59,8 @@ def test_squared_products(samples, outputs, inputs, places, dtype, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        add_squared_products(total, g, x, positions, offsets)
-        values = weigh_squared_products(weights, g, x, positions, offsets)
+        add_squared_products(total, g, x, Places(positions, offsets))
+        values = weigh_squared_products(weights, g, x, Places(positions, offsets))
     finally:
         torch.set_num_threads(before)
     tolerance = 1e-13 if dtype == torch.float64 else 1e-5
@@ -74,7 +75,7 @@ def test_any_strides():
     positions = torch.arange(7) % 2 * x.stride(1)
     offsets = torch.arange(6)
     total = torch.zeros(5, 6, dtype=torch.float64)
-    add_squared_products(total, g, x, positions, offsets)
+    add_squared_products(total, g, x, Places(positions, offsets))
     patches = torch.stack([x[:, p % 2, 0] for p in range(7)], 1)
     truth = torch.einsum("nkp,npd->nkd", g, patches).square().sum(0)
     torch.testing.assert_close(total, truth, rtol=1e-12, atol=0)
@@ -89,8 +90,10 @@ def test_number_of_threads_changes_no_bit():
         total = torch.zeros(40, 50)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        add_squared_products(total, g, x, positions, offsets)
-        found.append((total, weigh_squared_products(torch.ones(40, 50), g, x, positions, offsets)))
+        add_squared_products(total, g, x, Places(positions, offsets))
+        found.append(
+            (total, weigh_squared_products(torch.ones(40, 50), g, x, Places(positions, offsets)))
+        )
         torch.set_num_threads(before)
     assert all(map(torch.equal, found[0], found[1]))
     assert all(map(torch.equal, found[0], found[2]))
@@ -109,6 +112,9 @@ def test_number_of_threads_changes_no_bit():
     ],
 )
 def test_reading_outside_is_refused(change, message):
+    def add(total, g, x, positions, offsets):
+        add_squared_products(total, g, x, Places(positions, offsets))
+
     arguments = {
         "total": torch.zeros(4, 5),
         "g": torch.zeros(2, 4, 3),
@@ -116,9 +122,9 @@ def test_reading_outside_is_refused(change, message):
         "positions": torch.arange(3),
         "offsets": torch.arange(5),
     }
-    add_squared_products(**arguments)
+    add(**arguments)
     with pytest.raises(ValueError, match=message):
-        add_squared_products(**(arguments | change))
+        add(**(arguments | change))
 
 
 @needs_compiler
@@ -126,8 +132,9 @@ def test_nothing_to_add():
     total = torch.ones(4, 5)
     for n, places in ((0, 3), (2, 0)):
         g, x = torch.zeros(n, 4, places), torch.zeros(n, 10)
-        add_squared_products(total, g, x, torch.arange(places), torch.arange(5))
-        values = weigh_squared_products(total, g, x, torch.arange(places), torch.arange(5))
+        grid = Places(torch.arange(places), torch.arange(5))
+        add_squared_products(total, g, x, grid)
+        values = weigh_squared_products(total, g, x, grid)
         assert torch.equal(values, torch.zeros(n, dtype=torch.float64))
     assert torch.equal(total, torch.ones(4, 5))
 
@@ -223,7 +230,7 @@ for samples, outputs, inputs, places, splits in {cases}:
     total = torch.rand(outputs, inputs)
     patches = x[:, positions[:, None] + offsets].double()
     truth = total.double() + torch.einsum("nkp,npd->nkd", g.double(), patches).square().sum(0)
-    work = gate.check_products(total, g, x, positions, offsets, written=True)
+    work = gate.check_products(total, g, x, gate.Places(positions, offsets), written=True)
     triton_products.add_squared_products(work)
     assert ((total - truth) / truth).abs().max() < 1e-5, (samples, outputs, inputs, places)
 """
@@ -268,6 +275,6 @@ def test_triton_kernel_on_a_gpu(monkeypatch):
     positions, offsets = torch.arange(70), torch.arange(150)
     total = torch.zeros(130, 150, device="cuda")
     assert can_add_squared_products(total, g, x)
-    add_squared_products(total, g, x, positions, offsets)
+    add_squared_products(total, g, x, Places(positions, offsets))
     truth = expected(torch.zeros(130, 150), g.cpu(), x.cpu(), positions, offsets)
     torch.testing.assert_close(total.cpu(), truth, rtol=1e-4, atol=1e-4)

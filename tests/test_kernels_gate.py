@@ -8,6 +8,7 @@ import torch
 
 from gradmask import kernels
 from gradmask.kernels import (
+    Places,
     add_squared_products,
     can_add_squared_products,
     count_digits,
@@ -35,7 +36,8 @@ def products(**changes):
         "positions": torch.arange(3),
         "offsets": torch.arange(5),
     }
-    return tuple((arguments | changes).values())
+    matrix, g, x, positions, offsets = (arguments | changes).values()
+    return matrix, g, x, Places(positions, offsets)
 
 
 @needs_compiler

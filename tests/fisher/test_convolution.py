@@ -104,3 +104,12 @@ def test_large_weights_with_few_positions_are_unfolded(outputs, size, unfolded, 
     layer, x = nn.Conv2d(60, outputs, 3), torch.randn(1, 60, size, size)
     convolution.convolution(layer, x, torch.randn_like(layer(x)))
     assert len(calls) == unfolded
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2), (2, 5)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+def test_a_view_of_patches_is_what_pytorch_copies(kernel, dilation, stride):
+    x = torch.randn(3, 2, 11, 9)[:, :, 1:, :-1]
+    found = convolution.patches_of(x, kernel, dilation, stride).flatten(4).flatten(1, 3)
+    assert torch.equal(found, nn.functional.unfold(x, kernel, dilation, 0, stride))

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from gradmask.containers import map_tensors, tensors_in
 from gradmask.errors import ModelError
 from gradmask.fisher.graph import Node
-from gradmask.fisher.rules import LayerRule, Product, chunk_size, squared
+from gradmask.fisher.rules import LayerRule, Product, add_squares, chunk_size
 
 ALL = slice(None)
 
@@ -225,15 +225,7 @@ def square_together(
                     f"{tuple(gradient.shape[1:])}: expected {tuple(totals[name].shape)}, after the "
                     "dimension of the samples."
                 )
-            _add_squares(totals[name], gradient)
-
-
-def _add_squares(total: Tensor, gradients: Tensor) -> None:
-    """Add squares of what a rule returned, which may be `g` itself; large ones without a copy."""
-    if len(gradients) == 1 and not gradients.is_complex():
-        total.addcmul_(gradients[0], gradients[0])
-    else:
-        total += squared(gradients).sum(0)
+            add_squares(totals[name], gradient)
 
 
 def full_precision(tensor: Tensor) -> Tensor:

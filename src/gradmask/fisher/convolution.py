@@ -9,14 +9,16 @@ which GPUs do well. Which is fastest depends on the weight's shape (`gradmask be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from gradmask.fisher.rules import Product, chunk_size, register_rule, trains
+from gradmask.fisher.rules import Product, add_squares, chunk_size, register_rule, trains
 from gradmask.kernels import (
+    Places,
     add_squared_products,
     can_add_squared_products,
     weigh_squared_products,
@@ -70,8 +72,16 @@ def _padded(module: _ConvNd, x: Tensor) -> Tensor:
     return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
 
 
-def _grid(sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
-    """Places of the points of a grid, in order, with a step for each dimension."""
+Grid = tuple[tuple[int, ...], tuple[int, ...]]  # sizes, and a step for each dimension
+
+
+@lru_cache(maxsize=1024)
+def _places(positions: Grid, offsets: Grid) -> Places:
+    return Places(_points(*positions), _points(*offsets))
+
+
+def _points(sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """Where the points of a grid lie, in order."""
     places = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, step in zip(sizes, steps, strict=True):
         places = (places[:, None] + torch.arange(size, device="cpu") * step).flatten()
@@ -80,7 +90,7 @@ def _grid(sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
 
 def _contractions(
     module: _ConvNd, x: Tensor, g: Tensor, matrix: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Places]]:
     """What the kernels for squared products work on, for each group, with its part of `matrix`.
 
     The weight gradient of a transposed convolution is that of a convolution from its output to
@@ -94,8 +104,8 @@ def _contractions(
     channel, *steps = moving.stride()[1:]
     strides = [a * b for a, b in zip(module.stride, steps, strict=True)]
     dilations = [a * b for a, b in zip(module.dilation, steps, strict=True)]
-    positions = _grid(still.shape[2:], strides)
-    offsets = _grid(matrix.shape[1:], [channel, *dilations])
+    positions = tuple(still.shape[2:]), tuple(strides)
+    places = _places(positions, (tuple(matrix.shape[1:]), (channel, *dilations)))
     parts = zip(
         matrix.flatten(1).chunk(module.groups),
         still.chunk(module.groups, 1),
@@ -103,7 +113,7 @@ def _contractions(
         strict=True,
     )
     for part, outputs, inputs in parts:
-        yield part, outputs.flatten(2), inputs, positions, offsets
+        yield part, outputs.flatten(2), inputs, places
 
 
 def add_by_products(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
@@ -131,7 +141,7 @@ def add_by_groups(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
     chunk = chunk_size([module.weight])
     parts = zip(x.split(chunk), g.split(chunk), strict=True)
     for xp, gp in parts:
-        total += by_groups(module, xp, gp).square_().sum(0)
+        add_squares(total, by_groups(module, xp, gp), spare=True)
 
 
 def add_by_samples(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
@@ -154,7 +164,7 @@ def add_by_unfolding(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> No
         patches = _unfold(module, x[start : start + chunk])
         delta = deltas[start : start + chunk]
         if chunk > 1:
-            flat += (delta @ patches.mT).square_().sum(0)
+            add_squares(flat, delta @ patches.mT, spare=True)
         elif module.groups == 1:  # one large gradient, written to the same place each time
             torch.mm(delta[0, 0], patches[0, 0].t(), out=gradient)
             flat[0].addcmul_(gradient, gradient)
@@ -167,9 +177,27 @@ def _unfold(module: nn.Conv2d, x: Tensor) -> Tensor:
     padding = (0, 0) if _pads_itself(module) else module.padding
     assert not isinstance(padding, str)
     kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
-    patches: Tensor = F.unfold(_padded(module, x), kernel, dilation, padding, stride)
+    x = _padded(module, x)
+    if x.is_cuda:  # PyTorch's own way launches a kernel for each sample
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        patches = patches_of(x, kernel, dilation, stride).flatten(4).flatten(1, 3)
+    else:
+        patches = F.unfold(x, kernel, dilation, padding, stride)
     split: Tensor = patches.unflatten(1, (module.groups, -1))
     return split
+
+
+def patches_of(
+    x: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    """A view of all patches of padded images (n, C, H, W): shape (n, C, *kernel, *positions)."""
+    steps = x.stride()[2:]
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    sizes = [(a - r) // s + 1 for a, r, s in zip(x.shape[2:], reach, stride, strict=True)]
+    inner = [step * d for step, d in zip(steps, dilation, strict=True)]
+    outer = [step * s for step, s in zip(steps, stride, strict=True)]
+    shape = (*x.shape[:2], *kernel, *sizes)
+    return x.as_strided(shape, (*x.stride()[:2], *inner, *outer))
 
 
 WAYS: tuple[Way, ...] = (add_by_products, add_by_groups, add_by_unfolding, add_by_samples)

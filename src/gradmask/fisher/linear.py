@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from gradmask.fisher.rules import Product, chunk_size, register_rule, trains
+from gradmask.fisher.rules import Product, add_squares, chunk_size, register_rule, trains
 from gradmask.kernels import (
+    Places,
     add_squared_products,
     can_add_squared_products,
     weigh_squared_products,
@@ -36,21 +37,24 @@ def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
     if x.shape[1] == 1:
         total.addmm_(g[:, 0].square().t(), x[:, 0].square())
     elif not _is_large(total, x) and can_add_squared_products(total, g, x):
-        add_squared_products(total, g.mT, x, *_places(x))
+        add_squared_products(total, g.mT, x, _places(x.shape[1:], x.stride()[1:]))
     elif x.is_cuda:
         chunk = chunk_size([total])
         for xp, gp in zip(x.split(chunk), g.split(chunk), strict=True):
-            total += (gp.mT @ xp).square_().sum(0)
+            add_squares(total, gp.mT @ xp, spare=True)
     else:
         for xn, gn in zip(x, g, strict=True):  # one gradient stays in cache between its two uses
             gradient = gn.t() @ xn
             total.addcmul_(gradient, gradient)
 
 
-def _places(x: Tensor) -> Iterator[Tensor]:
+@lru_cache(maxsize=1024)
+def _places(sizes: tuple[int, int], steps: tuple[int, int]) -> Places:
     """Positions and features in a sample's memory."""
-    steps = zip(x.shape[1:], x.stride()[1:], strict=True)
-    return (torch.arange(size, device="cpu") * step for size, step in steps)
+    positions, features = (
+        torch.arange(size, device="cpu") * step for size, step in zip(sizes, steps, strict=True)
+    )
+    return Places(positions, features)
 
 
 def _is_large(total: Tensor, x: Tensor) -> bool:
@@ -83,7 +87,7 @@ def _weigh_linear_squares(
         if g.shape[1] == 1:  # rank one, as above
             values += ((g[:, 0].square() @ weight) * x[:, 0].square()).sum(1)
         elif not (x.is_cuda or _is_large(weight, x)) and can_add_squared_products(weight, g, x):
-            values += weigh_squared_products(weight, g.mT, x, *_places(x))
+            values += weigh_squared_products(weight, g.mT, x, _places(x.shape[1:], x.stride()[1:]))
         else:
             return None
     if "bias" in weights:

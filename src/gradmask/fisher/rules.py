@@ -139,6 +139,23 @@ def squared(gradient: Tensor) -> Tensor:
     return gradient.abs().square() if gradient.is_complex() else gradient.square()
 
 
+def add_squares(total: Tensor, gradients: Tensor, *, spare: bool = False) -> None:
+    """Add the squared moduli of per-sample gradients (n, *shape) to a total of that shape.
+
+    Args:
+        total: Changed in place.
+        gradients: The gradients.
+        spare: Whether they may be overwritten.
+    """
+    if len(gradients) == 1 and not gradients.is_complex():
+        total.addcmul_(gradients[0], gradients[0])
+    elif gradients.is_cuda:  # one reading, and no squares in memory
+        norms = torch.linalg.vector_norm(gradients, dim=0)
+        total.addcmul_(norms, norms)
+    else:
+        total += (gradients.square_() if spare else squared(gradients)).sum(0)
+
+
 def trains(module: nn.Module, name: str) -> bool:
     """Whether a layer has a parameter of that name that is trained."""
     parameter = module._parameters.get(name)

@@ -1,6 +1,7 @@
 """Kernels for what PyTorch has no operation for; each has a slower equivalent in PyTorch."""
 
 from gradmask.kernels.digits import count_digits
+from gradmask.kernels.gate import Places
 from gradmask.kernels.products import (
     add_squared_products,
     can_add_squared_products,
@@ -9,6 +10,7 @@ from gradmask.kernels.products import (
 from gradmask.kernels.select import keep_where
 
 __all__ = [
+    "Places",
     "add_squared_products",
     "can_add_squared_products",
     "count_digits",

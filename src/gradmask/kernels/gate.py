@@ -32,6 +32,38 @@ _dtype, _shape, _nbytes, _is_cpu = map(attrgetter, ("dtype", "shape", "nbytes", 
 _Storage = torch.UntypedStorage
 
 
+class Places:
+    """Where in a sample's memory a contraction reads: at each position, plus each offset.
+
+    Checked once, and copied: nobody else can change them.
+
+    Args:
+        positions: P integers (int64), in elements from a sample's first.
+        offsets: D integers, likewise, from there.
+
+    Raises:
+        TypeError: If a dtype is another.
+        ValueError: If a shape is, or a place lies before the sample.
+    """
+
+    def __init__(self, positions: Tensor, offsets: Tensor) -> None:
+        for name, places in ("positions", positions), ("offsets", offsets):
+            _check_memory(name, places, {torch.int64}, contiguous=True)
+            if places.dim() != 1:
+                raise ValueError(f"{name} must have one dimension, not shape {tuple(places.shape)}")
+        self.shape = len(positions), len(offsets)
+        own = [t.detach().to("cpu", copy=True) for t in (positions, offsets)]
+        ends = [(int(t.min()), int(t.max())) if len(t) else (0, 0) for t in own]
+        self.least, self.most = min(ends[0][0], ends[1][0]), ends[0][1] + ends[1][1]
+        self._on = {torch.device("cpu"): own}
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        """Positions and offsets there; copied once."""
+        if device not in self._on:
+            self._on[device] = [t.to(device) for t in self._on[torch.device("cpu")]]
+        return self._on[device]
+
+
 class Contraction(NamedTuple):
     """What the kernels for squared products work on; `check_products` makes it."""
 
@@ -216,7 +248,7 @@ def check_digits(values: Tensor, shift: int, prefix: int | None, counts: Tensor)
 
 
 def check_products(
-    matrix: Tensor, g: Tensor, x: Tensor, positions: Tensor, offsets: Tensor, *, written: bool
+    matrix: Tensor, g: Tensor, x: Tensor, places: Places, *, written: bool
 ) -> Contraction | None:
     """Refuse what does not fit, and places outside of a sample.
 
@@ -224,29 +256,27 @@ def check_products(
         matrix: The total, or weights.
         g: As in `add_squared_products`, like the others.
         x: Samples.
-        positions: Places in a sample.
-        offsets: Places from there.
+        places: Where in a sample.
         written: Whether the matrix is changed.
 
     Returns:
-        All of it, with the places contiguous on the device of `g`; None if there is nothing to do.
+        All of it, with the places on the device of `g`; None if there is nothing to do.
 
     Raises:
         TypeError: If a dtype is not one that the kernels have.
         ValueError: If shapes, strides or devices do not fit, or places lie outside of a sample.
     """
+    if not isinstance(places, Places):
+        raise TypeError(f"places must be Places, not {type(places).__name__}")
     _check_memory("g", g, REALS)
     _check_memory("x", x, {g.dtype}, g.device)
     _check_memory("the total, or weights,", matrix, {g.dtype}, g.device, contiguous=True)
-    for name, places in ("positions", positions), ("offsets", offsets):
-        _check_memory(name, places, {torch.int64})
-        if places.dim() != 1:
-            raise ValueError(f"{name} must have one dimension, not shape {tuple(places.shape)}")
-    if g.dim() != 3 or x.dim() < 1 or (len(x), len(positions)) != (g.shape[0], g.shape[2]):
-        shapes = [tuple(t.shape) for t in (g, x, positions)]
-        raise ValueError("g, x and positions do not fit each other: {}, {}, {}".format(*shapes))
-    if matrix.shape != (g.shape[1], len(offsets)):
-        shape = g.shape[1], len(offsets)
+    positions, offsets = places.shape
+    if g.dim() != 3 or x.dim() < 1 or (len(x), positions) != (g.shape[0], g.shape[2]):
+        shapes = f"{tuple(g.shape)}, {tuple(x.shape)}, {(positions,)}"
+        raise ValueError(f"g, x and positions do not fit each other: {shapes}")
+    if matrix.shape != (g.shape[1], offsets):
+        shape = g.shape[1], offsets
         raise ValueError(f"the total, or weights, must be of shape {shape}")
     if not (matrix.numel() and g.numel()):
         return None
@@ -254,15 +284,12 @@ def check_products(
         raise ValueError(f"g has shape {tuple(g.shape)}: that is too large")
     steps = zip(x.shape[1:], x.stride()[1:], strict=True)
     extent = sum((size - 1) * step for size, step in steps)
-    least, most = ([int(f(p)) for p in (positions, offsets)] for f in (torch.min, torch.max))
-    if min(least) < 0 or sum(most) > extent:
+    if places.least < 0 or places.most > extent:
         raise ValueError("positions and offsets reach beyond a sample")
     start, end = matrix.data_ptr(), matrix.data_ptr() + matrix.nbytes
-    read = [t for t in (g, x, positions, offsets) if t.device == matrix.device]
-    if written and any(t.data_ptr() < end and start < t.data_ptr() + _span(t) for t in read):
+    if written and any(t.data_ptr() < end and start < t.data_ptr() + _span(t) for t in (g, x)):
         raise ValueError("the total lies in the memory of what it is made from")
-    here = [places.to(g.device).contiguous() for places in (positions, offsets)]
-    return Contraction(matrix, g, x, *here)
+    return Contraction(matrix, g, x, *places.on(g.device))
 
 
 def _check_memory(

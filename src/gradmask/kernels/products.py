@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gradmask.kernels.gate import REALS, Contraction, check_products, is_plain, pointer
+from gradmask.kernels.gate import REALS, Contraction, Places, check_products, is_plain, pointer
 from gradmask.kernels.library import load
 
 
@@ -35,9 +35,7 @@ def _triton() -> ModuleType | None:
         return None
 
 
-def add_squared_products(
-    total: Tensor, g: Tensor, x: Tensor, positions: Tensor, offsets: Tensor
-) -> None:
+def add_squared_products(total: Tensor, g: Tensor, x: Tensor, places: Places) -> None:
     """Add squared per-sample contractions: total[k, d] += Σ_n (Σ_p g[n, k, p] · x_n[p + d])².
 
     Here x_n[p + d] is the element of sample n at `positions[p] + offsets[d]` in its memory: an
@@ -47,16 +45,15 @@ def add_squared_products(
         total: Shape (K, D), contiguous; changed in place.
         g: Shape (N, K, P), any strides.
         x: Samples in dimension 0; within a sample any strides.
-        positions: P integers, in elements from a sample's first.
-        offsets: D integers, likewise.
+        places: P positions and D offsets.
 
     Raises:
-        TypeError: If a dtype is not one that the kernel has, or places are not int64.
+        TypeError: If a dtype is not one that the kernel has.
         ValueError: If shapes, strides or devices do not fit each other, a place lies outside of a
             sample, the total overlaps what is read, or there is no kernel for these here.
         MemoryError: If there is no memory for a copy of one sample's `g`.
     """
-    work = check_products(total, g, x, positions, offsets, written=True)
+    work = check_products(total, g, x, places, written=True)
     if work is None:
         return
     if g.is_cuda and can_add_squared_products(total, g, x):
@@ -67,9 +64,7 @@ def add_squared_products(
         _run(work, None)
 
 
-def weigh_squared_products(
-    weights: Tensor, g: Tensor, x: Tensor, positions: Tensor, offsets: Tensor
-) -> Tensor:
+def weigh_squared_products(weights: Tensor, g: Tensor, x: Tensor, places: Places) -> Tensor:
     """Weighted sum of each sample's squares: Σ_kd weights[k, d] · (Σ_p g[n, k, p] · x_n[p + d])².
 
     On CPUs only, otherwise as `add_squared_products`.
@@ -78,8 +73,7 @@ def weigh_squared_products(
         weights: Shape (K, D), contiguous.
         g: Shape (N, K, P), any strides.
         x: Samples in dimension 0; within a sample any strides.
-        positions: P integers, in elements from a sample's first.
-        offsets: D integers, likewise.
+        places: P positions and D offsets.
 
     Returns:
         Shape (N,), in float64.
@@ -89,7 +83,7 @@ def weigh_squared_products(
         ValueError: Likewise.
         MemoryError: If there is no memory for a copy of one sample's `g`.
     """
-    work = check_products(weights, g, x, positions, offsets, written=False)
+    work = check_products(weights, g, x, places, written=False)
     values = torch.zeros(len(g), dtype=torch.float64, device="cpu")
     if work is not None:
         _run(work, values)
