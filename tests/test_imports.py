@@ -21,6 +21,7 @@ CORE = [
     "measuring",
     "kernels",
     "fisher",
+    "collect",
     "influence",
     "monitor",
     "selection",

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from gradmask.collect import Collector
 from gradmask.distributed import (
+    Groups,
     check_same,
     data_groups,
     reshard,
@@ -77,6 +79,10 @@ class FisherMask:
         seed: Seed of random parts, drawn labels and random masks; each refresh draws afresh.
         group: Ranks that train the model together (default: those it is wrapped for).
         unpack: From a batch of the loader to `(inputs, targets)` (see `fisher_diagonal`).
+        refresh: `pass`: `refresh(loader)` measures in a pass of its own, in eval mode. `online`:
+            training's own backward passes are measured (`collect`) from `attach` to `detach`, and
+            `refresh()` makes the mask of what was collected.
+        every: With `online`: collect one of so many batches.
 
     Raises:
         OptionError: If an option is out of range or unknown.
@@ -96,8 +102,11 @@ class FisherMask:
         seed: int = 0,
         group: ProcessGroup | None = None,
         unpack: Unpack | None = None,
+        refresh: str = "pass",
+        every: int = 10,
     ) -> None:
         check_keep(keep)
+        check_choice("refresh", refresh, ("pass", "online"))
         check_choice("scope", scope, SCOPES)
         check_choice("strategy", strategy, STRATEGIES)
         check_likelihood(kind, standard_loss(loss))
@@ -115,6 +124,8 @@ class FisherMask:
         self._kept: dict[str, int] = {}
         self._warned = False
         self._steps = MaskedSteps(self.model, scope, loss)
+        self._collector: Collector | None = None
+        self._online = self.collect(every=every) if refresh == "online" else None
 
     @classmethod
     def from_masks(
@@ -182,17 +193,63 @@ class FisherMask:
                 model's parameters, or has the mask already. Nothing is attached then.
         """
         self._steps.attach(optimizer)
+        if self._online is not None:
+            self._online.start()
         return self
 
     def detach(self) -> None:
-        """Take the mask off every optimizer it is attached to."""
+        """Take the mask off every optimizer it is attached to, and stop collecting."""
         self._steps.detach()
+        if self._online is not None:
+            self._online.stop()
 
-    def refresh(self, loader: Iterable[Any]) -> None:
+    def collect(
+        self, *, every: int = 1, average: float | None = None, scale: float | None = None
+    ) -> Collector:
+        """Measure training's own backward passes; `refresh()` then makes the mask of them.
+
+        Example:
+            ```python
+            for inputs, targets in loader:
+                optimizer.zero_grad()
+                with mask.collect(every=10):
+                    criterion(model(inputs), targets).backward()
+                optimizer.step()
+            mask.refresh()
+            ```
+
+        Args:
+            every: Collect one of so many batches (forward passes in train mode).
+            average: β of an exponential average over batches; default: the mean of all batches
+                since the last refresh.
+            scale: What the loss multiplies each sample's own loss by (see `Collector`).
+
+        Returns:
+            A context manager, for one training step or around all of them; each call returns the
+            same one, with these options.
+
+        Raises:
+            OptionError: If an option is out of range, or the mask is of another kind of labels.
+            ModelError: If the model cannot be measured while it trains.
+        """
+        self._check_measured()
+        if self.kind != "empirical":
+            raise OptionError(
+                f"kind={self.kind!r} draws labels of its own, and training has those of the data: "
+                "use kind='empirical', or mask.refresh(loader)."
+            )
+        options: dict[str, Any] = {"every": every, "average": average, "scale": scale}
+        if self._collector is None:
+            self._collector = Collector(self._wrapped, self.loss, **options)
+        self._collector.set(**options)
+        return self._collector
+
+    def refresh(self, loader: Iterable[Any] | None = None) -> None:
         """Measure the Fisher diagonal and make the mask of the next epoch.
 
         Args:
-            loader: Iterable of batches (see `fisher_diagonal`).
+            loader: Iterable of batches (see `fisher_diagonal`); None for what `collect` collected
+                in training since the last refresh.
 
         Raises:
             ModelError: If the model cannot be measured.
@@ -210,12 +267,25 @@ class FisherMask:
             reshard(self.model)
             self.update({name: p.detach() for name, p in self._trainable().items()})
             return
+        if loader is None:
+            self._refresh_online(groups)
+            return
         unused: set[str] = set()
         seed = derive_seed(self.seed, "fisher", self.refreshes)
         fisher = self._measure(loader, self.max_samples, seed, unused)
         if unused:
             warn_of_unused(fisher, unused)
         self.update(fisher, unused)
+
+    def _refresh_online(self, groups: Groups) -> None:
+        if self._collector is None:
+            raise OptionError(
+                "mask.refresh() needs a loader to measure on, or a mask that collects while it "
+                "trains: FisherMask(..., refresh='online'), or mask.collect()."
+            )
+        self.update(self._collector.diagonal(groups))
+        if self._collector.average is None:
+            self._collector.clear()
 
     def check(self, loader: Iterable[Any]) -> None:
         """Measure two samples, so that data, loss or model that do not fit are told at once.
@@ -300,7 +370,10 @@ class FisherMask:
         Masks of sharded parameters are DTensors, for `torch.distributed.checkpoint`.
         """
         masks = {name: mask.clone() for name, mask in self.masks.items()}
-        return {**self._counted(), "masks": masks}
+        state = {**self._counted(), "masks": masks}
+        if self._collector is not None:
+            state["collected"] = self._collector.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; nothing changes unless all of it fits.
@@ -322,6 +395,8 @@ class FisherMask:
         self._kept = kept_counts(self._steps.masks)
         self.refreshes = state["refreshes"]
         self._steps.masks_loaded()
+        if self._collector is not None and "collected" in state:
+            self._collector.load_state_dict(state["collected"])
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file, whole or not at all.

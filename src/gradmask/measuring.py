@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +46,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         ModelError: If a BatchNorm layer would use batch statistics even in eval mode.
     """
     modes = {module: module.training for module in model.modules()}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     cudnn = torch.backends.cudnn.enabled
     try:
         model.eval()
@@ -60,7 +59,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                     "which mix the samples: per-sample gradients do not exist. Use running "
                     "statistics (track_running_stats=True, eval mode) or GroupNorm."
                 )
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        with random_state_kept(model):
             yield
     finally:
         torch.backends.cudnn.enabled = cudnn
@@ -69,8 +68,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Give PyTorch's generators, of the CPU and of the model's GPUs, their states back."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        yield
+
+
+@contextmanager
 def measuring(
-    model: nn.Module, parameters: Iterable[nn.Parameter], loss: Any = None
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    loss: Any = None,
+    *,
+    mode: Callable[[nn.Module], AbstractContextManager[None]] = evaluation_mode,
 ) -> Iterator[None]:
     """Eval mode, gradients on, eager, and no hooks on parameters; all as before afterwards.
 
@@ -78,6 +89,7 @@ def measuring(
         model: Any module.
         parameters: Its trainable parameters.
         loss: The loss, which may be a module too.
+        mode: `random_state_kept` to leave the modes as they are.
 
     Raises:
         ModelError: If a BatchNorm layer would use batch statistics even in eval mode.
@@ -86,7 +98,7 @@ def measuring(
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(preserved(module))
-            stack.enter_context(evaluation_mode(module))
+            stack.enter_context(mode(module))
         for context in (
             without_hooks(parameters),
             torch.inference_mode(False),

@@ -56,6 +56,13 @@ class Call:
     def explains(self, name: str, parameter: nn.Parameter) -> None:
         """Take note that the call is the one to measure a parameter."""
 
+    def keep(self) -> None:
+        """Keep what the graph holds until its backward pass is over, for `per_sample` after it."""
+
+    def let_go(self) -> None:
+        """Let go of the graph, and of what came in."""
+        self.edges, self.inputs = [], set()
+
     def add_squares(self, totals: dict[str, Tensor], samples: slice = ALL) -> bool:
         """Add the squares over samples to `{model's name: total}`; False if it cannot."""
         return False
@@ -106,8 +113,13 @@ class LayerCall(Call):
         rule = self.rule.as_product
         return None if rule is None else rule(self.module, *self.pair(samples))
 
-    def let_go(self) -> int:
-        """Let go of the graph, after the backward pass; return the bytes that are kept."""
+    def let_go(self) -> None:
+        """Of the input, too: nobody else may need it any longer."""
+        super().let_go()
+        self.x = self.x.new_empty(0)
+
+    def cut_graph(self) -> int:
+        """Let go of the graph alone, after the backward pass; return the bytes that are kept."""
         self.edges, self.inputs = [], set()
         g = self.gradients[0]
         assert g is not None

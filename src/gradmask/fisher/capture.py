@@ -42,6 +42,7 @@ class Capture:
         batch_size: Samples in the batch, dimension 0 of every captured input and output.
         allowed: How each name may be captured, as `ways` of another batch gave it (default: any).
         refused: Ways in which names may not be captured.
+        listens: Whether the backward pass is somebody else's (`listen`).
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Capture:
         batch_size: int,
         allowed: Ways | None = None,
         refused: Iterable[tuple[str, Way]] = (),
+        *,
+        listens: bool = False,
     ) -> None:
-        self._parameters = parameters
+        self._parameters, self._listens = parameters, listens
         self._allowed, self._refused = allowed, set(refused)
         self._names = {id(p): name for name, p in parameters.items()}
         self._batch_size = batch_size
@@ -190,7 +193,8 @@ class Capture:
             for place, edge in enumerate(call.edges):
                 wanted[edge.node, edge.output_nr].append((call, place))
                 edges[edge.node, edge.output_nr] = edge
-        returned = lowest(order, {node for node, _ in wanted})
+        # The lowest nodes run only if more is asked for, as training does.
+        returned = set() if self._listens else lowest(order, {node for node, _ in wanted})
         for (node, output), calls in wanted.items():
             if node in returned:
                 self._returned.append((edges[node, output], calls))
@@ -201,7 +205,8 @@ class Capture:
         self, output: int, calls: list[tuple[Call, int]], gradients: tuple[Tensor | None, ...]
     ) -> None:
         if self._running:  # and not in a pass of a `DerivedCall`
-            self._receive(calls, gradients[output])
+            with torch.no_grad():
+                self._receive(calls, gradients[output])
 
     def _receive(self, calls: list[tuple[Call, int]], g: Tensor | None) -> None:
         if g is None:
@@ -221,6 +226,10 @@ class Capture:
                 self._excerpt(call.names.values(), call.add_squares)
                 call.gradients[place] = None
                 self._settle(call.names.values())
+                if self._listens:
+                    call.let_go()
+            elif self._listens:
+                call.keep()
 
     def _excerpt(
         self, names: Iterable[str], add: Callable[[dict[str, Tensor], slice], Any]
@@ -322,9 +331,18 @@ class Capture:
         for term in terms:
             self._backward(term)
             with torch.no_grad():
-                self._square_rest(totals)
+                self.square_rest(totals)
         self._checked = None
         return excerpts
+
+    def listen(self, totals: dict[str, Tensor]) -> None:
+        """Add the squares of the next backward pass, whoever runs it, to totals.
+
+        Args:
+            totals: `{name: tensor of the parameter's shape}`, changed in place; complete after
+                `square_rest`.
+        """
+        self._totals, self._running = totals, True
 
     def gradients(self, term: Tensor) -> list[list[Call]]:
         """Run the backward pass of a term; the calls keep their gradients until the next one.
@@ -351,7 +369,7 @@ class Capture:
             groups |= dict.fromkeys((n for c in group for n in c.names.values()), group)
         return list({id(group): group for group in groups.values()}.values())
 
-    def _square_rest(self, totals: dict[str, Tensor]) -> None:
+    def square_rest(self, totals: dict[str, Tensor]) -> None:
         """What could not be squared at once."""
         for group in self._groups():
             names = dict.fromkeys(n for call in group for n in call.names.values())

@@ -13,7 +13,7 @@ from gradmask.containers import check_cuttable, tensors_in
 from gradmask.errors import DataError
 from gradmask.fisher.calls import LayerCall, ModuleCall, spans
 from gradmask.fisher.rules import LayerRule, find_rule
-from gradmask.fisher.scored import Scored
+from gradmask.fisher.scored import Wrapped
 
 
 class Observer:
@@ -36,7 +36,7 @@ class Observer:
         self._arguments: dict[nn.Module, list[Any]] = defaultdict(list)
         self._watching = True
         self._handles: list[Any] = []
-        whole = (model, model.model) if isinstance(model, Scored) else (model,)
+        whole = (model, model.model) if isinstance(model, Wrapped) else (model,)
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 continue

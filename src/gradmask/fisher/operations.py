@@ -96,6 +96,11 @@ class ElementwiseCall(OperationCall):
         self.kind = ("elementwise", layout.order, node.name(), operand)
         self.operand, self.factor, self.layout = operand, factor, layout
 
+    def keep(self) -> None:
+        """The other factor."""
+        other = self.factor()
+        self.factor = lambda: other
+
     def per_sample(self, samples: slice) -> dict[str, Tensor]:
         """The output's gradient times the other factor, summed over what was broadcast."""
         gradient, other = self.gradients[0], self.factor()
@@ -129,16 +134,23 @@ class MatmulCall(OperationCall):
         super().__init__({name: name}, [GradientEdge(node, 0)])
         self.kind = ("matmul", layout.order, transposed)
         self.name, self.node, self.transposed, self.layout = name, node, transposed, layout
+        self._saved: tuple[Tensor, float] | None = None
+
+    def keep(self) -> None:
+        """The other matrix."""
+        self._saved = self._other()
+
+    def _other(self) -> tuple[Tensor, float]:
+        if self.node.name() == "MmBackward0":
+            return self.node._saved_self, 1.0
+        return self.node._saved_mat1, float(self.node._saved_alpha)
 
     def _pair(self, samples: slice) -> tuple[Tensor, Tensor]:
         """Inputs (n, P, D) and gradients (n, P, K) of a linear layer with this weight (K, D)."""
         g = self.gradients[0]
         assert g is not None
-        if self.node.name() == "MmBackward0":
-            x = self.node._saved_self
-        else:
-            x = self.node._saved_mat1
-            g = g if self.node._saved_alpha == 1 else g * self.node._saved_alpha
+        x, alpha = self._saved or self._other()
+        g = g if alpha == 1 else g * alpha
         rows = [full_precision(self.rows(t)[samples]) for t in (x.detach(), g)]
         x, g = (t.unsqueeze(1) if t.dim() == 2 else t for t in rows)
         return (x, g) if self.transposed else (g, x)
@@ -198,15 +210,22 @@ class LookupCall(DerivedCall):
         self.kind = ("lookup", *self.kind[1:])
         self.size = result(leaf).shape[0]
         self.table = reshaped(edge.node)
+        self._places: tuple[Tensor, int] | None = None
+
+    def keep(self) -> None:
+        """The places, and the other factor."""
+        self.call.keep()
+        self._places = self.table._saved_indices, self.table._saved_padding_idx
 
     def rows_of_table(self, samples: slice) -> tuple[Tensor, Tensor]:
         """Places in the table, each once, and per-sample gradients (n, places, ...) there."""
-        keys, inverse = self.table._saved_indices.flatten().unique(return_inverse=True)
+        saved = self._places or (self.table._saved_indices, self.table._saved_padding_idx)
+        keys, inverse = saved[0].flatten().unique(return_inverse=True)
         g = self.derived(samples)
         g = g.reshape(len(g), len(inverse), -1)
         found = g.new_zeros(len(g), len(keys), g.shape[2]).index_add_(1, inverse, g)
-        if (padding := self.table._saved_padding_idx) < self.size:
-            found[:, keys == padding] = 0
+        if saved[1] < self.size:
+            found[:, keys == saved[1]] = 0
         return keys, found
 
     def per_sample(self, samples: slice) -> dict[str, Tensor]:

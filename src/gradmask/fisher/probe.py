@@ -6,11 +6,18 @@ from collections.abc import Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gradmask.containers import part
+from gradmask.errors import ModelError, first_names
+from gradmask.fisher.calls import differentiable
 from gradmask.fisher.capture import Capture, Way, Ways
-from gradmask.fisher.scored import Scored, call
+from gradmask.fisher.reference import gradients_alone, zero_squares
+from gradmask.fisher.rules import squared
+from gradmask.fisher.scored import Called, Wrapped, call
+from gradmask.fisher.verify import Check, Schedule, computed_in, excerpt
+from gradmask.measuring import measuring, random_state_kept
 
 
 def safe_ways(
@@ -42,6 +49,78 @@ def safe_ways(
         if not mixed:
             return ways
         refused |= {(name, ways[name]) for name in mixed}
+
+
+def training_ways(
+    model: nn.Module, given: tuple[Any, Any], parameters: dict[str, nn.Parameter]
+) -> Ways:
+    """How each parameter can be measured while the model trains; some may have no way.
+
+    The samples are told apart in train mode, and in eval mode (where a forward pass is not random)
+    what is measured is compared with the gradients of single samples.
+
+    Args:
+        model: The model, in train mode; it is as before afterwards.
+        given: Positional and keyword arguments of its call, of two samples.
+        parameters: What is measured.
+
+    Returns:
+        The ways, without those that take a pass of their own.
+
+    Raises:
+        ModelError: If a rule is wrong.
+    """
+    inner = Called(model)
+    with measuring(model, parameters.values()):
+        ways = safe_ways(inner, given, parameters)
+        _check_ways(inner, given, parameters, ways)
+    with measuring(model, parameters.values(), mode=random_state_kept):
+        ways = safe_ways(inner, given, parameters)
+    random = {id(m) for m in model.modules() if any(map(_drops, m.modules()))}
+    return {
+        name: way
+        for name, way in ways.items()
+        if not any(k[0] == "derived" or (k[0] == "module" and k[1] in random) for k in way)
+    }
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module draws at random what it drops, as far as its name and options tell."""
+    kind = type(module).__name__.lower()
+    named = ("drop" in kind or "stochastic" in kind) and vars(module).get("p", 1.0)
+    share = vars(module).get("dropout", 0.0)
+    return module.training and bool(named or (isinstance(share, float) and share))
+
+
+def _check_ways(
+    model: nn.Module, given: Any, parameters: dict[str, nn.Parameter], ways: Ways
+) -> None:
+    """Raise a ModelError if squares are not those of single samples, for a made-up loss."""
+
+    def terms(outputs: Any, *_: Any) -> list[Tensor]:
+        rows = [t.reshape(len(t), -1) for t in differentiable(outputs) if t.dim()]
+        slopes = [torch.arange(1, r.shape[1] + 1, device=r.device).cos().to(r) for r in rows]
+        sums = [(r @ slope).sum() for r, slope in zip(rows, slopes, strict=True)]
+        return [torch.stack(sums).sum()]
+
+    schedule = Schedule("all", parameters)
+    check = Check(slice(None), 0)
+    totals = {name: zero_squares(p) for name, p in parameters.items()}
+    with Capture(model, parameters, 2, ways) as capture:
+        outputs = call(model, given)
+        capture.resolve(outputs)
+        found = capture.add_squares(terms(outputs), totals, check=check)
+        handled = {name: p for name, p in parameters.items() if name in capture.handled}
+    alone = {name: torch.zeros_like(value) for name, value in found.items()}
+    for n in range(2):
+        for gradients in gradients_alone(model, given, n, handled, terms):
+            for name, g in gradients.items():
+                alone[name] += squared(excerpt(g, check.turn))
+    if wrong := schedule.wrong(found, alone, computed_in(parameters.values())):
+        raise ModelError(
+            f"What is measured of {first_names(wrong)} is not what single samples give: a rule of "
+            "a layer may be wrong (gradmask.fisher.register_rule)."
+        )
 
 
 class Remembered:
@@ -94,4 +173,4 @@ def forget(model: nn.Module) -> None:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    return model.model if isinstance(model, Scored) else model
+    return model.model if isinstance(model, Wrapped) else model

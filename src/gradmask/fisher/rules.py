@@ -209,13 +209,9 @@ def group_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
 def instance_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Scale and shift after normalisation of each channel (running statistics if tracked)."""
     assert isinstance(module, _InstanceNorm)
-    normalised = F.instance_norm(
-        x,
-        module.running_mean,
-        module.running_var,
-        use_input_stats=not module.track_running_stats,
-        eps=module.eps,
-    )
+    own = module.training or not module.track_running_stats
+    mean, var = (None, None) if own else (module.running_mean, module.running_var)
+    normalised = F.instance_norm(x, mean, var, use_input_stats=own, eps=module.eps)
     return _scale_and_shift(module, normalised, g)
 
 

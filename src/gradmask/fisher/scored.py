@@ -29,7 +29,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
     A model whose forward takes one tuple or mapping gets it as it is.
     """
-    if isinstance(model, Scored):
+    if isinstance(model, Wrapped):
         return model(inputs)
     if isinstance(inputs, tuple | list):
         return model(inputs) if takes_one(model, inputs, {}) else model(*inputs)
@@ -39,7 +39,32 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-class Scored(nn.Module):
+class Wrapped(nn.Module):
+    """A model that is called in another way.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's own names."""
+        return self.model.named_parameters(*args, **options)
+
+
+class Called(Wrapped):
+    """A model that takes a pair of its positional and its named arguments."""
+
+    def forward(self, given: tuple[Any, Any]) -> Any:
+        """What the model returns."""
+        args, kwargs = given
+        return self.model(*args, **kwargs)
+
+
+class Scored(Wrapped):
     """A model whose outputs are the logits alone, where it returns them by that name.
 
     Logits of positions that do not count are constant, so that nothing depends on them.
@@ -50,8 +75,8 @@ class Scored(nn.Module):
     """
 
     def __init__(self, model: nn.Module, of_classes: bool) -> None:
-        super().__init__()
-        self.model, self.of_classes = model, of_classes
+        super().__init__(model)
+        self.of_classes = of_classes
         self.task: Task | None = None
 
     def forward(self, inputs: Any) -> Any:
@@ -67,10 +92,6 @@ class Scored(nn.Module):
         if counts is None or counts.shape != logits.shape[:1] + logits.shape[2:]:
             return logits
         return torch.where(counts.unsqueeze(1), logits, 0.0)
-
-    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's own names."""
-        return self.model.named_parameters(*args, **options)
 
 
 def has_names(batch: Any) -> bool:

@@ -158,7 +158,7 @@ def condensed(
     found: Groups = {}
     total = 0
     for names, group in groups.items():
-        layers = [call.let_go() for call in group if isinstance(call, LayerCall)]
+        layers = [call.cut_graph() for call in group if isinstance(call, LayerCall)]
         kept = sum(layers) if len(layers) == len(group) else graph
         formed = samples * sum(parameters[name].nbytes for name in names)
         if formed <= kept:

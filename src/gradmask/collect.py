@@ -1,0 +1,389 @@
+"""The Fisher diagonal out of the training's own backward passes, for the price of the squares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradmask.containers import map_tensors, sample_count
+from gradmask.distributed import Groups, is_sharded, sum_over, unwrapped
+from gradmask.errors import DataError, ModelError, OptionError, first_names
+from gradmask.fisher.calls import differentiable
+from gradmask.fisher.capture import Capture, Ways
+from gradmask.fisher.likelihood import Loss
+from gradmask.fisher.losses import likelihood_of
+from gradmask.fisher.probe import training_ways
+from gradmask.fisher.reference import zero_squares
+from gradmask.fisher.scale import SCALED, logits_of, loss_scale
+from gradmask.parameters import trainable_parameters
+
+_PASS = "Measure in a pass of its own, in eval mode: mask.refresh(loader)."
+
+
+class Collector:
+    """Squares of per-sample gradients, added up while a model is trained.
+
+    F = 1/|D| Σ_n (∂ℓ_n/∂θ)² over the samples of the batches that were collected, each at the
+    weights that it was trained with, in train mode: dropout is part of it. `.grad` is as autograd
+    gives it, to the bit. A loss that is a mean (of samples, of tokens, scaled for mixed precision)
+    has c ∂ℓ_n/∂θ for every sample; squares are divided by c².
+
+    A context manager: hooks are on the model from entry to exit, around one training step or all.
+
+    Args:
+        model: The model that is trained, as it is wrapped; not compiled and not in shards.
+        loss: The negative log-likelihood that training follows, as of the mask.
+        options: As of `set`.
+
+    Raises:
+        OptionError: If an option is out of range.
+        ModelError: If the model cannot be measured while it trains.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss | None = None, **options: Any) -> None:
+        self.set(**options)
+        _check_model(model, loss)
+        self.model, self._loss = unwrapped(model), loss
+        self.seen = 0
+        self._sums: dict[str, Tensor] = {}
+        self._weight: Tensor | None = None  # of what is in the sums
+        self._ways: Ways | None = None
+        self._open: _Batch | None = None
+        self._handles: list[Any] = []
+        self._depth, self._busy, self._started_alone = 0, False, False
+
+    def set(
+        self, *, every: int = 1, average: float | None = None, scale: float | None = None
+    ) -> None:
+        """Change what is collected.
+
+        Args:
+            every: Collect one of so many forward passes in train mode.
+            average: None for the mean since the last `clear`; or β of an exponential average over
+                batches, corrected for its start: F ← β F + (1 − β) F_batch.
+            scale: c, if it is known; default: read off the gradient of the logits where the loss
+                is a cross-entropy (categorical or binary), else 1/N of N samples.
+
+        Raises:
+            OptionError: If one is out of range.
+        """
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise OptionError(f"every={every!r} must be a whole number of steps, at least 1.")
+        if average is not None and not 0 <= average < 1:
+            raise OptionError(f"average={average!r} must be in [0, 1): the share that stays.")
+        if scale is not None and not scale > 0:
+            raise OptionError(f"scale={scale!r} must be positive: loss = scale * sum of samples.")
+        self.every, self.average, self.scale = every, average, scale
+
+    def __enter__(self) -> Collector:
+        self._depth += 1
+        if self._depth == 1:
+            self._hook()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            for handle in self._handles:
+                handle.remove()
+            self._abandon()
+
+    def start(self) -> None:
+        """Collect from here on; again does nothing."""
+        if not self._started_alone:
+            self._started_alone = True
+            self.__enter__()
+
+    def stop(self) -> None:
+        """Collect no longer what `start` began."""
+        if self._started_alone:
+            self._started_alone = False
+            self.__exit__()
+
+    def _hook(self) -> None:
+        before, after = _Hook(self._begin), _Hook(self._listen)
+        self._handles = [
+            self.model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            self.model.register_forward_hook(after),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_handles": [], "_open": None, "_ways": None, "_busy": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._depth:
+            self._hook()
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        self._sums, self._weight = {}, None
+
+    def diagonal(self, groups: Groups = ()) -> dict[str, Tensor]:
+        """The Fisher diagonal of what was collected, of all ranks together.
+
+        Args:
+            groups: Groups of the ranks, which all must call.
+
+        Returns:
+            `{parameter name: tensor}`, mean over samples (or batches, with `average`).
+
+        Raises:
+            DataError: If nothing was collected.
+        """
+        parameters = trainable_parameters(self.model, self._loss)
+        weight = torch.zeros((), dtype=torch.float64, device="cpu")
+        if self._weight is not None:
+            weight = self._weight.cpu()
+        weight = sum_over(weight, groups)
+        if not weight:
+            raise DataError(
+                "Nothing was collected: call mask.refresh() after training steps (model.train(), "
+                "loss.backward()) inside mask.collect(), at least `every` of them."
+            )
+        found = {}
+        for name, parameter in parameters.items():
+            total = self._sums.get(name)
+            total = zero_squares(parameter) if total is None else total
+            found[name] = sum_over(total, groups) / weight.to(total)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was collected: tensors and plain numbers."""
+        weight = 0.0 if self._weight is None else float(self._weight)
+        sums = {name: total.clone() for name, total in self._sums.items()}
+        return {"seen": self.seen, "weight": weight, "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        parameters = trainable_parameters(self.model, self._loss)
+        self.seen = state["seen"]
+        self._sums = {n: s.to(parameters[n].device, copy=True) for n, s in state["sums"].items()}
+        device = next(iter(parameters.values())).device
+        self._weight = torch.tensor(state["weight"], dtype=torch.float64, device=device)
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        recomputes = torch._C._current_graph_task_id() != -1  # of activation checkpointing
+        if self._busy or recomputes or not model.training or not torch.is_grad_enabled():
+            return
+        self._abandon()
+        self.seen += 1
+        if (self.seen - 1) % self.every:
+            return
+        parameters = trainable_parameters(model, self._loss)
+        count = sample_count((args, kwargs))
+        if not count:
+            return
+        _check_mode(model)
+        if self._ways is None:
+            self._ways = self._find_ways(args, kwargs, parameters, count)
+        ways = self._ways if count > 1 else None
+        self._open = _Batch(
+            Capture(model, parameters, count, ways, listens=True), parameters, count
+        )
+
+    def _find_ways(
+        self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter], count: int
+    ) -> Ways:
+        two = map_tensors(lambda t: _two(t, count).detach() if t.dim() else t, (args, kwargs))
+        self._busy = True
+        try:
+            return training_ways(self.model, two, parameters)
+        finally:
+            self._busy = False
+
+    def _listen(self, _: nn.Module, __: Any, outputs: Any) -> None:
+        batch = self._open
+        if batch is None or self._busy or batch.roots:
+            return
+        batch.roots = list(dict.fromkeys(t.grad_fn for t in differentiable(outputs)))
+        if not batch.roots:
+            self._abandon()
+            return
+        try:
+            batch.capture.resolve(outputs)
+            _check_handled(batch.parameters.keys() - batch.capture.handled)
+        except BaseException:
+            self._abandon()
+            raise
+        batch.capture.listen(batch.squares)
+        for root in batch.roots:
+            root.register_prehook(partial(self._started, batch))
+        likelihood = likelihood_of(self._loss) if self._loss else "cross_entropy"
+        logits = logits_of(outputs)
+        if self.scale is None and logits is not None and likelihood in SCALED:
+            assert logits.grad_fn is not None
+            note = partial(batch.note_scale, logits.detach(), logits.output_nr, likelihood)
+            logits.grad_fn.register_prehook(note)
+
+    def _started(self, batch: _Batch, _: Any) -> None:
+        if batch.started:
+            return
+        batch.started = True
+        if batch is not self._open:
+            raise ModelError(
+                "The model ran twice before loss.backward(), so which gradients belong to one "
+                f"sample cannot be told: run backward after each forward pass. {_PASS}"
+            )
+        Variable._execution_engine.queue_callback(partial(self._finish, batch))
+
+    @torch.no_grad()
+    def _finish(self, batch: _Batch) -> None:
+        self._open = None
+        try:
+            batch.capture.square_rest(batch.squares)
+            if batch.trained():
+                self._add(batch)
+        finally:
+            batch.capture.__exit__(None, None, None)
+
+    def _add(self, batch: _Batch) -> None:
+        """Add a batch's squares, as they would be of each sample's own loss."""
+        count = float(batch.count)
+        device = next(iter(batch.parameters.values())).device
+        scale = torch.full((), 1 / count, dtype=torch.float64, device=device)
+        if self.scale is not None:
+            scale.fill_(self.scale)
+        elif batch.scale is not None:
+            scale = torch.where(batch.scale.isnan(), scale, batch.scale.to(device))
+        share = 1.0 if self.average is None else (1 - self.average) / count
+        factor, new = share / scale.square(), torch.full_like(scale, share * count)
+        keep = torch.full_like(scale, 1.0 if self.average is None else self.average)
+        if batch.may_overflow:  # then the optimizer leaves the step out
+            fine = torch.stack([s.sum().double() for s in batch.squares.values()]).isfinite().all()
+            keep, new = torch.where(fine, keep, 1.0), torch.where(fine, new, 0.0)
+            for squares in batch.squares.values():
+                squares.nan_to_num_(0.0, 0.0, 0.0)
+            factor = torch.where(fine, factor, 0.0)
+        before = self._weight if self._weight is not None else torch.zeros_like(factor)
+        self._weight = before * keep + new
+        if self.average is not None:
+            for total in self._sums.values():
+                total *= keep.to(total)
+        for name, squares in batch.squares.items():
+            squares *= factor.to(squares)
+            self._sums[name] = self._sums[name].add_(squares) if name in self._sums else squares
+
+    def _abandon(self) -> None:
+        """Let go of a forward pass that had no backward pass."""
+        if self._open is not None:
+            self._open.capture.__exit__(None, None, None)
+            self._open = None
+
+
+class _Hook:
+    """A hook of this model alone, which a copy or a file of the model has not.
+
+    Args:
+        function: What is called.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for a hook in a copy."""
+
+
+class _Batch:
+    """One forward pass, and what its backward pass gives."""
+
+    def __init__(self, capture: Capture, parameters: dict[str, nn.Parameter], count: int) -> None:
+        self.capture, self.parameters, self.count = capture, parameters, count
+        self.roots: list[Any] = []
+        self.squares: dict[str, Tensor] = _Squares(parameters)
+        self.scale: Tensor | None = None
+        self.started = False
+        types = {p.device.type for p in parameters.values()}
+        self.may_overflow = any(
+            torch.is_autocast_enabled(t) and torch.get_autocast_dtype(t) == torch.float16
+            for t in types
+        )
+        self._before = {name: _mark(p) for name, p in parameters.items()}
+
+    def note_scale(
+        self, logits: Tensor, place: int, likelihood: str, gradients: tuple[Tensor | None, ...]
+    ) -> None:
+        """What the loss multiplies a sample's own by."""
+        gradient = gradients[place]
+        if gradient is not None and gradient.shape == logits.shape:
+            with torch.no_grad():
+                self.scale = loss_scale(logits, gradient, likelihood)
+
+    def trained(self) -> bool:
+        """Whether the backward pass gave parameters gradients: else it was one for other ends."""
+        return any(_mark(p) != self._before[name] for name, p in self.parameters.items())
+
+
+class _Squares(dict[str, Tensor]):
+    """Sums that are zero until something is added."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters = parameters
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = zero_squares(self._parameters[name])
+        return self[name]
+
+
+def _mark(parameter: nn.Parameter) -> tuple[int, int]:
+    return (0, 0) if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
+
+
+def _two(tensor: Tensor, count: int) -> Tensor:
+    return tensor[:2] if count > 1 else torch.cat([tensor] * 2)
+
+
+def _check_model(model: nn.Module, loss: Any) -> None:
+    """Refuse what no training pass can be measured of."""
+    for name, parameter in trainable_parameters(model, loss).items():
+        if is_sharded(parameter):
+            raise ModelError(
+                f"Parameter {name!r} is in shards (fully_shard), of which a training pass has only "
+                f"parts. {_PASS}"
+            )
+        if name.startswith("loss.") and isinstance(loss, nn.Module):
+            raise ModelError(f"The loss has parameters of its own ({name}). {_PASS}")
+    for module in model.modules():
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or hasattr(module, "_orig_mod"):
+            raise ModelError(
+                f"{type(module).__name__} is compiled, which hides its layers while it trains: "
+                f"leave torch.compile out. {_PASS}"
+            )
+
+
+def _check_mode(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise ModelError(
+                f"Layer {name!r} ({type(module).__name__}) normalises with the statistics of the "
+                "batch while it trains, which mixes the samples: they have no gradients of their "
+                f"own. {_PASS} Or use GroupNorm or LayerNorm, or keep the layer in eval mode."
+            )
+
+
+def _check_handled(missing: Iterable[str]) -> None:
+    if missing := set(missing):
+        raise ModelError(
+            f"No rule measures {first_names(missing)} in training's own pass: register one for the "
+            f"layer (gradmask.fisher.register_rule), or freeze it. {_PASS}"
+        )

@@ -1,0 +1,74 @@
+"""What a training loss multiplies each sample's own loss by, seen in the gradient of the outputs.
+
+A mean over samples or tokens, a part of an accumulated batch, and loss scaling are one factor c:
+the gradient of the logits z is c (p − y) where the sample's own negative log-likelihood has p − y.
+With one-hot labels y it can be read off: c = Σ_n −min_k ∂L/∂z_nk / Σ_n (1 − p_nk*).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALED = ("cross_entropy", "bernoulli")
+_ROWS = 256  # distributions that are looked at
+
+
+def logits_of(outputs: Any) -> Tensor | None:
+    """The logits among what a model returned: itself, by that name, or the first; None if not."""
+    first = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+    found = getattr(outputs, "logits", first)
+    if not isinstance(found, Tensor) or found.dim() < 2 or found.grad_fn is None:
+        return None
+    return found if found.is_floating_point() else None
+
+
+def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
+    """The factor that every sample's own negative log-likelihood has in the loss.
+
+    Args:
+        logits: Shape (N, C, ...) or (N, ..., C) of `cross_entropy`, any of `bernoulli`.
+        gradient: Of the loss, likewise.
+        likelihood: `cross_entropy` or `bernoulli`.
+
+    Returns:
+        A scalar in float64, where the logits are; NaN if the gradient is not that of one factor
+        and labels that are sure (smoothed labels, weights of classes, another loss).
+    """
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    if likelihood == "bernoulli":
+        z, g = (_some(t.reshape(-1, 1)).to(kind) for t in (logits, gradient))
+        p, up = z.sigmoid(), g > 0  # a label of 0
+        sure = torch.where(up, p, 1 - p)
+        size = g.abs()
+        model = sure * g.sign()
+    else:
+        dimension = _classes(gradient)
+        z, g = (
+            _some(t.movedim(dimension, -1).reshape(-1, t.shape[dimension])).to(kind)
+            for t in (logits, gradient)
+        )
+        label = g.argmin(1, keepdim=True)
+        p = z.softmax(1).scatter(1, label, 0.0)
+        sure = p.sum(1, keepdim=True)
+        size = -g.gather(1, label)
+        model = p.scatter(1, label, -sure)
+    counts = (g.abs().amax(1, keepdim=True) > 0).to(kind)  # ignored ones have gradient zero
+    scale = (size * counts).double().sum() / (sure * counts).double().sum()
+    off = (g - scale.to(kind) * model * counts).double().norm()
+    rough = 3e-2 if min(logits.itemsize, gradient.itemsize) < 4 else 1e-3
+    return torch.where(off <= rough * g.double().norm(), scale, torch.nan)
+
+
+def _classes(gradient: Tensor) -> int:
+    """The dimension over which the gradient of a softmax's logits adds up to zero: 1 or -1."""
+    if gradient.dim() == 2:
+        return 1
+    few = gradient[:4].float()
+    return min((-1, 1), key=lambda d: float(few.sum(d).norm()))
+
+
+def _some(rows: Tensor) -> Tensor:
+    return rows[:: max(1, len(rows) // _ROWS)]
