@@ -69,6 +69,53 @@ def test_squared_products(samples, outputs, inputs, places, dtype, threads):
 
 
 @needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("samples", "groups", "outputs", "kernel", "size"),
+    [
+        (3, 5, 1, (3, 3), (7, 6)),
+        (2, 1, 6, (5, 5), (9, 9)),
+        (1, 2, 2, (1, 11), (3, 13)),
+        (4, 3, 7, (7, 7), (7, 7)),
+        (2, 2, 20, (2, 3), (5, 4)),
+        (1, 1, 1, (1, 1), (1, 1)),
+    ],
+)
+def test_groups(samples, groups, outputs, kernel, size, dtype, threads):
+    """Few outputs in a group have a kernel of their own, with vectors along the offsets."""
+    x = torch.randn(samples, groups, *size, dtype=dtype)
+    rows, columns = (torch.arange(n) for n in kernel)
+    offsets = (rows[:, None] * size[1] + columns).flatten()
+    ends = [s - k + 1 for s, k in zip(size, kernel, strict=True)]
+    positions = (torch.arange(ends[0])[:, None] * size[1] + torch.arange(ends[1])).flatten()
+    g = torch.randn(samples, groups, len(positions), outputs, dtype=dtype).transpose(2, 3)
+    total, weights = torch.rand(2, groups, outputs, len(offsets), dtype=dtype)
+    patches = x.double().flatten(2)[:, :, positions[:, None] + offsets]
+    squares = torch.einsum("ngkp,ngpd->ngkd", g.double(), patches).square()
+    exact = total.double() + squares.sum(0), (squares * weights).sum((1, 2, 3))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        add_squared_products(total, g, x, Places(positions, offsets))
+        values = weigh_squared_products(weights, g, x, Places(positions, offsets))
+    finally:
+        torch.set_num_threads(before)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    for found, truth in zip((total, values), exact, strict=True):
+        assert ((found.double() - truth).abs() / truth).max() < tolerance
+
+
+@needs_compiler
+def test_no_lane_beyond_the_inputs_is_counted():
+    x = torch.ones(2, 1, 16)
+    x[:, :, 3:] = torch.inf  # read with the rest, and left out
+    places = Places(torch.zeros(1, dtype=torch.int64), torch.arange(3))
+    values = weigh_squared_products(torch.ones(1, 1, 3), torch.ones(2, 1, 1, 1), x, places)
+    assert values.tolist() == [3.0, 3.0]
+
+
+@needs_compiler
 def test_any_strides():
     g = torch.randn(7, 4, 5, dtype=torch.float64).permute(1, 2, 0)
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64).permute(2, 0, 1, 3)  # samples third
@@ -231,7 +278,8 @@ for samples, outputs, inputs, places, splits in {cases}:
     patches = x[:, positions[:, None] + offsets].double()
     truth = total.double() + torch.einsum("nkp,npd->nkd", g.double(), patches).square().sum(0)
     work = gate.check_products(total, g, x, gate.Places(positions, offsets), written=True)
-    triton_products.add_squared_products(work)
+    one = work._replace(matrix=work.matrix[0], g=work.g[:, 0], x=work.x[:, 0])
+    triton_products.add_squared_products(one)
     assert ((total - truth) / truth).abs().max() < 1e-5, (samples, outputs, inputs, places)
 """
 

@@ -115,9 +115,10 @@ def products(dice):
     n, k, p, d = (dice.choice([0, 1, 2, 3, 9, 40]) for _ in range(4))
     dtype, length = dice.choice(REALS), dice.choice([1, 5, 60])
     places = [torch.tensor([dice.randrange(length) for _ in range(s)]).long() for s in (p, d)]
-    g, x = some(dice, (n, k, p), dtype), some(dice, (n, 2 * length - 1), dtype)
+    groups = dice.choice([(), (), (1,), (3,)])
+    g, x = some(dice, (n, *groups, k, p), dtype), some(dice, (n, *groups, 2 * length - 1), dtype)
     return {
-        "matrix": some(dice, (k, d), dtype).abs(),
+        "matrix": some(dice, (*groups, k, d), dtype).abs(),
         "g": g,
         "x": x,
         "p": places[0],
@@ -128,14 +129,18 @@ def products(dice):
 def squares(matrix, g, x, p, d):
     assert len({t.dtype for t in (matrix, g, x)}) == 1
     assert p.dtype == d.dtype == torch.int64
-    assert p.shape + d.shape == (g.shape[2], matrix.shape[1])
-    assert (len(x), matrix.shape[0]) == g.shape[:2]
-    patches = torch.zeros(len(g), len(p), len(d), dtype=torch.float64)
+    assert g.dim() in (3, 4)
+    assert p.shape + d.shape == (g.shape[-1], matrix.shape[-1])
+    assert matrix.shape[:-1] == g.shape[1:-1]
+    outer = g.shape[:-2]  # samples, and groups
+    assert x.shape[: len(outer)] == outer
+    patches = torch.zeros(*outer, len(p), len(d), dtype=torch.float64)
     if g.numel() and matrix.numel():  # or nothing is read
-        last = sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True))
-        memory = x.as_strided((len(x), last + 1), (x.stride(0), 1)).double()
-        patches = memory[:, p[:, None] + d]
-    return torch.einsum("nkp,npd->nkd", g.double(), patches).square()
+        inner = zip(x.shape[len(outer) :], x.stride()[len(outer) :], strict=True)
+        last = sum((n - 1) * step for n, step in inner)
+        memory = x.as_strided((*outer, last + 1), (*x.stride()[: len(outer)], 1)).double()
+        patches = memory[..., p[:, None] + d]
+    return torch.einsum("...kp,...pd->...kd", g.double(), patches).square()
 
 
 def added(**given):
@@ -143,7 +148,7 @@ def added(**given):
 
 
 def weighed(**given):
-    return {"result": (squares(**given) * given["matrix"].double()).sum((1, 2))}
+    return {"result": (squares(**given) * given["matrix"].double()).flatten(1).sum(1)}
 
 
 def digits(dice):

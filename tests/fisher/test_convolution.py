@@ -63,9 +63,10 @@ def test_all_ways_agree_with_autograd(case, samples, elements, monkeypatch):
 @pytest.mark.parametrize(
     ("layer", "kernels", "way"),
     [
-        (nn.Conv2d(2, 3, 3), True, "add_by_groups"),  # few outputs
+        (nn.Conv2d(2, 3, 3), True, "add_by_products"),
+        (nn.Conv2d(2, 3, 1), True, "add_by_groups"),  # few outputs, and no neighbours
         (nn.Conv2d(2, 8, 3), True, "add_by_products"),
-        (nn.Conv2d(16, 16, 3, groups=16), True, "add_by_groups"),
+        (nn.Conv2d(16, 16, 3, groups=16), True, "add_by_products"),
         (nn.Conv2d(2, 8, 3), False, "add_by_groups"),
         (nn.Conv2d(200, 200, 3), False, "add_by_unfolding"),
         (nn.Conv1d(300, 300, 3), False, "add_by_samples"),

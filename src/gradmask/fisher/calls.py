@@ -74,12 +74,12 @@ class LayerCall(Call):
     def __init__(
         self, module: nn.Module, rule: LayerRule, names: dict[str, str], x: Tensor, output: Tensor
     ) -> None:
-        super().__init__(names, [get_gradient_edge(output)])
+        super().__init__(names, [edge_of(output)])
         self.kind = ("rule", id(module))
         self.module, self.rule = module, rule
         self.x, self.version = x.detach(), x._version
         if x.requires_grad:
-            self.inputs = {get_gradient_edge(x).node}
+            self.inputs = {edge_of(x).node}
 
     def pair(self, samples: slice = ALL) -> tuple[Tensor, Tensor]:
         """Inputs of some samples, and the gradients of what became of them."""
@@ -238,6 +238,13 @@ def square_together(
                     "dimension of the samples."
                 )
             add_squares(totals[name], gradient)
+
+
+def edge_of(tensor: Tensor) -> GradientEdge:
+    """As `get_gradient_edge`, quicker where an operation made the tensor."""
+    if tensor.grad_fn is None:
+        return get_gradient_edge(tensor)
+    return GradientEdge(tensor.grad_fn, tensor.output_nr)
 
 
 def full_precision(tensor: Tensor) -> Tensor:

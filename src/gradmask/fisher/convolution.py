@@ -8,7 +8,7 @@ which GPUs do well. Which is fastest depends on the weight's shape (`gradmask be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -26,8 +26,8 @@ from gradmask.kernels import (
 
 # Above this many entries a weight gradient per group is slower than one per call (on CPUs).
 GROUPED_ELEMENTS = 1 << 18
-# With fewer outputs in a group most of the kernel's vectors would be empty.
-VECTOR_OUTPUTS = 8
+# With fewer outputs in a group, and inputs that are no neighbours, the kernel's vectors are empty.
+VECTOR_OUTPUTS, VECTOR_INPUTS = 8, 3
 
 Way = Callable[[_ConvNd, Tensor, Tensor, Tensor], None]
 
@@ -88,38 +88,35 @@ def _points(sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
     return places
 
 
-def _contractions(
+def _contraction(
     module: _ConvNd, x: Tensor, g: Tensor, matrix: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Places]]:
-    """What the kernels for squared products work on, for each group, with its part of `matrix`.
+) -> tuple[Tensor, Tensor, Tensor, Places]:
+    """What the kernels for squared products work on: `matrix` and the others by groups.
 
     The weight gradient of a transposed convolution is that of a convolution from its output to
     its input.
     """
     still, moving = (x, g) if module.transposed else (g, x)
     if module.transposed or not _pads_itself(module):
-        moving = F.pad(moving, module._reversed_padding_repeated_twice)
+        if any(module._reversed_padding_repeated_twice):
+            moving = F.pad(moving, module._reversed_padding_repeated_twice)
     else:
         moving = _padded(module, moving)
+    if module.groups > 1:
+        moving = moving.contiguous()  # a group's pixels lie side by side
     channel, *steps = moving.stride()[1:]
     strides = [a * b for a, b in zip(module.stride, steps, strict=True)]
     dilations = [a * b for a, b in zip(module.dilation, steps, strict=True)]
     positions = tuple(still.shape[2:]), tuple(strides)
     places = _places(positions, (tuple(matrix.shape[1:]), (channel, *dilations)))
-    parts = zip(
-        matrix.flatten(1).chunk(module.groups),
-        still.chunk(module.groups, 1),
-        moving.chunk(module.groups, 1),
-        strict=True,
-    )
-    for part, outputs, inputs in parts:
-        yield part, outputs.flatten(2), inputs, places
+    groups = module.groups, -1
+    outputs, inputs = still.flatten(2).unflatten(1, groups), moving.unflatten(1, groups)
+    return matrix.flatten(1).unflatten(0, groups), outputs, inputs, places
 
 
 def add_by_products(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
     """Add the squares by the kernel that forms no per-sample gradient."""
-    for contraction in _contractions(module, x, g, total):
-        add_squared_products(*contraction)
+    add_squared_products(*_contraction(module, x, g, total))
 
 
 def by_groups(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
@@ -206,7 +203,8 @@ WAYS: tuple[Way, ...] = (add_by_products, add_by_groups, add_by_unfolding, add_b
 def fastest_way(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> Way:
     """Which of the ways to take, by the weight's shape and the device."""
     outputs = len(total) // module.groups
-    if outputs >= VECTOR_OUTPUTS and can_add_squared_products(total, x, g):
+    fills = outputs >= VECTOR_OUTPUTS or module.kernel_size[-1] >= VECTOR_INPUTS
+    if fills and can_add_squared_products(total, x, g):
         return add_by_products
     if module.weight.numel() <= GROUPED_ELEMENTS and not x.is_cuda:
         return add_by_groups
@@ -231,8 +229,7 @@ def _weigh_squares(
         weight = weights["weight"]
         if x.is_cuda or fastest_way(module, x, g, weight) is not add_by_products:
             return None
-        for contraction in _contractions(module, x, g, weight):
-            values += weigh_squared_products(*contraction)
+        values += weigh_squared_products(*_contraction(module, x, g, weight))
     if "bias" in weights:
         values += g.flatten(2).sum(2).square_() @ weights["bias"]
     return values

@@ -39,7 +39,7 @@ def explanations(
         inputs = {node for call in calls for node in call.inputs}
         return bool(calls) and enclosed(leaf, outputs, inputs, parents, roots)
 
-    layers = [call for call in observer.layers if name in call.names.values()]
+    layers = list(dict.fromkeys(observer.layers.get(name, ())))
     if explain(layers):
         yield list(layers)
     # Operations alone, or together with calls of layers where these are one operation each.

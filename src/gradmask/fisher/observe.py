@@ -25,12 +25,12 @@ class Observer:
         batch_size: Samples in the batch, dimension 0 of what is noted.
 
     Attributes:
-        layers: Calls of layers that have a rule.
+        layers: Calls of layers that have a rule, by the names of their parameters.
         modules: Calls of other modules, inner modules first.
     """
 
     def __init__(self, model: nn.Module, names: dict[int, str], batch_size: int) -> None:
-        self.layers: list[LayerCall] = []
+        self.layers: dict[str, list[LayerCall]] = defaultdict(list)
         self.modules: list[ModuleCall] = []
         self._names, self.batch_size = names, batch_size
         self._arguments: dict[nn.Module, list[Any]] = defaultdict(list)
@@ -98,7 +98,9 @@ class Observer:
         args, kwargs, output = found
         simple = len(args) == 1 and not kwargs and self._spans(args[0]) and self._spans(output)
         if simple and output.grad_fn is not None and not output.is_complex():
-            self.layers.append(LayerCall(module, rule, dict(names), args[0], output))
+            call = LayerCall(module, rule, dict(names), args[0], output)
+            for name in names.values():
+                self.layers[name].append(call)
 
     def _note_arguments(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._watching:

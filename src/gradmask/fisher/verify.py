@@ -53,7 +53,8 @@ class Schedule:
 
     Two of the first batch and of every batch whose graph has other operations; one of batches 9,
     81, 729, ..., of the 1st, 2nd, 4th, 8th, ... batch of sizes not seen before and, as long as
-    some parameters have had no gradient in any check, of batches 2, 4, 8, ...
+    some parameters have had no gradient in any check, of batches 2, 4, 8, ... (not in a pass like
+    an earlier one, which did so).
 
     Args:
         verify: `spread`, `all` or False.
@@ -66,6 +67,7 @@ class Schedule:
         self.verify, self._unseen = verify, set(names)
         self._generator = torch.Generator().manual_seed(seed)
         self._batches = self._sizes = self._turn = 0
+        self._passed = False
         self._known: set[Hashable] = set()
 
     def check(
@@ -82,6 +84,7 @@ class Schedule:
         if not self.verify:
             return None
         self._batches += 1
+        self._passed |= passed
         new = structure not in self._known
         resized = not new and sizes not in self._known
         self._known |= {structure, sizes}
@@ -90,7 +93,7 @@ class Schedule:
             new
             or (resized and _is_power(self._sizes, 2))
             or _is_power(self._batches, 9)
-            or (self._unseen and _is_power(self._batches, 2))
+            or (self._unseen and not self._passed and _is_power(self._batches, 2))
         )
         if not (due or self.verify == "all"):
             return None

@@ -65,7 +65,15 @@ class Places:
 
 
 class Contraction(NamedTuple):
-    """What the kernels for squared products work on; `check_products` makes it."""
+    """What the kernels for squared products work on; `check_products` makes it.
+
+    Attributes:
+        matrix: Shape (G, K, D).
+        g: Shape (N, G, K, P).
+        x: Shape (N, G, ...).
+        positions: P places in a sample's group.
+        offsets: D places from there.
+    """
 
     matrix: Tensor
     g: Tensor
@@ -272,23 +280,27 @@ def check_products(
     _check_memory("x", x, {g.dtype}, g.device)
     _check_memory("the total, or weights,", matrix, {g.dtype}, g.device, contiguous=True)
     positions, offsets = places.shape
-    if g.dim() != 3 or x.dim() < 1 or (len(x), positions) != (g.shape[0], g.shape[2]):
+    before = g.shape[: g.dim() - 2]  # samples, and groups
+    if g.dim() not in (3, 4) or x.shape[: len(before)] != before or g.shape[-1] != positions:
         shapes = f"{tuple(g.shape)}, {tuple(x.shape)}, {(positions,)}"
         raise ValueError(f"g, x and positions do not fit each other: {shapes}")
-    if matrix.shape != (g.shape[1], offsets):
-        shape = g.shape[1], offsets
+    if matrix.shape != (*g.shape[1:-1], offsets):
+        shape = *g.shape[1:-1], offsets
         raise ValueError(f"the total, or weights, must be of shape {shape}")
     if not (matrix.numel() and g.numel()):
         return None
     if prod(g.shape) > _MOST:
         raise ValueError(f"g has shape {tuple(g.shape)}: that is too large")
-    steps = zip(x.shape[1:], x.stride()[1:], strict=True)
+    inner = len(before)
+    steps = zip(x.shape[inner:], x.stride()[inner:], strict=True)
     extent = sum((size - 1) * step for size, step in steps)
     if places.least < 0 or places.most > extent:
         raise ValueError("positions and offsets reach beyond a sample")
     start, end = matrix.data_ptr(), matrix.data_ptr() + matrix.nbytes
     if written and any(t.data_ptr() < end and start < t.data_ptr() + _span(t) for t in (g, x)):
         raise ValueError("the total lies in the memory of what it is made from")
+    if inner == 1:
+        matrix, g, x = matrix.unsqueeze(0), g.unsqueeze(1), x.unsqueeze(1)
     return Contraction(matrix, g, x, *places.on(g.device))
 
 

@@ -42,9 +42,9 @@ def add_squared_products(total: Tensor, g: Tensor, x: Tensor, places: Places) ->
     unfolding that is read in place.
 
     Args:
-        total: Shape (K, D), contiguous; changed in place.
-        g: Shape (N, K, P), any strides.
-        x: Samples in dimension 0; within a sample any strides.
+        total: Shape (K, D), or (G, K, D) for G groups of channels; contiguous, changed in place.
+        g: Shape (N, K, P), or (N, G, K, P); any strides.
+        x: Samples in dimension 0, and groups in dimension 1; within these any strides.
         places: P positions and D offsets.
 
     Raises:
@@ -59,7 +59,9 @@ def add_squared_products(total: Tensor, g: Tensor, x: Tensor, places: Places) ->
     if g.is_cuda and can_add_squared_products(total, g, x):
         triton_products = _triton()
         assert triton_products is not None
-        triton_products.add_squared_products(work)
+        for group, total in enumerate(work.matrix):
+            one = work._replace(matrix=total, g=work.g[:, group], x=work.x[:, group])
+            triton_products.add_squared_products(one)
     else:
         _run(work, None)
 
@@ -70,9 +72,9 @@ def weigh_squared_products(weights: Tensor, g: Tensor, x: Tensor, places: Places
     On CPUs only, otherwise as `add_squared_products`.
 
     Args:
-        weights: Shape (K, D), contiguous.
-        g: Shape (N, K, P), any strides.
-        x: Samples in dimension 0; within a sample any strides.
+        weights: Shape (K, D), or (G, K, D); contiguous.
+        g: Shape (N, K, P), or (N, G, K, P); any strides.
+        x: Samples in dimension 0, and groups in dimension 1; within these any strides.
         places: P positions and D offsets.
 
     Returns:
@@ -96,11 +98,11 @@ def _run(work: Contraction, values: Tensor | None) -> None:
     if library is None:
         raise ValueError(f"there is no kernel for {g.dtype} on {g.device} here")
     arguments = [
-        *map(ctypes.c_int64, (*g.shape[:2], len(offsets), g.shape[2])),
+        *map(ctypes.c_int64, (*g.shape[:3], len(offsets), g.shape[3])),
         pointer(g),
         *map(ctypes.c_int64, g.stride()),
         pointer(x),
-        ctypes.c_int64(x.stride(0)),
+        *map(ctypes.c_int64, x.stride()[:2]),
         pointer(positions),
         pointer(offsets),
         pointer(matrix),

@@ -1,4 +1,4 @@
-/* Of G[n][k][d] = Σ_p g[n][k][p] · x[n][position[p] + offset[d]], one of
+/* Of G[n][k][d] = Σ_p g[n][k][p] · x[n][position[p] + offset[d]], for each group of channels, one of
 
    total[k][d] += Σ_n G[n][k][d]²
    values[n] += Σ_kd weights[k][d] · G[n][k][d]²
@@ -132,12 +132,11 @@ static void use_tile(const Work *work, int64_t a, int64_t b, int64_t first, int6
                 corner[k * work->inputs + d] += tile[d][k / LANES][k % LANES];
 }
 
-/* `matrix` is the total, or with `values` the weights.
-   Returns 0, or 1 if there is no memory for the panels. */
-int squared_products(int64_t samples, int64_t outputs, int64_t inputs, int64_t positions,
-                     const Real *g, int64_t g_sample, int64_t g_output, int64_t g_position,
-                     const Real *x, int64_t x_sample, const int64_t *position,
-                     const int64_t *offset, Real *matrix, double *values, int threads)
+/* Many outputs in one group: vectors of outputs. */
+static int many_outputs(int64_t samples, int64_t outputs, int64_t inputs, int64_t positions,
+                        const Real *g, int64_t g_sample, int64_t g_output, int64_t g_position,
+                        const Real *x, int64_t x_sample, const int64_t *position,
+                        const int64_t *offset, Real *matrix, double *values, int threads)
 {
     int64_t across = (outputs + WIDTH - 1) / WIDTH, down = (inputs + DEPTH - 1) / DEPTH;
     int64_t size = positions * WIDTH;
@@ -181,4 +180,140 @@ int squared_products(int64_t samples, int64_t outputs, int64_t inputs, int64_t p
     free(panels);
     free(padded);
     return 0;
+}
+
+#define CHUNKS 4 /* vectors of inputs at a time */
+
+/* Neighbouring inputs, at most a vector of them. */
+typedef struct {
+    int64_t first, count;
+} Chunk;
+
+/* One sample's vectors of inputs, of one output. */
+static inline void form_chunks(int64_t positions, const Real *g, int64_t g_position, const Real *x,
+                               const int64_t *position, const int64_t *offset,
+                               const Chunk *chunk, Vector sum[CHUNKS])
+{
+    Vector odd[CHUNKS];
+    const Real *shifted[CHUNKS];
+    for (int c = 0; c < CHUNKS; c++) {
+        sum[c] = odd[c] = (Vector){0};
+        shifted[c] = x + offset[chunk[c].first];
+    }
+    int64_t p = 0;
+    for (; p + 1 < positions; p += 2)
+        for (int c = 0; c < CHUNKS; c++) {
+            sum[c] += g[p * g_position] * *(const Vector *)(shifted[c] + position[p]);
+            odd[c] += g[(p + 1) * g_position] * *(const Vector *)(shifted[c] + position[p + 1]);
+        }
+    if (p < positions)
+        for (int c = 0; c < CHUNKS; c++)
+            sum[c] += g[p * g_position] * *(const Vector *)(shifted[c] + position[p]);
+    for (int c = 0; c < CHUNKS; c++)
+        sum[c] += odd[c];
+}
+
+/* Few outputs in each of many groups, as in depthwise convolutions: vectors of inputs.
+   Vectors reach beyond the last input, so that they are read from a copy of the sample's group. */
+static int few_outputs(int64_t samples, int64_t groups, int64_t outputs, int64_t inputs,
+                       int64_t positions, const Real *g, int64_t g_sample, int64_t g_group,
+                       int64_t g_output, int64_t g_position, const Real *x, int64_t x_sample,
+                       int64_t x_group, const int64_t *position, const int64_t *offset,
+                       Real *matrix, double *values, int threads)
+{
+    int failed = 0;
+    int64_t chunks = 0, last = 0, reach = 0;
+    Chunk *chunk = malloc((inputs + CHUNKS) * sizeof(Chunk));
+    if (!chunk)
+        return 1;
+    for (int64_t d = 0; d < inputs; d++) {
+        if (d && offset[d] == offset[d - 1] + 1 && chunk[chunks - 1].count < LANES)
+            chunk[chunks - 1].count++;
+        else
+            chunk[chunks++] = (Chunk){d, 1};
+        reach = offset[d] > reach ? offset[d] : reach;
+    }
+    for (int64_t p = 0; p < positions; p++)
+        last = position[p] > last ? position[p] : last;
+    reach += last + 1;
+    int64_t blocks = (chunks + CHUNKS - 1) / CHUNKS;
+    for (int64_t c = chunks; c < blocks * CHUNKS; c++) /* nothing of these is kept */
+        chunk[c] = (Chunk){0, 0};
+    int64_t shares = values ? threads : groups * outputs;
+
+#pragma omp parallel num_threads(threads)
+    {
+        Real *copy = calloc(reach + LANES, sizeof(Real));
+        Vector *tile = aligned_alloc(BYTES, blocks * CHUNKS * BYTES);
+        if (!copy || !tile)
+#pragma omp atomic write
+            failed = 1;
+#pragma omp barrier
+#pragma omp for
+        for (int64_t share = 0; share < shares; share++) {
+            if (failed)
+                continue;
+            /* Threads share out the samples if each has a value, else the outputs. */
+            int64_t n0 = values ? samples * share / threads : 0;
+            int64_t n1 = values ? samples * (share + 1) / threads : samples;
+            int64_t k0 = values ? 0 : share, k1 = values ? groups * outputs : share + 1;
+            for (int64_t k = k0; k < k1; k++) {
+                Real *row = matrix + k * inputs;
+                int64_t group = k / outputs;
+                memset(tile, 0, blocks * CHUNKS * BYTES);
+                if (values)
+                    for (int64_t c = 0; c < chunks; c++)
+                        for (int64_t i = 0; i < chunk[c].count; i++)
+                            tile[c][i] = row[chunk[c].first + i];
+                for (int64_t n = n0; n < n1; n++) {
+                    const Real *own = g + n * g_sample + group * g_group + k % outputs * g_output;
+                    Real value = 0;
+                    memcpy(copy, x + n * x_sample + group * x_group, reach * sizeof(Real));
+                    for (int64_t b = 0; b < blocks * CHUNKS; b += CHUNKS) {
+                        Vector sum[CHUNKS];
+                        form_chunks(positions, own, g_position, copy, position, offset, chunk + b,
+                                    sum);
+                        for (int c = 0; c < CHUNKS; c++) {
+                            sum[c] *= sum[c];
+                            if (values)
+                                for (int64_t i = 0; i < chunk[b + c].count; i++)
+                                    value += tile[b + c][i] * sum[c][i];
+                            else
+                                tile[b + c] += sum[c];
+                        }
+                    }
+                    if (values)
+                        values[n] += value;
+                }
+                if (!values)
+                    for (int64_t c = 0; c < chunks; c++)
+                        for (int64_t i = 0; i < chunk[c].count; i++)
+                            row[chunk[c].first + i] += tile[c][i];
+            }
+        }
+        free(copy);
+        free(tile);
+    }
+    free(chunk);
+    return failed;
+}
+
+/* `matrix` (groups, outputs, inputs) is the total, or with `values` the weights.
+   Returns 0, or 1 if there is no memory for copies. */
+int squared_products(int64_t samples, int64_t groups, int64_t outputs, int64_t inputs,
+                     int64_t positions, const Real *g, int64_t g_sample, int64_t g_group,
+                     int64_t g_output, int64_t g_position, const Real *x, int64_t x_sample,
+                     int64_t x_group, const int64_t *position, const int64_t *offset,
+                     Real *matrix, double *values, int threads)
+{
+    if (outputs < LANES)
+        return few_outputs(samples, groups, outputs, inputs, positions, g, g_sample, g_group,
+                           g_output, g_position, x, x_sample, x_group, position, offset, matrix,
+                           values, threads);
+    int failed = 0;
+    for (int64_t a = 0; a < groups && !failed; a++)
+        failed = many_outputs(samples, outputs, inputs, positions, g + a * g_group, g_sample,
+                              g_output, g_position, x + a * x_group, x_sample, position, offset,
+                              matrix + a * outputs * inputs, values, threads);
+    return failed;
 }
