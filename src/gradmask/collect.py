@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradmask.containers import map_tensors, sample_count
 from gradmask.distributed import Groups, is_sharded, sum_over, unwrapped
-from gradmask.errors import DataError, ModelError, OptionError, first_names
+from gradmask.errors import DataError, ModelError, OptionError, StateError, first_names
 from gradmask.fisher.calls import differentiable
 from gradmask.fisher.capture import Capture, Ways
 from gradmask.fisher.likelihood import Loss
@@ -165,8 +165,19 @@ class Collector:
 
         Args:
             state: What `state_dict` returned.
+
+        Raises:
+            StateError: If it is damaged, or of another model. Nothing changes then.
         """
         parameters = trainable_parameters(self.model, self._loss)
+        try:
+            shapes = {name: total.shape for name, total in state["sums"].items()}
+            fits = all(parameters[name].shape == shape for name, shape in shapes.items())
+            fits &= state["seen"] >= 0 and state["weight"] >= 0
+        except (KeyError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            raise StateError("What the state has collected is damaged, or of another model.")
         self.seen = state["seen"]
         self._sums = {n: s.to(parameters[n].device, copy=True) for n, s in state["sums"].items()}
         device = next(iter(parameters.values())).device

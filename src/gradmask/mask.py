@@ -31,7 +31,7 @@ from gradmask.fisher.adapter import Unpack, check_unpack
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
-from gradmask.mask_files import masks_sha256, read_masks, save_masks
+from gradmask.mask_files import masks_sha256, read_state, save_masks
 from gradmask.mask_state import check_masks, check_shapes, check_state, of_plain_model, placed
 from gradmask.mask_warnings import warn_of_unused, warn_of_use, without_log
 from gradmask.parameters import trainable_parameters
@@ -389,14 +389,14 @@ class FisherMask:
         masks = of_plain_model(state["masks"])
         if masks:
             check_shapes(masks, self._trainable(), "state")
+        if self._collector is not None and "collected" in state:
+            self._collector.load_state_dict(state["collected"])
         self._steps.read_parameters()
         parameters = self._steps.parameters
         self.masks = {name: placed(mask, parameters[name]) for name, mask in masks.items()}
         self._kept = kept_counts(self._steps.masks)
         self.refreshes = state["refreshes"]
         self._steps.masks_loaded()
-        if self._collector is not None and "collected" in state:
-            self._collector.load_state_dict(state["collected"])
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file, whole or not at all.
@@ -409,7 +409,8 @@ class FisherMask:
         Raises:
             ImportError: If safetensors is not installed.
         """
-        save_masks(path, self.masks, self._counted())
+        numbers, sums = self._collected()
+        save_masks(path, self.masks, {**self._counted(), **numbers}, sums)
 
     def load(self, path: str | Path) -> None:
         """Go on from a file that `save` wrote; nothing changes unless all of it fits.
@@ -421,12 +422,23 @@ class FisherMask:
             StateError: If the file is damaged or another one, or the state does not fit.
             ImportError: If safetensors is not installed.
         """
-        masks, rest = read_masks(path)
+        masks, rest, sums = read_state(path)
+        if "collected" in rest:
+            rest["collected"]["sums"] = sums
         self.load_state_dict({**rest, "masks": masks})
 
     def sha256(self) -> str:
         """SHA-256 of the state as digits; with sharded parameters every rank must call."""
-        return masks_sha256(self._steps.masks, self._counted())
+        numbers, sums = self._collected()
+        return masks_sha256(self._steps.masks, {**self._counted(), **numbers}, sums)
+
+    def _collected(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What was collected in training: numbers, and tensors by name."""
+        if self._collector is None:
+            return {}, {}
+        state = self._collector.state_dict()
+        sums = state.pop("sums")
+        return {"collected": state}, sums
 
     def _check_measured(self) -> None:
         if self.strategy == "fixed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -20,10 +21,14 @@ from gradmask.mask_state import check_masks
 from gradmask.parameters import trainable_parameters
 
 FORMAT, VERSION = "gradmask", "1"
+_OTHER = "/"  # no parameter's name begins so
 
 
 def save_masks(
-    path: str | Path, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+    path: str | Path,
+    masks: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write masks to a safetensors file, an eighth of a byte for each entry.
 
@@ -34,6 +39,7 @@ def save_masks(
         path: The file; its folder must exist.
         masks: `{parameter name: bool tensor}`, True where it learns.
         metadata: Anything that JSON can hold, to be read by `read_masks`.
+        others: Other tensors to be read by `read_state`, as they are.
 
     Raises:
         StateError: If a mask is no bool tensor.
@@ -49,12 +55,14 @@ def save_masks(
         "version": VERSION,
         "shapes": json.dumps(shapes),
         "metadata": json.dumps(dict(metadata or {})),
-        "sha256": masks_sha256(whole, metadata),
+        "sha256": masks_sha256(whole, metadata, others),
     }
+    stored = {name: _pack(mask) for name, mask in whole.items()}
+    stored |= {_OTHER + name: t.detach().cpu().contiguous() for name, t in (others or {}).items()}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _safetensors().torch.save_file({n: _pack(m) for n, m in whole.items()}, temporary, header)
+        _safetensors().torch.save_file(stored, temporary, header)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -81,6 +89,12 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 
 def read_masks(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The masks of a file, as `load_masks` reads them, and the metadata saved with them."""
+    masks, metadata, _ = read_state(path)
+    return masks, metadata
+
+
+def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """The same, and the other tensors."""
     library = _safetensors()
     try:
         with library.safe_open(path, framework="pt") as file:
@@ -94,22 +108,29 @@ def read_masks(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 )
             shapes, metadata = json.loads(header["shapes"]), json.loads(header["metadata"])
             masks = {n: _unpack(file.get_tensor(n), shape) for n, shape in shapes.items()}
+            names = [name for name in file.keys() if name.startswith(_OTHER)]  # noqa: SIM118
+            others = {name.removeprefix(_OTHER): file.get_tensor(name) for name in names}
     except (OSError, library.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
         if isinstance(e, StateError):
             raise
         words = " ".join(str(e).split())[:200]
         raise StateError(f"{path} cannot be read as a file of masks ({words}).") from e
-    if masks_sha256(masks, metadata) != header.get("sha256"):
+    if masks_sha256(masks, metadata, others) != header.get("sha256"):
         raise StateError(f"{path} is damaged: its masks are not those whose SHA-256 it holds.")
-    return masks, metadata
+    return masks, metadata, others
 
 
-def masks_sha256(masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> str:
+def masks_sha256(
+    masks: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
+    others: Mapping[str, Tensor] | None = None,
+) -> str:
     """SHA-256 of masks and metadata, whatever the order and the devices.
 
     Args:
         masks: `{parameter name: bool tensor}`; of masks in shards every rank must call.
         metadata: Anything that JSON can hold.
+        others: Other tensors.
 
     Returns:
         Hexadecimal digits.
@@ -120,6 +141,10 @@ def masks_sha256(masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None
         found.update(json.dumps([name, list(masks[name].shape)]).encode())
         for chunk in bits.split(1 << 20):
             found.update(bytes(chunk.tolist()))
+    for name in sorted(others or {}):
+        tensor = (others or {})[name].detach().cpu().contiguous()
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
     return found.hexdigest()
 
 
