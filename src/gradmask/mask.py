@@ -347,6 +347,27 @@ class FisherMask:
         """Mask the gradients in place now, for example before clipping; twice does no harm."""
         self._steps.apply()
 
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Mask the gradients and clip what is left, in place: `apply_` and clipping in one pass.
+
+        In place of `torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)` before
+        `optimizer.step()`, which then need not mask again.
+
+        Args:
+            max_norm: The largest norm of all gradients together.
+            norm_type: Which norm; 2 is the quick one.
+            error_if_nonfinite: Raise an error if the norm is NaN or infinite.
+
+        Returns:
+            The norm of the masked gradients before clipping.
+
+        Raises:
+            RuntimeError: If the norm is not finite, and must be.
+        """
+        return self._steps.clip(max_norm, norm_type, finite=error_if_nonfinite)
+
     @property
     def kept_fraction(self) -> float:
         """Share of all trainable parameters that learn now, as realised (1 before a refresh)."""

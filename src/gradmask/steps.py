@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmask.attach import held_parameters, optimizers_to_hook
-from gradmask.distributed import Groups, local, reshard, shard_like, together
+from gradmask.distributed import Groups, is_sharded, local, reshard, shard_like, together
 from gradmask.errors import OptimizerError, StateError
-from gradmask.kernels import keep_where
+from gradmask.kernels import clip_where, keep_where
 from gradmask.parameters import named_parameters
 from gradmask.watch import WeightWatch, fingerprint
 
@@ -53,6 +53,8 @@ class MaskedSteps:
         self._watch = WeightWatch(hold=scope == "update")
         self.used = False
         self._versions: dict[str, int] = {}
+        # What `clip` left masked: gradients by id, masks, and the versions of both.
+        self._done: dict[int, tuple[ref[Tensor], int, Tensor, int]] = {}
         self.read_parameters()
 
     def read_parameters(self) -> None:
@@ -166,6 +168,26 @@ class MaskedSteps:
         self.read_parameters()
         _mask_gradients([self._masked(n, p) for n, p in self.parameters.items() if n in self.masks])
 
+    @torch.no_grad()
+    def clip(self, most: float, kind: float, *, finite: bool) -> Tensor:
+        """Mask the gradients in place and scale them to a norm of at most `most`."""
+        self.used = True
+        self.read_parameters()
+        held = {n: p for n, p in self.parameters.items() if p.grad is not None}
+        masked = [self._masked(n, p) for n, p in held.items() if n in self.masks]
+        gradients, masks = _gradients(masked)
+        whole = len(gradients) == len(held) and not any(is_sharded(p) for p in held.values())
+        if kind == 2 and whole and gradients:
+            norm = clip_where(gradients, masks, most, finite=finite)
+        else:
+            keep_where(gradients, masks)
+            norm = nn.utils.clip_grad_norm_(held.values(), most, kind, error_if_nonfinite=finite)
+        self._done = {
+            id(g): (ref(g), g._version, mask, mask._version)
+            for g, mask in zip(gradients, masks, strict=True)
+        }
+        return norm
+
     def _masked(self, name: str, parameter: nn.Parameter) -> Masked:
         whole = self.masks[name]
         mask, own = local(whole), local(parameter)
@@ -180,6 +202,15 @@ class MaskedSteps:
             mask = torch.empty_like(own, dtype=torch.bool, requires_grad=False).copy_(mask)
             self.masks[name] = shard_like(mask, parameter)
         return Masked(name, parameter, mask)
+
+    def _is_done(self, masked: Masked) -> bool:
+        """Whether a gradient is as `clip` left it."""
+        gradient, mask = masked.parameter.grad, masked.mask
+        found = self._done.get(id(gradient))
+        if gradient is None or found is None:
+            return False
+        same = found[0]() is gradient and found[2] is mask
+        return same and found[1::2] == (gradient._version, mask._version)
 
     def _masked_by(self, optimizer: Optimizer) -> list[Masked]:
         """The optimizer's parameters that have a mask, groups added later included."""
@@ -198,7 +229,7 @@ class MaskedSteps:
             self._watch.step({m.name: m.parameter for m in masked}, self.masks)
         closures = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
         whole = _Whole(masked if closures else [])
-        _mask_gradients(masked)
+        _mask_gradients(m for m in masked if not self._is_done(m))
         whole.note_versions()
 
         # A closure computes the gradients inside the step: mask them as it returns too.
@@ -231,7 +262,8 @@ class MaskedSteps:
 
     def __getstate__(self) -> dict[str, Any]:
         """The optimizers themselves, to be copied along; ids are looked up anew."""
-        return vars(self) | {"_handles": list(self._handles), "parameters": {}, "_names": {}}
+        own = {"_handles": list(self._handles), "parameters": {}, "_names": {}, "_done": {}}
+        return vars(self) | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The model may be incomplete yet: its parameters are looked up at the first step.
@@ -280,7 +312,8 @@ class _Whole:
         self._saved, self._versions = [], []
 
 
-def _mask_gradients(masked: Iterable[Masked]) -> None:
+def _gradients(masked: Iterable[Masked]) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients as far as there are any, and their masks."""
     gradients, masks = [], []
     for name, parameter, mask in masked:
         gradient = parameter.grad
@@ -292,7 +325,11 @@ def _mask_gradients(masked: Iterable[Masked]) -> None:
             )
         gradients.append(local(gradient))
         masks.append(mask)
-    keep_where(gradients, masks)
+    return gradients, masks
+
+
+def _mask_gradients(masked: Iterable[Masked]) -> None:
+    keep_where(*_gradients(masked))
 
 
 def _remove(handles: Iterable[Iterable[Any]]) -> None:

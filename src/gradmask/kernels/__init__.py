@@ -1,5 +1,6 @@
 """Kernels for what PyTorch has no operation for; each has a slower equivalent in PyTorch."""
 
+from gradmask.kernels.clip import clip_where
 from gradmask.kernels.digits import count_digits
 from gradmask.kernels.gate import Places
 from gradmask.kernels.products import (
@@ -13,6 +14,7 @@ __all__ = [
     "Places",
     "add_squared_products",
     "can_add_squared_products",
+    "clip_where",
     "count_digits",
     "keep_where",
     "weigh_squared_products",
