@@ -499,3 +499,23 @@ def test_a_table_that_is_the_last_layer_too(padding, bias, dtype, ways):
     found = fisher_diagonal(model.to(dtype), data)
     assert_close(found, truth, 1e-12 if dtype == torch.float64 else 1e-5)
     assert ways["table.weight"] == "rule"
+
+
+class Norm2d(nn.LayerNorm):
+    """Over the channels, as ConvNeXt has it."""
+
+    def forward(self, x):
+        moved = x.movedim(1, -1)
+        moved = F.layer_norm(moved, self.normalized_shape, self.weight, self.bias, self.eps)
+        return moved.movedim(-1, 1)
+
+
+@pytest.mark.parametrize("affine", ["both", "weight", "bias"])
+def test_layer_norm_as_an_operation(affine, ways):
+    model = randomise(stack(nn.Conv2d(2, 3, 2), Norm2d(3), nn.Conv2d(3, 2, 1), Norm2d(2)))
+    for layer in (model.layers[1], model.layers[3]):
+        layer.weight.requires_grad_(affine != "bias")
+        layer.bias.requires_grad_(affine != "weight")
+    data = batches(floats(2, 4, 3))
+    assert_close(fisher_diagonal(model, data), oracle(model, data))
+    assert set(ways.values()) <= {"rule", "elementwise"}

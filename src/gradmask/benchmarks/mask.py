@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -41,8 +42,9 @@ def bench_step(
 
     Returns:
         Table: milliseconds of the unmasked step (median), the masked step as a multiple of it
-        (median of the rounds' ratios) in both scopes, and the time that the mask adds as a share
-        of forward, backward and step.
+        (median of the rounds' ratios) in both scopes, the time that the mask adds as a share of
+        forward, backward and step, and the masked and clipped step (`clip_grad_norm_` of the
+        mask) as a multiple of one that PyTorch clips.
     """
     model, inputs, targets = make(name, batch_size, device, shape)
     parameters = list(model.parameters())
@@ -54,7 +56,8 @@ def bench_step(
     backward()
     count = sum(p.numel() for p in parameters)
     table = Table(title=f"{name}, {count / 1e6:.1f} M parameters, {device}, keep 0.25")
-    for title in ("optimizer", "step, ms", "masked ÷ not", "update ÷ not", "of a training step"):
+    titles = "optimizer", "step, ms", "masked ÷ not", "update ÷ not", "of a training step"
+    for title in (*titles, "clipped: masked ÷ not"):
         table.add_column(title, justify="left" if title == "optimizer" else "right")
     for title, build in OPTIMIZERS.items():
         for way in ("for-loop", "foreach", "fused"):
@@ -69,6 +72,13 @@ def bench_step(
                     mask.update(_information(model))
                     mask.attach(optimizer)
                 tasks[scope] = optimizer.step
+                if scope != "update":
+                    clip = (
+                        mask.clip_grad_norm_
+                        if scope == "gradient"
+                        else partial(torch.nn.utils.clip_grad_norm_, parameters)
+                    )
+                    tasks[f"clipped, {scope}"] = partial(_clipped, clip, optimizer.step)
             seconds = interleave(tasks | {"backward": backward}, rounds, device)
             plain = median(seconds["none"])
             added = (ratio(seconds, "gradient", "none") - 1) * plain
@@ -79,8 +89,14 @@ def bench_step(
                 f"{ratio(seconds, 'gradient', 'none'):.2f}",
                 f"{ratio(seconds, 'update', 'none'):.2f}",
                 f"{100 * share:.1f} %",
+                f"{ratio(seconds, 'clipped, gradient', 'clipped, none'):.2f}",
             )
     return table
+
+
+def _clipped(clip: Callable[[float], Any], step: Callable[[], Any]) -> None:
+    clip(1.0)
+    step()
 
 
 def _information(model: torch.nn.Module) -> dict[str, torch.Tensor]:

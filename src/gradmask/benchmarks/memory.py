@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gradmask.benchmarks import forms, peers
+from gradmask.benchmarks import forms, peers, steps
 from gradmask.benchmarks.workloads import make
 
 TASKS = {
@@ -20,6 +20,7 @@ TASKS = {
     "gradmask": peers.ours,
     **peers.PEERS,
     **forms.MEMORY,
+    **steps.STEPS,
 }
 
 

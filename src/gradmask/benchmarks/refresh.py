@@ -1,7 +1,8 @@
 """`gradmask bench refresh`: how many samples a mask needs, and what they cost.
 
 A network is trained; after some of its epochs the Fisher diagonal is measured on growing random
-parts of the training images, and the masks it gives are compared with the mask of all of them.
+parts of the training images, and the masks it gives are compared with the mask of all of them; so
+is the mask of what training's own backward passes collected in that epoch, without BatchNorm.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradmask import fisher_diagonal, make_masks
+from gradmask import FisherMask, fisher_diagonal, make_masks
 from gradmask.errors import OptionError
 from gradmask.experiments.compare import environment
 from gradmask.experiments.config import Comparison, to_plain
@@ -36,6 +38,13 @@ from gradmask.seeding import seeded_generator
 
 SIZES = (250, 500, 1000, 2000, 4000, 8000, 16000)
 KEEPS = (0.25, 0.5, 0.75)
+ONLINE: dict[str, dict[str, Any]] = {  # what is collected in training
+    "1 of 10 batches": {"every": 10},
+    "1 of 3 batches": {"every": 3},
+    "every batch": {},
+    "every batch, β = 0.9": {"average": 0.9},
+    "every batch, β = 0.98": {"average": 0.98},
+}
 
 
 def bench_refresh(
@@ -65,6 +74,7 @@ def bench_refresh(
         "measurements": [],
     }
     console = Console()
+    online = _Online()
 
     def observe(row: Row, model: nn.Module, images: Batches) -> None:
         console.print(
@@ -72,6 +82,7 @@ def bench_refresh(
             f"{row['seconds']:.0f} s",
             highlight=False,
         )
+        collected = online.diagonals(model)
         if row["epoch"] in epochs:
             curves = [overlap_curve(model, images, draw) for draw in range(draws)]
             results["measurements"].append(
@@ -82,6 +93,13 @@ def bench_refresh(
                     "draws": curves,
                 }
             )
+            if collected:
+                full = make_all(fisher_diagonal(model, images))
+                masks = {name: make_all(fisher) for name, fisher in collected.items()}
+                results["measurements"][-1]["online"] = {
+                    name: {str(keep): overlap(found[keep], full[keep]) for keep in KEEPS}
+                    for name, found in masks.items()
+                }
             write_json(config.output / "refresh.json", results)
             write_atomically(config.output / "refresh.svg", overlap_figure(results))
             console.print(overlap_table(results["measurements"][-1]))
@@ -100,6 +118,33 @@ def bench_refresh(
         # Every epoch is to be observed, so the run does not go on from a checkpoint.
         train_run(config, data, "none", seed, directory, observe=observe, checkpoints=False)
     return results
+
+
+class _Online:
+    """What training itself tells of the Fisher diagonal, from the second epoch on."""
+
+    def __init__(self) -> None:
+        self._collectors: dict[str, Any] = {}
+
+    def diagonals(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """What the epoch collected; nothing in the first, or where BatchNorm mixes the samples."""
+        if any(isinstance(module, _BatchNorm) for module in model.modules()):
+            return {}
+        if not self._collectors:
+            for name, options in ONLINE.items():
+                self._collectors[name] = FisherMask(model).collect(**options)
+                self._collectors[name].start()
+            return {}
+        found = {name: collector.diagonal() for name, collector in self._collectors.items()}
+        for name, collector in self._collectors.items():
+            if "average" not in ONLINE[name]:
+                collector.clear()
+        return found
+
+
+def make_all(fisher: dict[str, Tensor]) -> dict[float, dict[str, Tensor]]:
+    """The masks of every share kept."""
+    return {keep: make_masks(fisher, keep) for keep in KEEPS}
 
 
 def overlap_curve(model: nn.Module, images: Batches, draw: int) -> list[dict[str, Any]]:
@@ -129,7 +174,7 @@ def overlap_curve(model: nn.Module, images: Batches, draw: int) -> list[dict[str
         seconds += time.perf_counter() - began
         for name, diagonal in fisher.items():
             sums[name] = sums.get(name, 0) + diagonal * len(chosen)
-        masks.append((size, seconds, {keep: make_masks(sums, keep) for keep in KEEPS}))
+        masks.append((size, seconds, make_all(sums)))
         start = size
     full = masks[-1][2]
     return [
@@ -165,6 +210,8 @@ def overlap_table(measurement: dict[str, Any]) -> Table:
             spread = f" ({stdev(found):.4f})" if len(found) > 1 else ""
             cells.append(f"{mean(found):.4f}{spread}")
         table.add_row(f"{points[0]['samples']:,}", f"{share:.3f}", *cells)
+    for name, found in measurement.get("online", {}).items():
+        table.add_row(f"online: {name}", "", *(f"{found[str(keep)]:.4f}" for keep in KEEPS))
     return table
 
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.resnet import BasicBlock
 
 from gradmask.benchmarks.language import SMALL, language_model
@@ -65,7 +66,28 @@ def _mlp() -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
+def _lenet() -> nn.Module:
+    """The convolutional network of LeCun et al. (1998), with ReLU."""
+    layers: list[nn.Module] = []
+    for inside, outside, padding in ((1, 6, 2), (6, 16, 0)):
+        layers += [nn.Conv2d(inside, outside, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
+    layers.append(nn.Flatten())
+    for inside, outside in pairwise((400, 120, 84, 10)):
+        layers += [nn.Linear(inside, outside), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _convnext() -> nn.Module:
+    """ConvNeXt, shorter and narrower than the smallest of torchvision."""
+    sizes = ((64, 128, 2), (128, 256, 2), (256, None, 2))
+    model: nn.Module = ConvNeXt([CNBlockConfig(*size) for size in sizes], num_classes=100)
+    return model
+
+
 WORKLOADS = {
+    "lenet": Workload(_lenet, (1, 28, 28), 64),
+    "convnext": Workload(_convnext, (3, 96, 96), 8),
+    "mobilenet_v2": Workload(torchvision.models.mobilenet_v2, (3, 64, 64), 8),
     "resnet18": Workload(lambda: CifarResNet(BasicBlock, [2, 2, 2, 2], 3, 100), (3, 32, 32), 32),
     "small_cnn": Workload(_small_cnn, (3, 32, 32), 128),
     "mlp": Workload(_mlp, (784,), 256),

@@ -21,6 +21,7 @@ def add_bench(commands: Any) -> None:
         ("fisher", "the Fisher diagonal, against a plain pass and other libraries"),
         ("layers", "the ways to a convolution's squares"),
         ("influence", "the influence of samples, against the gradients and passes it needs"),
+        ("online", "training steps that collect the Fisher diagonal, against plain ones"),
         ("step", "a masked optimizer step"),
         ("threshold", "the exact threshold over all entries"),
     ):
@@ -87,12 +88,14 @@ def run_bench(parsed: argparse.Namespace) -> int:
     from gradmask.benchmarks.loading import bench_loading
     from gradmask.benchmarks.loop import bench_loop, bench_processes
     from gradmask.benchmarks.mask import bench_step, bench_threshold
+    from gradmask.benchmarks.online import bench_online
     from gradmask.experiments.training.components import resolve_device
 
     benches: dict[str, Callable[..., Any]] = {
         "fisher": bench_fisher,
         "layers": bench_layers,
         "influence": bench_influence,
+        "online": bench_online,
         "step": bench_step,
         "threshold": bench_threshold,
         "loop": bench_loop,

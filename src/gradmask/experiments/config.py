@@ -63,8 +63,8 @@ class Comparison:
         labels: `given`, or `random`: every training label drawn from all classes, once per seed.
         validation: Share of the training images held out to choose an epoch.
         augment: Random crop with padding and horizontal flip on training batches.
-        model: Model name: `mlp`, `small_cnn`, `cifar_resnet18`, ..., or any torchvision name.
-        width: Base width of `mlp`, `small_cnn` and the `cifar_resnet` models (default: theirs).
+        model: Model name: `mlp`, `small_cnn`, `cifar_vit`, `cifar_resnet18`, ..., or torchvision's.
+        width: Base width of `mlp`, `small_cnn` and the `cifar_` models (default: theirs).
         stem_stride: Stride of the first convolution of the `cifar_resnet` models.
         arms: The kinds of mask to compare; `none` is training without a mask, `sam` with
             sharpness-aware minimisation. An arm may have options of its own: `fisher:keep=0.7`,

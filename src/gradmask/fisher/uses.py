@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradmask.fisher.calls import Call
@@ -159,4 +160,12 @@ def _factor(node: Node, place: int) -> Factor | None:
     if kind == "MulBackward0":
         saved = "_saved_other" if place == 0 else "_saved_self"
         return lambda: getattr(node, saved).detach()
+    if kind == "NativeLayerNormBackward0" and place:  # in modules of their own
+        return (lambda: _normalised(node)) if place == 1 else lambda: 1.0
     return None
+
+
+def _normalised(node: Node) -> Tensor:
+    x, mean, inverse = node._saved_input, node._saved_result1, node._saved_result2
+    normalised: Tensor = (x.detach() - mean) * inverse
+    return normalised

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from gradmask.errors import OptionError, check_choice
@@ -19,7 +20,7 @@ _RESNETS: dict[str, tuple[type[nn.Module], list[int]]] = {
     "cifar_resnet50": (Bottleneck, [3, 4, 6, 3]),
 }
 
-MODELS = ("mlp", "small_cnn", *_RESNETS)
+MODELS = ("mlp", "small_cnn", "cifar_vit", *_RESNETS)
 
 
 def build_model(
@@ -52,9 +53,42 @@ def build_model(
         return _mlp(in_channels * image_size**2, config.width or 256, num_classes)
     if name == "small_cnn":
         return _small_cnn(in_channels, config.width or 32, num_classes)
+    if name == "cifar_vit":
+        return CifarVit(in_channels, image_size, num_classes, config.width or 128)
     block, layers = _RESNETS[name]
     width = config.width or 64
     return CifarResNet(block, layers, in_channels, num_classes, width, config.stem_stride)
+
+
+class CifarVit(nn.Module):
+    """A vision transformer for small images: patches of 4 pixels, LayerNorm first, mean pooling.
+
+    Args:
+        in_channels: Channels of the images.
+        image_size: Height and width of the images.
+        num_classes: Number of outputs.
+        width: Width of a token; every 32 are a head.
+        depth: Layers.
+    """
+
+    def __init__(
+        self, in_channels: int, image_size: int, num_classes: int, width: int, depth: int = 4
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(in_channels, width, 4, stride=4)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // 4) ** 2, width))
+        layer = nn.TransformerEncoderLayer(
+            width, max(1, width // 32), 4 * width, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (samples, classes) of images (samples, channels, height, width)."""
+        tokens = self.patches(images).flatten(2).mT + self.positions
+        logits: Tensor = self.head(self.norm(self.layers(tokens)).mean(1))
+        return logits
 
 
 class CifarResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
