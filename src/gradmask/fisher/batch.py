@@ -175,7 +175,7 @@ class Pass:
             self._check_independent(inputs, n)
         if rest:
             self.reached |= add_per_sample_squares(*data, rest, totals, **options)
-        if check is not None and check.turn == 1:
+        if check is not None and check.turn == 1 and before is None:
             check_repeatable(self.model, inputs, range(n)[check.rows][0], self._precision)
         if check is None or not handled:
             return True
