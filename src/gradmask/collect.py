@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradmask.containers import map_tensors, sample_count
 from gradmask.distributed import Groups, is_sharded, sum_over, unwrapped
 from gradmask.errors import DataError, ModelError, OptionError, first_names
-from gradmask.fisher.calls import differentiable
+from gradmask.fisher.calls import differentiable, full_precision
 from gradmask.fisher.capture import Capture, Ways
+from gradmask.fisher.graph import walk
 from gradmask.fisher.likelihood import Loss
-from gradmask.fisher.losses import likelihood_of
+from gradmask.fisher.losses import likelihood_of, standard_loss
 from gradmask.fisher.probe import training_ways
 from gradmask.fisher.reference import zero_squares
+from gradmask.fisher.rules import add_squares
 from gradmask.fisher.scale import SCALED, logits_of, loss_scale
 from gradmask.parameters import trainable_parameters
 
@@ -92,6 +95,8 @@ class Collector:
         if self._depth == 0:
             for handle in self._handles:
                 handle.remove()
+            if self._open is not None:
+                self._open.started = True  # its backward pass is none of ours
             self._abandon()
 
     def start(self) -> None:
@@ -114,7 +119,8 @@ class Collector:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_handles": [], "_open": None, "_ways": None, "_busy": False}
+        none: dict[str, Any] = {"_handles": [], "_open": None, "_ways": None, "_busy": False}
+        return vars(self) | none | {"_depth": int(self._started_alone)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -185,17 +191,16 @@ class Collector:
         if not count:
             return
         _check_mode(model)
+        if count == 1:
+            self._open = _Batch(_Single(parameters), parameters, count)
+            return
         if self._ways is None:
-            self._ways = self._find_ways(args, kwargs, parameters, count)
-        ways = self._ways if count > 1 else None
-        self._open = _Batch(
-            Capture(model, parameters, count, ways, listens=True), parameters, count
-        )
+            self._ways = self._find_ways(args, kwargs, parameters)
+        capture = Capture(model, parameters, count, self._ways, listens=True)
+        self._open = _Batch(capture, parameters, count)
 
-    def _find_ways(
-        self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter], count: int
-    ) -> Ways:
-        two = map_tensors(lambda t: _two(t, count).detach() if t.dim() else t, (args, kwargs))
+    def _find_ways(self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
+        two = map_tensors(lambda t: t[:2].detach() if t.dim() else t, (args, kwargs))
         self._busy = True
         try:
             return training_ways(self.model, two, parameters)
@@ -216,10 +221,12 @@ class Collector:
         except BaseException:
             self._abandon()
             raise
+        batch.may_overflow = torch.float16 in batch.capture.types()
         batch.capture.listen(batch.squares)
         for root in batch.roots:
             root.register_prehook(partial(self._started, batch))
-        likelihood = likelihood_of(self._loss) if self._loss else "cross_entropy"
+        loss = standard_loss(self._loss)
+        likelihood = "cross_entropy" if loss is None else likelihood_of(loss)
         logits = logits_of(outputs)
         if self.scale is None and logits is not None and likelihood in SCALED:
             assert logits.grad_fn is not None
@@ -281,6 +288,43 @@ class Collector:
             self._open = None
 
 
+class _Single:
+    """What `Capture` is, for one sample: its gradients are those of the batch."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self._parameters, self._handles = parameters, list[Any]()
+        self._types: set[torch.dtype] = set()
+        self.handled = parameters.keys()
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def resolve(self, outputs: Any) -> None:
+        """Refuse a graph with hidden parts."""
+        nodes, _ = walk(list(dict.fromkeys(t.grad_fn for t in differentiable(outputs))))
+        self._types = {m.dtype for node in nodes for m in node._input_metadata}
+
+    def types(self) -> set[torch.dtype]:
+        """Types of what operations returned."""
+        return self._types
+
+    def listen(self, totals: dict[str, Tensor]) -> None:
+        """Add the squares of the next backward pass to totals."""
+
+        @torch.no_grad()
+        def add(name: str, gradients: tuple[Tensor | None, ...]) -> None:
+            if gradients[0] is not None:
+                add_squares(totals[name], full_precision(gradients[0].to_dense()).unsqueeze(0))
+
+        for name, parameter in self._parameters.items():
+            node = get_gradient_edge(parameter).node
+            self._handles.append(node.register_prehook(partial(add, name)))
+
+    def square_rest(self, _: dict[str, Tensor]) -> None:
+        """Nothing is left."""
+
+
 class _Hook:
     """A hook of this model alone, which a copy or a file of the model has not.
 
@@ -305,17 +349,14 @@ def _nothing(*_: Any) -> None:
 class _Batch:
     """One forward pass, and what its backward pass gives."""
 
-    def __init__(self, capture: Capture, parameters: dict[str, nn.Parameter], count: int) -> None:
+    def __init__(
+        self, capture: Capture | _Single, parameters: dict[str, nn.Parameter], count: int
+    ) -> None:
         self.capture, self.parameters, self.count = capture, parameters, count
         self.roots: list[Any] = []
         self.squares: dict[str, Tensor] = _Squares(parameters)
         self.scale: Tensor | None = None
-        self.started = False
-        types = {p.device.type for p in parameters.values()}
-        self.may_overflow = any(
-            torch.is_autocast_enabled(t) and torch.get_autocast_dtype(t) == torch.float16
-            for t in types
-        )
+        self.started = self.may_overflow = False
         self._before = {name: _mark(p) for name, p in parameters.items()}
 
     def note_scale(
@@ -346,10 +387,6 @@ class _Squares(dict[str, Tensor]):
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:
     return (0, 0) if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
-
-
-def _two(tensor: Tensor, count: int) -> Tensor:
-    return tensor[:2] if count > 1 else torch.cat([tensor] * 2)
 
 
 def _check_model(model: nn.Module, loss: Any) -> None:
