@@ -59,6 +59,7 @@ class Collector:
         self._ways: Ways | None = None
         self._open: _Batch | None = None
         self._handles: list[Any] = []
+        self._hooks: tuple[_Hook, _Hook] | None = None
         self._depth, self._busy, self._started_alone = 0, False, False
 
     def set(
@@ -93,8 +94,7 @@ class Collector:
     def __exit__(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            for handle in self._handles:
-                handle.remove()
+            self._unhook()
             if self._open is not None:
                 self._open.started = True  # its backward pass is none of ours
             self._abandon()
@@ -112,20 +112,27 @@ class Collector:
             self.__exit__()
 
     def _hook(self) -> None:
-        before, after = _Hook(self._begin), _Hook(self._listen)
+        self._unhook()  # what a copy, made in a context, has of it
+        before, after = self._hooks = _Hook(self._begin), _Hook(self._listen)
         self._handles = [
             self.model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(after),
         ]
 
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooks = [], None
+
     def __getstate__(self) -> dict[str, Any]:
-        none: dict[str, Any] = {"_handles": [], "_open": None, "_ways": None, "_busy": False}
+        none: dict[str, Any] = {"_open": None, "_ways": None, "_busy": False}
         return vars(self) | none | {"_depth": int(self._started_alone)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self._depth:
-            self._hook()
+        if self._hooks is not None and self._depth:
+            before, after = self._hooks  # are in the model's copy, or will be
+            before.function, after.function = self._begin, self._listen
 
     def clear(self) -> None:
         """Forget what was collected."""
@@ -326,17 +333,18 @@ class _Single:
 
 
 class _Hook:
-    """A hook of this model alone, which a copy or a file of the model has not.
+    """A hook that does nothing in a copy or a file of the model, unless a collector comes with it.
 
     Args:
         function: What is called.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
+        self.function = function
 
     def __call__(self, *args: Any) -> None:
-        self._function(*args)
+        """Call it."""
+        self.function(*args)
 
     def __reduce__(self) -> Any:
         return _Hook, (_nothing,)
