@@ -114,6 +114,7 @@ def test_an_exponential_average(average, count):
         mean = {n: average * m + (1 - average) * diagonal[n] for n, m in mean.items()}
     expected = {name: m.detach() / (1 - average**count) for name, m in mean.items()}
     close(mask.collect(average=average).diagonal(), expected)
+    assert mask.state_dict()["collected"]["weight"] == pytest.approx(1 - average**count)
     mask.refresh()
     close(mask.collect(average=average).diagonal(), expected)  # goes on
 
@@ -234,11 +235,11 @@ def test_a_gradient_penalty_trains_as_without():
 
 
 def test_passes_that_do_not_train():
-    model, data = network(), batches(3)
+    model, (other, *data) = network(), batches(3)
     with FisherMask(model).collect() as collector:
         for batch in data:
             model.eval()
-            loss_of(model, batch).backward()
+            loss_of(model, other).backward()
             model.train()
             with torch.no_grad():
                 model(batch[0])

@@ -211,6 +211,18 @@ def test_models(name, sizes):
     assert_close(found, truth, 1e-9)
 
 
+@pytest.mark.parametrize("make", [conv_net, twice], ids=["convolutions", "a layer twice"])
+def test_checkpoints_around_the_model(make):
+    model = randomise(make())
+    inputs = image if make is conv_net else vector
+    data = batches(inputs, (3, 1, 2))
+    with FisherMask(model).collect() as collector:
+        for x, y in data:
+            mean(checkpoint(model, x, use_reentrant=False), y).backward()
+    assert collector.seen == 3
+    assert_close(collector.diagonal(), fisher_diagonal(model, data), 1e-9)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("positions", ["table", "parameter"])
 @pytest.mark.parametrize("checkpoints", [False, True])
