@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradmask.containers import map_tensors, sample_count
 from gradmask.distributed import Groups, is_sharded, sum_over, unwrapped
 from gradmask.errors import DataError, ModelError, OptionError, StateError, first_names
-from gradmask.fisher.calls import differentiable
+from gradmask.fisher.calls import differentiable, full_precision
 from gradmask.fisher.capture import Capture, Ways
+from gradmask.fisher.graph import walk
 from gradmask.fisher.likelihood import Loss
-from gradmask.fisher.losses import likelihood_of
+from gradmask.fisher.losses import likelihood_of, standard_loss
 from gradmask.fisher.probe import training_ways
 from gradmask.fisher.reference import zero_squares
+from gradmask.fisher.rules import add_squares
 from gradmask.fisher.scale import SCALED, logits_of, loss_scale
 from gradmask.parameters import trainable_parameters
 
@@ -56,6 +59,7 @@ class Collector:
         self._ways: Ways | None = None
         self._open: _Batch | None = None
         self._handles: list[Any] = []
+        self._hooks: tuple[_Hook, _Hook] | None = None
         self._depth, self._busy, self._started_alone = 0, False, False
 
     def set(
@@ -90,8 +94,9 @@ class Collector:
     def __exit__(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            for handle in self._handles:
-                handle.remove()
+            self._unhook()
+            if self._open is not None:
+                self._open.started = True  # its backward pass is none of ours
             self._abandon()
 
     def start(self) -> None:
@@ -107,19 +112,27 @@ class Collector:
             self.__exit__()
 
     def _hook(self) -> None:
-        before, after = _Hook(self._begin), _Hook(self._listen)
+        self._unhook()  # what a copy, made in a context, has of it
+        before, after = self._hooks = _Hook(self._begin), _Hook(self._listen)
         self._handles = [
             self.model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(after),
         ]
 
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooks = [], None
+
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_handles": [], "_open": None, "_ways": None, "_busy": False}
+        none: dict[str, Any] = {"_open": None, "_ways": None, "_busy": False}
+        return vars(self) | none | {"_depth": int(self._started_alone)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self._depth:
-            self._hook()
+        if self._hooks is not None and self._depth:
+            before, after = self._hooks  # are in the model's copy, or will be
+            before.function, after.function = self._begin, self._listen
 
     def clear(self) -> None:
         """Forget what was collected."""
@@ -196,17 +209,16 @@ class Collector:
         if not count:
             return
         _check_mode(model)
+        if count == 1:
+            self._open = _Batch(_Single(parameters), parameters, count)
+            return
         if self._ways is None:
-            self._ways = self._find_ways(args, kwargs, parameters, count)
-        ways = self._ways if count > 1 else None
-        self._open = _Batch(
-            Capture(model, parameters, count, ways, listens=True), parameters, count
-        )
+            self._ways = self._find_ways(args, kwargs, parameters)
+        capture = Capture(model, parameters, count, self._ways, listens=True)
+        self._open = _Batch(capture, parameters, count)
 
-    def _find_ways(
-        self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter], count: int
-    ) -> Ways:
-        two = map_tensors(lambda t: _two(t, count).detach() if t.dim() else t, (args, kwargs))
+    def _find_ways(self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
+        two = map_tensors(lambda t: t[:2].detach() if t.dim() else t, (args, kwargs))
         self._busy = True
         try:
             return training_ways(self.model, two, parameters)
@@ -227,10 +239,12 @@ class Collector:
         except BaseException:
             self._abandon()
             raise
+        batch.may_overflow = torch.float16 in batch.capture.types()
         batch.capture.listen(batch.squares)
         for root in batch.roots:
             root.register_prehook(partial(self._started, batch))
-        likelihood = likelihood_of(self._loss) if self._loss else "cross_entropy"
+        loss = standard_loss(self._loss)
+        likelihood = "cross_entropy" if loss is None else likelihood_of(loss)
         logits = logits_of(outputs)
         if self.scale is None and logits is not None and likelihood in SCALED:
             assert logits.grad_fn is not None
@@ -292,18 +306,56 @@ class Collector:
             self._open = None
 
 
+class _Single:
+    """What `Capture` is, for one sample: its gradients are those of the batch."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self._parameters, self._handles = parameters, list[Any]()
+        self._types: set[torch.dtype] = set()
+        self.handled = parameters.keys()
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def resolve(self, outputs: Any) -> None:
+        """Refuse a graph with hidden parts."""
+        nodes, _ = walk(list(dict.fromkeys(t.grad_fn for t in differentiable(outputs))))
+        self._types = {m.dtype for node in nodes for m in node._input_metadata}
+
+    def types(self) -> set[torch.dtype]:
+        """Types of what operations returned."""
+        return self._types
+
+    def listen(self, totals: dict[str, Tensor]) -> None:
+        """Add the squares of the next backward pass to totals."""
+
+        @torch.no_grad()
+        def add(name: str, gradients: tuple[Tensor | None, ...]) -> None:
+            if gradients[0] is not None:
+                add_squares(totals[name], full_precision(gradients[0].to_dense()).unsqueeze(0))
+
+        for name, parameter in self._parameters.items():
+            node = get_gradient_edge(parameter).node
+            self._handles.append(node.register_prehook(partial(add, name)))
+
+    def square_rest(self, _: dict[str, Tensor]) -> None:
+        """Nothing is left."""
+
+
 class _Hook:
-    """A hook of this model alone, which a copy or a file of the model has not.
+    """A hook that does nothing in a copy or a file of the model, unless a collector comes with it.
 
     Args:
         function: What is called.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
+        self.function = function
 
     def __call__(self, *args: Any) -> None:
-        self._function(*args)
+        """Call it."""
+        self.function(*args)
 
     def __reduce__(self) -> Any:
         return _Hook, (_nothing,)
@@ -316,17 +368,14 @@ def _nothing(*_: Any) -> None:
 class _Batch:
     """One forward pass, and what its backward pass gives."""
 
-    def __init__(self, capture: Capture, parameters: dict[str, nn.Parameter], count: int) -> None:
+    def __init__(
+        self, capture: Capture | _Single, parameters: dict[str, nn.Parameter], count: int
+    ) -> None:
         self.capture, self.parameters, self.count = capture, parameters, count
         self.roots: list[Any] = []
         self.squares: dict[str, Tensor] = _Squares(parameters)
         self.scale: Tensor | None = None
-        self.started = False
-        types = {p.device.type for p in parameters.values()}
-        self.may_overflow = any(
-            torch.is_autocast_enabled(t) and torch.get_autocast_dtype(t) == torch.float16
-            for t in types
-        )
+        self.started = self.may_overflow = False
         self._before = {name: _mark(p) for name, p in parameters.items()}
 
     def note_scale(
@@ -357,10 +406,6 @@ class _Squares(dict[str, Tensor]):
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:
     return (0, 0) if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
-
-
-def _two(tensor: Tensor, count: int) -> Tensor:
-    return tensor[:2] if count > 1 else torch.cat([tensor] * 2)
 
 
 def _check_model(model: nn.Module, loss: Any) -> None:

@@ -42,6 +42,7 @@ from gradmask.steps import MaskedSteps
 SCOPES = ("gradient", "update")
 # The mask from so many samples shares 92 to 95 % with that from all (docs/performance.md).
 MAX_SAMPLES = 4000
+_NOTHING: dict[str, Any] = {"seen": 0, "weight": 0.0, "sums": {}}  # of what is collected
 _OPTIONS = ("keep", "scope", "strategy", "kind", "max_samples", "seed")
 
 
@@ -410,8 +411,9 @@ class FisherMask:
         masks = of_plain_model(state["masks"])
         if masks:
             check_shapes(masks, self._trainable(), "state")
-        if self._collector is not None and "collected" in state:
-            self._collector.load_state_dict(state["collected"])
+        collected = state.get("collected")
+        if self._collector is not None or collected is not None:
+            (self._collector or self.collect()).load_state_dict(collected or _NOTHING)
         self._steps.read_parameters()
         parameters = self._steps.parameters
         self.masks = {name: placed(mask, parameters[name]) for name, mask in masks.items()}

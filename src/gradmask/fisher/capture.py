@@ -168,6 +168,11 @@ class Capture:
         shapes = [tuple(e.node._input_metadata[e.output_nr].shape) for e in edges]
         return tuple((s[0] / self._batch_size, *s[1:]) for s in shapes if s)
 
+    def types(self) -> set[torch.dtype]:
+        """Types of what the captured calls returned."""
+        edges = [edge for call in self._calls for edge in call.edges]
+        return {e.node._input_metadata[e.output_nr].dtype for e in edges}
+
     def _permits(self, name: str, way: Way) -> bool:
         allowed = self._allowed is None or self._allowed.get(name) == way
         return allowed and (name, way) not in self._refused
@@ -342,6 +347,7 @@ class Capture:
             totals: `{name: tensor of the parameter's shape}`, changed in place; complete after
                 `square_rest`.
         """
+        self._observer.remove()  # the forward pass is over
         self._totals, self._running = totals, True
 
     def gradients(self, term: Tensor) -> list[list[Call]]:

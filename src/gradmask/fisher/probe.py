@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +28,7 @@ def safe_ways(
     parameters: dict[str, nn.Parameter],
     *,
     trust_rules: bool = False,
+    refuses: Callable[[Way], bool] = lambda _: False,
 ) -> Ways:
     """How to measure each parameter: the first way that keeps samples apart, as seen on two.
 
@@ -37,6 +40,7 @@ def safe_ways(
         inputs: Inputs of at least two samples.
         parameters: What is measured.
         trust_rules: Leave it to a later check if all are layers with a rule.
+        refuses: Tells ways that are not to be taken.
     """
     refused: set[tuple[str, Way]] = set()
     while True:
@@ -45,7 +49,9 @@ def safe_ways(
             probe.resolve(outputs)
             ways = probe.ways()
             simple = trust_rules and all(kind[0] == "rule" for way in ways.values() for kind in way)
-            mixed = set() if simple else probe.mixed(outputs)
+            mixed = {name for name, way in ways.items() if refuses(way)}
+            if not mixed and not simple:
+                mixed = probe.mixed(outputs)
         if not mixed:
             return ways
         refused |= {(name, ways[name]) for name in mixed}
@@ -71,25 +77,47 @@ def training_ways(
         ModelError: If a rule is wrong.
     """
     inner = Called(model)
+    with (
+        measuring(model, parameters.values(), mode=random_state_kept),
+        _changing(model) as changing,
+    ):
+
+        def refuses(way: Way) -> bool:
+            return any(k[0] == "derived" or (k[0] == "module" and k[1] in changing) for k in way)
+
+        ways = safe_ways(inner, given, parameters, refuses=refuses)
     with measuring(model, parameters.values()):
-        ways = safe_ways(inner, given, parameters)
-        _check_ways(inner, given, parameters, ways)
-    with measuring(model, parameters.values(), mode=random_state_kept):
-        ways = safe_ways(inner, given, parameters)
-    random = {id(m) for m in model.modules() if any(map(_drops, m.modules()))}
-    return {
-        name: way
-        for name, way in ways.items()
-        if not any(k[0] == "derived" or (k[0] == "module" and k[1] in random) for k in way)
-    }
+        in_eval = safe_ways(inner, given, parameters, refuses=refuses)
+        _check_ways(inner, given, parameters, in_eval)
+    return ways
 
 
-def _drops(module: nn.Module) -> bool:
-    """Whether a module draws at random what it drops, as far as its name and options tell."""
-    kind = type(module).__name__.lower()
-    named = ("drop" in kind or "stochastic" in kind) and vars(module).get("p", 1.0)
-    share = vars(module).get("dropout", 0.0)
-    return module.training and bool(named or (isinstance(share, float) and share))
+@contextmanager
+def _changing(model: nn.Module) -> Iterator[set[int]]:
+    """Ids of modules that draw at random or change their buffers: again they are not the same."""
+    devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
+    found: set[int] = set()
+    before: dict[nn.Module, list[Any]] = defaultdict(list)
+
+    def state(module: nn.Module) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        return random, [(id(buffer), buffer._version) for buffer in module.buffers()]
+
+    def compare(module: nn.Module, *_: Any) -> None:
+        (random, buffers), (random_now, buffers_now) = before[module].pop(), state(module)
+        if buffers != buffers_now or not all(map(torch.equal, random, random_now)):
+            found.add(id(module))
+
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    handles: list[Any] = [m.register_forward_hook(compare) for m in modules]
+    handles += [
+        m.register_forward_pre_hook(lambda m, _: before[m].append(state(m))) for m in modules
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_ways(
@@ -111,6 +139,8 @@ def _check_ways(
         capture.resolve(outputs)
         found = capture.add_squares(terms(outputs), totals, check=check)
         handled = {name: p for name, p in parameters.items() if name in capture.handled}
+    if not handled:
+        return
     alone = {name: torch.zeros_like(value) for name, value in found.items()}
     for n in range(2):
         for gradients in gradients_alone(model, given, n, handled, terms):

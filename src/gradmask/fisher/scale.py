@@ -20,7 +20,7 @@ def logits_of(outputs: Any) -> Tensor | None:
     """The logits among what a model returned: itself, by that name, or the first; None if not."""
     first = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
     found = getattr(outputs, "logits", first)
-    if not isinstance(found, Tensor) or found.dim() < 2 or found.grad_fn is None:
+    if not isinstance(found, Tensor) or found.dim() < 1 or found.grad_fn is None:
         return None
     return found if found.is_floating_point() else None
 
@@ -39,17 +39,17 @@ def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
     """
     kind = torch.promote_types(logits.dtype, torch.float32)
     if likelihood == "bernoulli":
-        z, g = (_some(t.reshape(-1, 1)).to(kind) for t in (logits, gradient))
+        z, g = _some(logits.reshape(-1, 1), gradient.reshape(-1, 1), kind)
         p, up = z.sigmoid(), g > 0  # a label of 0
         sure = torch.where(up, p, 1 - p)
         size = g.abs()
         model = sure * g.sign()
     else:
-        dimension = _classes(gradient)
-        z, g = (
-            _some(t.movedim(dimension, -1).reshape(-1, t.shape[dimension])).to(kind)
-            for t in (logits, gradient)
-        )
+        if gradient.dim() < 2:
+            return gradient.new_full((), torch.nan, dtype=torch.float64)
+        last = _classes(gradient)
+        z, g = (t.movedim(last, -1).reshape(-1, t.shape[last]) for t in (logits, gradient))
+        z, g = _some(z, g, kind)
         label = g.argmin(1, keepdim=True)
         p = z.softmax(1).scatter(1, label, 0.0)
         sure = p.sum(1, keepdim=True)
@@ -59,16 +59,20 @@ def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
     scale = (size * counts).double().sum() / (sure * counts).double().sum()
     off = (g - scale.to(kind) * model * counts).double().norm()
     rough = 3e-2 if min(logits.itemsize, gradient.itemsize) < 4 else 1e-3
-    return torch.where(off <= rough * g.double().norm(), scale, torch.nan)
+    rounded = 4 * torch.finfo(kind).eps * scale.abs() * len(g) ** 0.5  # of 1 - p
+    return torch.where(off <= rough * g.double().norm() + rounded, scale, torch.nan)
 
 
 def _classes(gradient: Tensor) -> int:
     """The dimension over which the gradient of a softmax's logits adds up to zero: 1 or -1."""
     if gradient.dim() == 2:
         return 1
-    few = gradient[:4].float()
-    return min((-1, 1), key=lambda d: float(few.sum(d).norm()))
+    return min((-1, 1), key=lambda d: float(gradient.sum(d, dtype=torch.float32).norm()))
 
 
-def _some(rows: Tensor) -> Tensor:
-    return rows[:: max(1, len(rows) // _ROWS)]
+def _some(logits: Tensor, gradient: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows with the largest gradients: not those that do not count."""
+    if len(gradient) > _ROWS:
+        rows = gradient.abs().amax(1).topk(_ROWS).indices
+        logits, gradient = logits[rows], gradient[rows]
+    return logits.to(kind), gradient.to(kind)

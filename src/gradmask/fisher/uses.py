@@ -100,7 +100,7 @@ def operation_calls(
 def _derived(call: ElementwiseCall | MatmulCall, edge: GradientEdge, leaf: Node) -> DerivedCall:
     node = reshaped(edge.node)
     rows = node.name() == "EmbeddingBackward0" and node.next_functions[0][0] is leaf
-    simple = rows and not node._saved_scale_grad_by_freq
+    simple = rows and not (node._saved_scale_grad_by_freq or _read_once(node, "indices"))
     return (LookupCall if simple else DerivedCall)(call, edge, leaf)
 
 
@@ -122,6 +122,8 @@ def _call(
     """
     (name, shape), (form, transposed) = use, operand
     if node.name() in _PRODUCTS and place == len(node.next_functions) - 1:
+        if _read_once(node, "self" if node.name() == "MmBackward0" else "mat1"):
+            return None
         whole = form == (shape[::-1] if transposed else shape)
         fits = whole and layout.dimension(torch.Size(result(node).shape)) is not None
         return MatmulCall(name, node, transposed, layout) if fits else None
@@ -158,10 +160,14 @@ def _factor(node: Node, place: int) -> Factor | None:
     if kind == "SubBackward0":
         return lambda: 1.0 if place == 0 else -float(node._saved_alpha)
     if kind == "MulBackward0":
-        saved = "_saved_other" if place == 0 else "_saved_self"
-        return lambda: getattr(node, saved).detach()
+        other = "other" if place == 0 else "self"
+        if not _read_once(node, other):
+            return lambda: getattr(node, f"_saved_{other}").detach()
     if kind == "NativeLayerNormBackward0" and place:  # in modules of their own
-        return (lambda: _normalised(node)) if place == 1 else lambda: 1.0
+        if place == 2:
+            return lambda: 1.0
+        if not _read_once(node, "input"):
+            return lambda: _normalised(node)
     return None
 
 
@@ -169,3 +175,9 @@ def _normalised(node: Node) -> Tensor:
     x, mean, inverse = node._saved_input, node._saved_result1, node._saved_result2
     normalised: Tensor = (x.detach() - mean) * inverse
     return normalised
+
+
+def _read_once(node: Node, name: str) -> bool:
+    """Whether a saved tensor is for autograd's eyes only, as activation checkpointing has it."""
+    saved = getattr(node, f"_raw_saved_{name}", None)
+    return type(getattr(saved, "data", None)).__name__ == "_Holder"

@@ -1,0 +1,420 @@
+"""Squares out of training's own backward passes, of many kinds of models and losses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gradmask import FisherMask, fisher_diagonal
+from gradmask.errors import ModelError
+
+sys.path.insert(0, str(Path(__file__).parent / "fisher"))
+from cases import Net, assert_close, batches, floats, randomise, readout, stack, tokens
+
+
+@pytest.fixture(autouse=True)
+def _repeatable(repeatable):
+    """In all tests here."""
+
+
+def mean(outputs, targets):
+    return F.cross_entropy(outputs, targets)
+
+
+def run(model, inputs):
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def gradients(model, data, loss):
+    model.zero_grad()
+    for inputs, targets in data:
+        loss(run(model, inputs), targets).backward()
+    return {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def same(ours, theirs):
+    return all(
+        b is None if a is None else torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def collected(model, data, loss=mean, options=None, **settings):
+    """What is collected in training passes, whose gradients stay as they are to the bit."""
+    mask = FisherMask(model, **(options or {}))
+    torch.manual_seed(1)
+    expected = gradients(model, data, loss)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    before = hooks(model)
+    with mask.collect(**settings) as collector:
+        found = gradients(model, data, loss)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.keys() == expected.keys()
+    assert same(found.values(), expected.values())
+    assert hooks(model) == before
+    return collector.diagonal()
+
+
+class LayerNorm2d(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        x = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias)
+        return x.movedim(-1, 1)
+
+
+def convnext():
+    def block(m, x):
+        return x + m.gamma * m.rest(m.norm(x))
+
+    channels = 6
+    rest = (nn.Conv2d(channels, 8, 1), nn.GELU(), nn.Conv2d(8, channels, 1))
+    gamma = nn.Parameter(torch.full((channels, 1, 1), 0.5))
+    parts = {"norm": LayerNorm2d(channels), "rest": nn.Sequential(*rest), "gamma": gamma}
+    return stack(nn.Conv2d(2, channels, 2, 2), Net(block, **parts), nn.AdaptiveAvgPool2d(1))
+
+
+def conv_net():
+    layers = (nn.Conv2d(2, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.ReLU(inplace=True))
+    return stack(
+        *layers, nn.Conv2d(4, 4, 2, groups=2, bias=False), nn.InstanceNorm2d(4, affine=True)
+    )
+
+
+def frozen_batch_norm():
+    model = stack(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 2))
+    model.layers[1].eval()
+    return model
+
+
+def attention():
+    def forward(m, x):
+        h = x + m.attention(x, x, x, need_weights=False)[0]
+        return readout(m.head(m.norm(h)))
+
+    parts = {"attention": nn.MultiheadAttention(6, 2, batch_first=True), "norm": nn.LayerNorm(6)}
+    return Net(forward, head=nn.Linear(6, 5), **parts)
+
+
+def encoder(**options):
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True, **options)
+    return stack(nn.Embedding(6, 6), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+
+
+def language_model(positions, tied):
+    """Logits (N, C, T), with position embeddings of a table or a bare parameter."""
+
+    def forward(m, x):
+        places = torch.arange(x.shape[1])
+        places = m.places(places) if positions == "table" else m.places
+        h = m.norm(m.tokens(x) + places)
+        return (h @ m.tokens.weight.T if tied else m.head(h)).mT
+
+    parts = {"tokens": nn.Embedding(6, 5), "norm": nn.LayerNorm(5)}
+    parts["places"] = nn.Embedding(9, 5) if positions == "table" else nn.Parameter(torch.ones(7, 5))
+    if not tied:
+        parts["head"] = nn.Linear(5, 6)
+    return Net(forward, **parts)
+
+
+def tied_layers():
+    model = stack(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3))
+    model.layers[2].weight = model.layers[0].weight
+    return model
+
+
+def twice():
+    return Net(lambda m, x: readout(m.fc(F.relu(m.fc(x)))), fc=nn.Linear(5, 5))
+
+
+def bare():
+    def forward(m, x):
+        h = (x @ m.matrix + m.shift) * m.scale
+        return readout(torch.cat([m.token.expand(len(x), -1), h.tanh()], 1))
+
+    shapes = {"matrix": (5, 4), "shift": (4,), "scale": (1,), "token": (1, 3)}
+    return Net(forward, **{name: nn.Parameter(torch.ones(s)) for name, s in shapes.items()})
+
+
+def partly_frozen():
+    model = stack(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    model.layers[2].requires_grad_(False)
+    model.layers[4].bias.requires_grad_(False)
+    return model
+
+
+def unused():
+    model = stack(nn.Linear(5, 4), nn.Tanh())
+    model.aside = nn.Linear(2, 2)
+    return model
+
+
+def checkpointed(inner, whole):
+    """Activations are worked out again in the backward pass, of a part or all."""
+
+    def forward(m, x):
+        if whole:
+            return checkpoint(m.inner, x, use_reentrant=False)
+        return readout(checkpoint(m.inner.layers, x, use_reentrant=False))
+
+    return Net(forward, inner=inner)
+
+
+image, vector, text = floats(2, 8, 8), floats(5), tokens(7)
+MODELS = {
+    "mlp": (lambda: stack(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), vector),
+    "convolutions": (conv_net, image),
+    "convnext": (convnext, image),
+    "frozen BatchNorm": (frozen_batch_norm, image),
+    "attention": (attention, floats(7, 6)),
+    "encoder": (encoder, text),
+    "encoder, norm first": (lambda: encoder(norm_first=True, activation="gelu"), text),
+    "tied layers": (tied_layers, vector),
+    "a layer twice": (twice, vector),
+    "bare parameters": (bare, vector),
+    "partly frozen": (partly_frozen, vector),
+    "unused": (unused, vector),
+    "recurrent": (
+        lambda: Net(lambda m, x: readout(m.rnn(x)[0]), rnn=nn.LSTM(6, 4, batch_first=True)),
+        floats(7, 6),
+    ),
+    "weight norm": (lambda: stack(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4))), vector),
+    "checkpointed block": (lambda: checkpointed(convnext(), False), image),
+    "checkpointed attention": (lambda: checkpointed(attention(), True), floats(7, 6)),
+    "checkpointed encoder": (lambda: checkpointed(encoder(), True), text),
+    "checkpointed parameters": (lambda: checkpointed(bare(), True), vector),
+    "checkpointed model": (lambda: checkpointed(conv_net(), True), image),
+    "checkpointed twice": (lambda: checkpointed(twice(), True), vector),
+}
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (4,), (1, 3, 1), (7, 5)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, sizes):
+    make, inputs = MODELS[name]
+    model = randomise(make())
+    data = batches(inputs, sizes)
+    found = collected(model, data)
+    truth = fisher_diagonal(model, data)
+    assert any(t.max() > 1e-12 for t in truth.values())
+    assert_close(found, truth, 1e-9)
+
+
+@pytest.mark.parametrize("make", [conv_net, twice], ids=["convolutions", "a layer twice"])
+def test_checkpoints_around_the_model(make):
+    model = randomise(make())
+    inputs = image if make is conv_net else vector
+    data = batches(inputs, (3, 1, 2))
+    with FisherMask(model).collect() as collector:
+        for x, y in data:
+            mean(checkpoint(model, x, use_reentrant=False), y).backward()
+    assert collector.seen == 3
+    assert_close(collector.diagonal(), fisher_diagonal(model, data), 1e-9)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("positions", ["table", "parameter"])
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_language_models(positions, tied, checkpoints):
+    model = randomise(language_model(positions, tied))
+    data = batches(text, (3, 2, 1), 6, (7,))
+    if checkpoints:
+        model = checkpointed(model, True)
+        assert fisher_diagonal(model, data)
+        if positions == "table":  # autograd gives the operands once
+            with pytest.raises(ModelError, match="No rule measures"):
+                collected(model, data)
+            return
+    found = collected(model, data, lambda z, y: F.cross_entropy(z, y, reduction="sum"))
+    assert_close(found, fisher_diagonal(model, data), 1e-9)
+
+
+def ignoring(targets):
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.rand(targets.shape, generator=generator) < 0.6
+    drawn[0] = False
+    return targets.masked_fill(drawn, -100)
+
+
+SCALES = {
+    "sum": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
+    "mean": F.cross_entropy,
+    "scaled": lambda z, y: F.cross_entropy(z, y) * 2.0**16,
+    "accumulated": lambda z, y: F.cross_entropy(z, y) / 4,
+    "in another type": lambda z, y: F.cross_entropy(z.float(), y) * 3,
+}
+
+
+@pytest.mark.parametrize("loss", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("criterion", [None, "cross_entropy", nn.CrossEntropyLoss()], ids=str)
+@pytest.mark.parametrize("positions", [(), (7,)], ids=["samples", "tokens"])
+def test_scales_of_the_loss_are_seen(loss, criterion, positions):
+    if positions:
+        model = randomise(language_model("table", True))
+        data = [(x, ignoring(y)) for x, y in batches(text, (3, 2), 6, positions)]
+    else:
+        model = randomise(stack(nn.Linear(5, 4)))
+        data = batches(vector)
+    found = collected(model, data, loss, {"loss": criterion})
+    tolerance = 1e-5 if loss is SCALES["in another type"] else 1e-9
+    assert_close(found, fisher_diagonal(model, data), tolerance)
+
+
+def test_positions_that_count_may_be_rare():
+    model = randomise(language_model("table", False))
+    data = batches(tokens(8), (80,), 6, (8,))
+    data[0][1][:, [0, 2, 4, 6]] = -100
+    data[0][1][:40] = -100
+    assert_close(collected(model, data), fisher_diagonal(model, data), 1e-9)
+
+
+def test_classes_last():
+    def forward(m, x):
+        return m.inner(x).mT
+
+    model = Net(forward, inner=randomise(language_model("parameter", False)))
+    data = batches(text, (3, 2), 6, (7,))
+    found = collected(model, data, lambda z, y: F.cross_entropy(z.mT, y))
+    assert_close(
+        found, {f"inner.{n}": t for n, t in fisher_diagonal(model.inner, data).items()}, 1e-9
+    )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("outputs", [0, 1, 3])
+def test_bernoulli(reduction, outputs):
+    model = randomise(
+        Net(
+            lambda m, x: m.fc(x).squeeze(-1) if not outputs else m.fc(x),
+            fc=nn.Linear(5, outputs or 1),
+        )
+    )
+    shape = (outputs,) if outputs else ()
+    data = [(vector(n), torch.randint(2, (n, *shape)).double()) for n in (3, 4)]
+    loss = lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction=reduction)  # noqa: E731
+    found = collected(model, data, loss, {"loss": "bernoulli"})
+    assert_close(found, fisher_diagonal(model, data, loss="bernoulli"), 1e-9)
+
+
+def test_a_given_scale():
+    model = randomise(Net(lambda m, x: m.fc(x), fc=nn.Linear(5, 3)))
+    data = [(vector(4), floats(3)(4)) for _ in range(2)]
+    found = collected(model, data, F.mse_loss, {"loss": "mse"}, scale=2 / 12)
+    assert_close(found, fisher_diagonal(model, data, loss="mse"), 1e-9)
+
+
+def test_memorised_samples_have_a_scale():
+    model = nn.Sequential(nn.Linear(5, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(0.3)
+        model[0].bias.copy_(torch.tensor([13.0, 0, 0, 0]))
+    data = [(vector(6).float(), torch.zeros(6, dtype=torch.long))]
+    found = collected(model, data, lambda z, y: F.cross_entropy(z, y) * 2.0**16)
+    assert_close(found, fisher_diagonal(model, data), 0.1)
+
+
+def test_no_scale_of_smoothed_labels():
+    """Then it is 1/N."""
+    model = randomise(stack(nn.Linear(5, 4)))
+    data = batches(vector)
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+    found = collected(model, data, smoothed, {"loss": smoothed})
+    assert_close(found, fisher_diagonal(model, data, loss=smoothed), 1e-9)
+
+
+class Hidden(nn.Module):
+    """No rule and no operation that is known: its sine is random where it drops."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5, 5))
+        self.share = share
+
+    def forward(self, x):
+        return F.dropout((x.unsqueeze(1) * self.weight.tanh()).sum(2), self.share, self.training)
+
+
+@pytest.mark.parametrize("sizes", [(4,), (1,), (4, 1)], ids=str)
+def test_random_modules_without_a_rule_are_refused(sizes):
+    data = batches(vector, sizes)
+    model = randomise(stack(Hidden(0.0)))
+    assert_close(collected(model, data), fisher_diagonal(model, data), 1e-9)
+    model = randomise(stack(Hidden(0.5)))
+    if sizes == (1,):
+        assert collected(model, data)["layers.0.weight"].max() > 0
+        return
+    with pytest.raises(ModelError, match="No rule measures"):
+        collected(model, data)
+
+
+def test_modules_that_change_themselves_are_refused():
+    model = randomise(stack(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4))))
+    with pytest.raises(ModelError, match="No rule measures"):
+        collected(model, batches(vector))
+
+
+def test_lengths_vary():
+    def forward(m, x):
+        return readout((m.tokens(x) + m.places(torch.arange(x.shape[1]))).sin().sum(1))
+
+    model = randomise(Net(forward, tokens=nn.Embedding(6, 4), places=nn.Embedding(9, 4)))
+    data = [
+        batches(tokens(length), (size,))[0] for length, size in ((7, 3), (3, 3), (9, 2), (3, 4))
+    ]
+    assert_close(collected(model, data), fisher_diagonal(model, data), 1e-9)
+
+
+def huggingface(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 11, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if kind == "GPT-2":
+        none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        config = transformers.GPT2Config(
+            vocab_size=11, n_positions=9, n_embd=8, n_layer=2, n_head=2, **none
+        )
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, **sizes
+    )
+    if kind == "BERT":
+        return transformers.BertForMaskedLM(config)
+    return transformers.BertForSequenceClassification(config)
+
+
+def labelled(kind, n):
+    x = torch.randint(11, (n, 7))
+    y = torch.randint(2, (n,)) if kind == "a classifier" else torch.where(x < 5, -100, x)
+    if kind != "a classifier":
+        y[:, 1] = x[:, 1]
+    mask = torch.ones_like(x)
+    mask[0, 5:] = 0
+    if kind != "a classifier":
+        y = y.masked_fill(mask == 0, -100)
+    return {"input_ids": x, "attention_mask": mask, "labels": y}
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "BERT", "a classifier"])
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_hugging_face(kind, checkpoints):
+    model = huggingface(kind).double()
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    data = [labelled(kind, n) for n in (3, 4, 1)]
+    given = [(batch, None) for batch in data]
+    found = collected(model, given, lambda outputs, _: outputs.loss * 7)
+    truth = fisher_diagonal(model, data)
+    assert found.keys() == truth.keys()
+    for name, t in truth.items():  # the loss is float32, and there is no gradient of some
+        torch.testing.assert_close(found[name], t, rtol=1e-6, atol=1e-30, msg=name)
