@@ -1,5 +1,6 @@
 """Squares out of training's own backward passes, of many kinds of models and losses."""
 
+import random
 import sys
 from pathlib import Path
 
@@ -240,99 +241,6 @@ def test_language_models(positions, tied, checkpoints):
     assert_close(found, fisher_diagonal(model, data), 1e-9)
 
 
-def ignoring(targets):
-    generator = torch.Generator().manual_seed(3)
-    drawn = torch.rand(targets.shape, generator=generator) < 0.6
-    drawn[0] = False
-    return targets.masked_fill(drawn, -100)
-
-
-SCALES = {
-    "sum": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
-    "mean": F.cross_entropy,
-    "scaled": lambda z, y: F.cross_entropy(z, y) * 2.0**16,
-    "accumulated": lambda z, y: F.cross_entropy(z, y) / 4,
-    "in another type": lambda z, y: F.cross_entropy(z.float(), y) * 3,
-}
-
-
-@pytest.mark.parametrize("loss", SCALES.values(), ids=SCALES)
-@pytest.mark.parametrize("criterion", [None, "cross_entropy", nn.CrossEntropyLoss()], ids=str)
-@pytest.mark.parametrize("positions", [(), (7,)], ids=["samples", "tokens"])
-def test_scales_of_the_loss_are_seen(loss, criterion, positions):
-    if positions:
-        model = randomise(language_model("table", True))
-        data = [(x, ignoring(y)) for x, y in batches(text, (3, 2), 6, positions)]
-    else:
-        model = randomise(stack(nn.Linear(5, 4)))
-        data = batches(vector)
-    found = collected(model, data, loss, {"loss": criterion})
-    tolerance = 1e-5 if loss is SCALES["in another type"] else 1e-9
-    assert_close(found, fisher_diagonal(model, data), tolerance)
-
-
-def test_positions_that_count_may_be_rare():
-    model = randomise(language_model("table", False))
-    data = batches(tokens(8), (80,), 6, (8,))
-    data[0][1][:, [0, 2, 4, 6]] = -100
-    data[0][1][:40] = -100
-    assert_close(collected(model, data), fisher_diagonal(model, data), 1e-9)
-
-
-def test_classes_last():
-    def forward(m, x):
-        return m.inner(x).mT
-
-    model = Net(forward, inner=randomise(language_model("parameter", False)))
-    data = batches(text, (3, 2), 6, (7,))
-    found = collected(model, data, lambda z, y: F.cross_entropy(z.mT, y))
-    assert_close(
-        found, {f"inner.{n}": t for n, t in fisher_diagonal(model.inner, data).items()}, 1e-9
-    )
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("outputs", [0, 1, 3])
-def test_bernoulli(reduction, outputs):
-    model = randomise(
-        Net(
-            lambda m, x: m.fc(x).squeeze(-1) if not outputs else m.fc(x),
-            fc=nn.Linear(5, outputs or 1),
-        )
-    )
-    shape = (outputs,) if outputs else ()
-    data = [(vector(n), torch.randint(2, (n, *shape)).double()) for n in (3, 4)]
-    loss = lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction=reduction)  # noqa: E731
-    found = collected(model, data, loss, {"loss": "bernoulli"})
-    assert_close(found, fisher_diagonal(model, data, loss="bernoulli"), 1e-9)
-
-
-def test_a_given_scale():
-    model = randomise(Net(lambda m, x: m.fc(x), fc=nn.Linear(5, 3)))
-    data = [(vector(4), floats(3)(4)) for _ in range(2)]
-    found = collected(model, data, F.mse_loss, {"loss": "mse"}, scale=2 / 12)
-    assert_close(found, fisher_diagonal(model, data, loss="mse"), 1e-9)
-
-
-def test_memorised_samples_have_a_scale():
-    model = nn.Sequential(nn.Linear(5, 4))
-    with torch.no_grad():
-        model[0].weight.mul_(0.3)
-        model[0].bias.copy_(torch.tensor([13.0, 0, 0, 0]))
-    data = [(vector(6).float(), torch.zeros(6, dtype=torch.long))]
-    found = collected(model, data, lambda z, y: F.cross_entropy(z, y) * 2.0**16)
-    assert_close(found, fisher_diagonal(model, data), 0.1)
-
-
-def test_no_scale_of_smoothed_labels():
-    """Then it is 1/N."""
-    model = randomise(stack(nn.Linear(5, 4)))
-    data = batches(vector)
-    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
-    found = collected(model, data, smoothed, {"loss": smoothed})
-    assert_close(found, fisher_diagonal(model, data, loss=smoothed), 1e-9)
-
-
 class Hidden(nn.Module):
     """No rule and no operation that is known: its sine is random where it drops."""
 
@@ -362,6 +270,42 @@ def test_modules_that_change_themselves_are_refused():
     model = randomise(stack(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4))))
     with pytest.raises(ModelError, match="No rule measures"):
         collected(model, batches(vector))
+
+
+def test_layers_may_thaw():
+    model, data = randomise(MODELS["mlp"][0]()), batches(vector, (3, 3))
+    model.layers[0].requires_grad_(False)
+    with FisherMask(model).collect() as collector:
+        mean(model(data[0][0]), data[0][1]).backward()
+        model.layers[0].requires_grad_(True)
+        mean(model(data[1][0]), data[1][1]).backward()
+    truth = fisher_diagonal(model, data)
+    truth |= {
+        n: fisher_diagonal(model, data[1:])[n] / 2 for n in ("layers.0.weight", "layers.0.bias")
+    }
+    assert_close(collector.diagonal(), truth, 1e-9)
+
+
+class Chance(nn.Module):
+    """Draws with Python's generator, as layer drop does."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.fc(x).tanh() if self.training and random.random() < 0.5 else self.fc(x)
+
+
+def test_python_draws_as_without():
+    model, (batch, *_) = randomise(stack(Chance())), batches(vector)
+    random.seed(1)
+    gradients(model, [batch], mean)
+    expected = random.getstate()
+    random.seed(1)
+    with FisherMask(model).collect():
+        gradients(model, [batch], mean)
+    assert random.getstate() == expected
 
 
 def test_lengths_vary():

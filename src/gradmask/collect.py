@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradmask.containers import map_tensors, sample_count
@@ -17,7 +17,7 @@ from gradmask.distributed import Groups, is_sharded, sum_over, unwrapped
 from gradmask.errors import DataError, ModelError, OptionError, StateError, first_names
 from gradmask.fisher.calls import differentiable, full_precision
 from gradmask.fisher.capture import Capture, Ways
-from gradmask.fisher.graph import walk
+from gradmask.fisher.graph import leaves, walk
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.losses import likelihood_of, standard_loss
 from gradmask.fisher.probe import training_ways
@@ -57,6 +57,7 @@ class Collector:
         self._sums: dict[str, Tensor] = {}
         self._weight: Tensor | None = None  # of what is in the sums
         self._ways: Ways | None = None
+        self._known: set[tuple[str, int]] = set()  # parameters they are of
         self._open: _Batch | None = None
         self._handles: list[Any] = []
         self._hooks: tuple[_Hook, _Hook] | None = None
@@ -212,16 +213,18 @@ class Collector:
         if count == 1:
             self._open = _Batch(_Single(parameters), parameters, count)
             return
-        if self._ways is None:
-            self._ways = self._find_ways(args, kwargs, parameters)
+        known = {(name, id(p)) for name, p in parameters.items()}
+        if self._ways is None or known != self._known:
+            self._ways, self._known = self._find_ways(args, kwargs, parameters), known
         capture = Capture(model, parameters, count, self._ways, listens=True)
         self._open = _Batch(capture, parameters, count)
 
     def _find_ways(self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
         two = map_tensors(lambda t: t[:2].detach() if t.dim() else t, (args, kwargs))
         self._busy = True
-        try:
-            return training_ways(self.model, two, parameters)
+        try:  # with none of the hooks that activation checkpointing has around the model
+            with saved_tensors_hooks(Tensor.detach, lambda saved: saved):
+                return training_ways(self.model, two, parameters)
         finally:
             self._busy = False
 
@@ -307,40 +310,60 @@ class Collector:
 
 
 class _Single:
-    """What `Capture` is, for one sample: its gradients are those of the batch."""
+    """What `Capture` is, for one sample: its gradients are those of the batch, by way of the model.
+
+    What a loss has of parameters besides, such as a penalty, does not go by that way.
+    """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self._parameters, self._handles = parameters, list[Any]()
+        self._uses: dict[str, list[tuple[Any, int]]] = {}
+        self._sums: dict[str, Tensor] = {}
         self._types: set[torch.dtype] = set()
         self.handled = parameters.keys()
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
+        self._uses, self._sums = {}, {}
 
     def resolve(self, outputs: Any) -> None:
-        """Refuse a graph with hidden parts."""
-        nodes, _ = walk(list(dict.fromkeys(t.grad_fn for t in differentiable(outputs))))
+        """Find the operations that use the parameters, and refuse a graph with hidden parts."""
+        nodes, parents = walk(list(dict.fromkeys(t.grad_fn for t in differentiable(outputs))))
         self._types = {m.dtype for node in nodes for m in node._input_metadata}
+        names = {id(p): name for name, p in self._parameters.items()}
+        for name, leaf in leaves(nodes, lambda variable: names.get(id(variable))).items():
+            self._uses[name] = [
+                (node, place)
+                for node in dict.fromkeys(parents[leaf])
+                for place, (below, _) in enumerate(node.next_functions)
+                if below is leaf
+            ]
 
     def types(self) -> set[torch.dtype]:
         """Types of what operations returned."""
         return self._types
 
     def listen(self, totals: dict[str, Tensor]) -> None:
-        """Add the squares of the next backward pass to totals."""
+        """Add the squares of the next backward pass to totals; complete after `square_rest`."""
 
         @torch.no_grad()
-        def add(name: str, gradients: tuple[Tensor | None, ...]) -> None:
-            if gradients[0] is not None:
-                add_squares(totals[name], full_precision(gradients[0].to_dense()).unsqueeze(0))
+        def add(name: str, place: int, gradients: tuple[Tensor | None, ...], *_: Any) -> None:
+            if (g := gradients[place]) is None:
+                return
+            g = full_precision(g.to_dense()).sum_to_size(self._parameters[name].shape)
+            if len(self._uses[name]) == 1:
+                add_squares(totals[name], g.unsqueeze(0))
+            else:
+                self._sums[name] = self._sums[name] + g if name in self._sums else g
 
-        for name, parameter in self._parameters.items():
-            node = get_gradient_edge(parameter).node
-            self._handles.append(node.register_prehook(partial(add, name)))
+        for name, uses in self._uses.items():
+            self._handles += [node.register_hook(partial(add, name, i)) for node, i in uses]
 
-    def square_rest(self, _: dict[str, Tensor]) -> None:
-        """Nothing is left."""
+    def square_rest(self, totals: dict[str, Tensor]) -> None:
+        """Of parameters that are used more than once."""
+        for name, gradient in self._sums.items():
+            add_squares(totals[name], gradient.unsqueeze(0))
 
 
 class _Hook:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -69,10 +70,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Give PyTorch's generators, of the CPU and of the model's GPUs, their states back."""
+    """Give Python's generator and PyTorch's, of the CPU and the model's GPUs, their states back."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        yield
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        random.setstate(state)
 
 
 @contextmanager

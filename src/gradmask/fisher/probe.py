@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -99,13 +100,14 @@ def _changing(model: nn.Module) -> Iterator[set[int]]:
     found: set[int] = set()
     before: dict[nn.Module, list[Any]] = defaultdict(list)
 
-    def state(module: nn.Module) -> tuple[list[Tensor], list[tuple[int, int]]]:
-        random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-        return random, [(id(buffer), buffer._version) for buffer in module.buffers()]
+    def state(module: nn.Module) -> tuple[list[Tensor], Any]:
+        drawn = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        buffers = [(id(buffer), buffer._version) for buffer in module.buffers()]
+        return drawn, (buffers, random.getstate())
 
     def compare(module: nn.Module, *_: Any) -> None:
-        (random, buffers), (random_now, buffers_now) = before[module].pop(), state(module)
-        if buffers != buffers_now or not all(map(torch.equal, random, random_now)):
+        (drawn, rest), (drawn_now, rest_now) = before[module].pop(), state(module)
+        if rest != rest_now or not all(map(torch.equal, drawn, drawn_now)):
             found.add(id(module))
 
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]

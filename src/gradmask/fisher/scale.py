@@ -7,6 +7,7 @@ With one-hot labels y it can be read off: c = Σ_n −min_k ∂L/∂z_nk / Σ_n 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ _ROWS = 256  # distributions that are looked at
 
 def logits_of(outputs: Any) -> Tensor | None:
     """The logits among what a model returned: itself, by that name, or the first; None if not."""
-    first = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
-    found = getattr(outputs, "logits", first)
-    if not isinstance(found, Tensor) or found.dim() < 1 or found.grad_fn is None:
-        return None
-    return found if found.is_floating_point() else None
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits", list(outputs.values()))
+    found = getattr(outputs, "logits", outputs)
+    for tensor in found if isinstance(found, tuple | list) else (found,):  # a loss may be first
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None and tensor.dim():
+            return tensor if tensor.is_floating_point() else None
+    return None
 
 
 def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
