@@ -177,9 +177,10 @@ class MaskedSteps:
         masked = [self._masked(n, p) for n, p in held.items() if n in self.masks]
         gradients, masks = _gradients(masked)
         whole = len(gradients) == len(held) and not any(is_sharded(p) for p in held.values())
+        norm = None
         if kind == 2 and whole and gradients:
             norm = clip_where(gradients, masks, most, finite=finite)
-        else:
+        if norm is None:
             keep_where(gradients, masks)
             norm = nn.utils.clip_grad_norm_(held.values(), most, kind, error_if_nonfinite=finite)
         self._done = {

@@ -11,42 +11,38 @@ from torch import Tensor
 
 from gradmask.kernels.gate import REALS, check_kept, pointers
 from gradmask.kernels.library import load
-from gradmask.kernels.select import keep_where
 
 _CHUNK = 16384  # as in clip_where.c
 
 
 def clip_where(
     tensors: Sequence[Tensor], masks: Sequence[Tensor], most: float, *, finite: bool = False
-) -> Tensor:
+) -> Tensor | None:
     """Mask tensors in place, and scale what is kept so that its Euclidean norm is at most `most`.
 
-    As `keep_where` and then `torch.nn.utils.clip_grad_norm_`.
+    As `keep_where` and then `torch.nn.utils.clip_grad_norm_`, on a CPU.
 
     Args:
-        tensors: Tensors of any types and devices, changed in place.
+        tensors: Tensors of one type, changed in place.
         masks: For each a bool tensor of its shape and device: True where it stays.
         most: The largest norm.
         finite: Raise an error if the norm is not finite.
 
     Returns:
-        The norm before scaling, of what is kept.
+        The norm before scaling, of what is kept; None, and nothing is changed, if there is no
+        kernel for these.
 
     Raises:
         TypeError: As `keep_where`.
         ValueError: Likewise.
         RuntimeError: If the norm is not finite, and must be. Nothing is scaled then.
     """
+    rows = check_kept(tensors, masks)
     dtypes = {t.dtype for t in tensors}
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
-    native = None not in check_kept(tensors, masks) and dtype in REALS
-    library = load("clip_where.c", Real=REALS[dtype]) if native and dtype in REALS else None
+    dtype = dtypes.pop() if len(dtypes) == 1 and None not in rows else None
+    library = load("clip_where.c", Real=REALS[dtype]) if dtype in REALS else None
     if library is None:
-        keep_where(tensors, masks)
-        norm = torch.nn.utils.get_total_norm(tensors, error_if_nonfinite=finite)
-        for tensor in tensors:
-            tensor.mul_((most / (norm + 1e-6)).clamp(max=1.0).to(tensor.device))
-        return norm
+        return None
     count, sizes = len(tensors), [t.numel() for t in tensors]
     partial = (ctypes.c_double * sum(-(-size // _CHUNK) for size in sizes))()
     shared = ctypes.c_int64(count), (ctypes.c_int64 * count)(*sizes), pointers(tensors)
