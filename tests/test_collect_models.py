@@ -212,6 +212,16 @@ def test_models(name, sizes):
     assert_close(found, truth, 1e-9)
 
 
+@pytest.mark.parametrize("make", [attention, bare, convnext])
+def test_checkpoints_change_no_diagonal(make):
+    model = randomise(make())
+    inputs = {attention: floats(7, 6), bare: vector, convnext: image}[make]
+    data = batches(inputs)
+    found = fisher_diagonal(checkpointed(model, True), data)
+    truth = {f"inner.{name}": t for name, t in fisher_diagonal(model, data).items()}
+    assert_close(found, truth, 1e-9)
+
+
 @pytest.mark.parametrize("make", [conv_net, twice], ids=["convolutions", "a layer twice"])
 def test_checkpoints_around_the_model(make):
     model = randomise(make())
