@@ -188,7 +188,9 @@ class Collector:
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         recomputes = torch._C._current_graph_task_id() != -1  # of activation checkpointing
-        if self._busy or recomputes or not model.training or not torch.is_grad_enabled():
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # as by torch.func
+        trains = model.training and torch.is_grad_enabled()
+        if self._busy or recomputes or transformed or not trains:
             return
         self._abandon()
         self.seen += 1
