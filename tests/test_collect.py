@@ -250,6 +250,20 @@ def test_passes_that_do_not_train():
     assert hooks(model) == 0
 
 
+def test_torch_func_goes_its_own_way():
+    model, (batch, other) = network(), batches(2)
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(weights, x, y):
+        return F.cross_entropy(torch.func.functional_call(model, weights, (x[None],)), y[None])
+
+    with FisherMask(model).collect() as collector:
+        squares = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, *batch)
+        loss_of(model, other).backward()
+    close({n: g.square().mean(0) for n, g in squares.items()}, fisher_diagonal(model, [batch]))
+    close(collector.diagonal(), fisher_diagonal(model, [other]))
+
+
 def test_backward_outside_is_not_collected():
     model, (batch,) = network(), batches(1)
     with FisherMask(model).collect() as collector:

@@ -1,17 +1,13 @@
-"""Copies and saved states of masks that collect, and training on several processes."""
+"""Copies and saved states of masks that collect."""
 
 import copy
 import io
 import pickle
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-from processes import run_processes
 from test_collect import OPTIMIZERS, batches, close, equal, hooks, loss_of, network
 from test_mask_copies import COPIES
-from torch.nn.parallel import DistributedDataParallel
 
 from gradmask import FisherMask, fisher_diagonal
 from gradmask.errors import StateError
@@ -178,28 +174,3 @@ def test_copies_in_circles(duplicate, root):
     steps((model, model.optimizer, model.mask), data)
     assert model.mask.state_dict()["collected"]["seen"] == 3
     assert parts[2].state_dict()["collected"]["seen"] == 1
-
-
-def check_ranks(rank, world):
-    model, data = network(), batches(4)
-    mask = FisherMask(DistributedDataParallel(model), keep=0.5)
-    wrapped = mask._wrapped
-    mine = [(x[: 4 - rank], y[: 4 - rank]) for x, y in data[rank::world]]
-    with mask.collect() as collector:
-        for batch in mine:
-            loss_of(wrapped, batch).backward()
-    theirs = [(x[: 4 - r], y[: 4 - r]) for r in range(world) for x, y in data[r::world]]
-    alone = [dist.new_group([r]) for r in range(world)][rank]
-    truth = fisher_diagonal(network(), theirs, group=alone)
-    close(collector.diagonal((dist.group.WORLD,)), truth)
-    mask.refresh()
-    single = FisherMask(network(), keep=0.5, group=alone)
-    single.update(truth)
-    assert equal(mask.masks, single.masks)
-
-
-@pytest.mark.skipif(
-    sys.platform == "win32" or not dist.is_available(), reason="needs torch.distributed"
-)
-def test_processes_give_their_mean(tmp_path):
-    run_processes(check_ranks, 2, tmp_path)

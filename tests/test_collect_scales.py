@@ -1,4 +1,4 @@
-"""What a training loss multiplies the samples' own by."""
+"""What a training loss multiplies the samples' own by; models that have a loss of their own."""
 
 import pytest
 import torch
@@ -125,3 +125,48 @@ def test_no_scale_of_smoothed_labels():
     smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
     found = collected(model, data, smoothed, {"loss": smoothed})
     assert_close(found, fisher_diagonal(model, data, loss=smoothed), 1e-9)
+
+
+def huggingface(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 11, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if kind == "GPT-2":
+        none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        config = transformers.GPT2Config(
+            vocab_size=11, n_positions=9, n_embd=8, n_layer=2, n_head=2, **none
+        )
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, **sizes
+    )
+    if kind == "BERT":
+        return transformers.BertForMaskedLM(config)
+    return transformers.BertForSequenceClassification(config)
+
+
+def labelled(kind, n):
+    x = torch.randint(11, (n, 7))
+    y = torch.randint(2, (n,)) if kind == "a classifier" else torch.where(x < 5, -100, x)
+    if kind != "a classifier":
+        y[:, 1] = x[:, 1]
+    mask = torch.ones_like(x)
+    mask[0, 5:] = 0
+    if kind != "a classifier":
+        y = y.masked_fill(mask == 0, -100)
+    return {"input_ids": x, "attention_mask": mask, "labels": y}
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "BERT", "a classifier"])
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_hugging_face(kind, checkpoints):
+    model = huggingface(kind).double()
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    data = [labelled(kind, n) for n in (3, 4, 1)]
+    given = [(batch, None) for batch in data]
+    found = collected(model, given, lambda outputs, _: outputs.loss * 7)
+    truth = fisher_diagonal(model, data)
+    assert found.keys() == truth.keys()
+    for name, t in truth.items():  # the loss is float32, and there is no gradient of some
+        torch.testing.assert_close(found[name], t, rtol=1e-6, atol=1e-30, msg=name)

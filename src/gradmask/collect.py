@@ -12,7 +12,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradmask.containers import map_tensors, sample_count
+from gradmask.containers import map_tensors, sample_count, tensors_in
 from gradmask.distributed import Groups, is_sharded, sum_over, unwrapped
 from gradmask.errors import DataError, ModelError, OptionError, StateError, first_names
 from gradmask.fisher.calls import differentiable, full_precision
@@ -56,7 +56,7 @@ class Collector:
         self.seen = 0
         self._sums: dict[str, Tensor] = {}
         self._weight: Tensor | None = None  # of what is in the sums
-        self._ways: Ways | None = None
+        self._ways: dict[tuple[tuple[int, ...], ...], Ways] = {}  # by the inputs' shapes
         self._known: set[tuple[str, int]] = set()  # parameters they are of
         self._open: _Batch | None = None
         self._handles: list[Any] = []
@@ -126,7 +126,7 @@ class Collector:
         self._handles, self._hooks = [], None
 
     def __getstate__(self) -> dict[str, Any]:
-        none: dict[str, Any] = {"_open": None, "_ways": None, "_busy": False}
+        none: dict[str, Any] = {"_open": None, "_ways": {}, "_busy": False}
         return vars(self) | none | {"_depth": int(self._started_alone)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -199,7 +199,9 @@ class Collector:
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         recomputes = torch._C._current_graph_task_id() != -1  # of activation checkpointing
-        if self._busy or recomputes or not model.training or not torch.is_grad_enabled():
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None  # as by torch.func
+        trains = model.training and torch.is_grad_enabled()
+        if self._busy or recomputes or transformed or not trains:
             return
         self._abandon()
         self.seen += 1
@@ -214,9 +216,12 @@ class Collector:
             self._open = _Batch(_Single(parameters), parameters, count)
             return
         known = {(name, id(p)) for name, p in parameters.items()}
-        if self._ways is None or known != self._known:
-            self._ways, self._known = self._find_ways(args, kwargs, parameters), known
-        capture = Capture(model, parameters, count, self._ways, listens=True)
+        if known != self._known:
+            self._ways, self._known = {}, known
+        shapes = tuple(tuple(t.shape[1:]) for t in tensors_in((args, kwargs)))
+        if shapes not in self._ways:  # recurrent layers have other operations for other lengths
+            self._ways[shapes] = self._find_ways(args, kwargs, parameters)
+        capture = Capture(model, parameters, count, self._ways[shapes], listens=True)
         self._open = _Batch(capture, parameters, count)
 
     def _find_ways(self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
