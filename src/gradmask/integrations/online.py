@@ -13,6 +13,7 @@ from torch import nn
 from gradmask import FisherMask
 from gradmask.distributed import data_groups, place, sum_over
 from gradmask.errors import ModelError, OptionError
+from gradmask.integrations.schedule import Schedule
 
 
 def check_online(keep: float, every: int, options: Mapping[str, Any], data: Any = None) -> None:
@@ -47,6 +48,32 @@ def check_online(keep: float, every: int, options: Mapping[str, Any], data: Any 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         FisherMask(nn.Linear(1, 1), keep, refresh="online", every=every, **options)
+
+
+def mask_of(
+    model: nn.Module, keep: float, schedule: Schedule, options: Mapping[str, Any], hidden: str = ""
+) -> tuple[FisherMask, Online | None]:
+    """A mask, and what it collects if its schedule says so.
+
+    Args:
+        model: What is masked.
+        keep: Share that learns.
+        schedule: When.
+        options: Options of `FisherMask`.
+        hidden: What hides the layers from hooks, in words.
+
+    Raises:
+        OptionError: If layers are hidden that would be measured in training.
+    """
+    if not schedule.online:
+        return FisherMask(model, keep, **options), None
+    if hidden:
+        raise OptionError(
+            f"refresh='online' cannot see the layers of {hidden}: use refresh='epoch', or leave "
+            "torch.compile out, and start a process for each GPU (torchrun)."
+        )
+    mask = FisherMask(model, keep, refresh="online", every=schedule.every, **options)
+    return mask, Online(mask, schedule.every, options.get("group"))
 
 
 class Online:

@@ -16,12 +16,13 @@ class Schedule:
         refresh: `epoch`, a number of optimizer steps, or `start` (measured once and kept); or
             `online` (of training's own passes, not of passes in between).
         steps: With `online`, a number of optimizer steps; default: after every epoch.
+        every: With `online`, one of so many batches is collected.
 
     Raises:
         OptionError: If it is something else.
     """
 
-    def __init__(self, refresh: Refresh, steps: int | None = None) -> None:
+    def __init__(self, refresh: Refresh, steps: int | None = None, every: int = 10) -> None:
         if not _number(refresh) and refresh not in ("epoch", "start", "online"):
             raise OptionError(
                 f"refresh={refresh!r} must be 'epoch', 'start' (once), 'online', or a number of "
@@ -32,7 +33,7 @@ class Schedule:
                 f"steps={steps!r} must be a number of optimizer steps, at least 1, and goes with "
                 "refresh='online'. To measure in passes of their own, refresh=<number of steps>."
             )
-        self.refresh, self.online = refresh, refresh == "online"
+        self.refresh, self.online, self.every = refresh, refresh == "online", every
         self.steps = refresh if isinstance(refresh, int) else steps
 
     def at_start(self, refreshes: int) -> bool:

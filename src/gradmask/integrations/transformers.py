@@ -24,7 +24,7 @@ from gradmask.errors import (
     check_keep,
 )
 from gradmask.integrations.first_step import OwnLossNote, is_compiled
-from gradmask.integrations.online import Online, check_online
+from gradmask.integrations.online import Online, check_online, mask_of
 from gradmask.integrations.schedule import Refresh, Schedule
 from gradmask.loaders import loader_over
 from gradmask.seeding import own_random_state
@@ -96,7 +96,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         check_keep(keep)
         for name in options:
             check_choice("option", name, _OPTIONS)
-        self.schedule, self.every, self.options = Schedule(refresh, steps), every, options
+        self.schedule, self.options = Schedule(refresh, steps, every), options
         if self.schedule.online:
             check_online(keep, every, options, data if monitor is None else None)
         self.keep, self.data, self.resume = float(keep), data, resume
@@ -114,7 +114,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         """What the Trainer writes to `trainer_state.json`: the mask's SHA-256, and options."""
         options = {"keep": self.keep, "refresh": self.schedule.refresh, **self.options}
         if self.schedule.online:
-            options |= {"every": self.every, "steps": self.schedule.steps}
+            options |= {"every": self.schedule.every, "steps": self.schedule.steps}
         if self._online is not None:  # the place in training is another at each step
             self.sha256 = self._online.sha256()
         plain = {k: v for k, v in options.items() if v is None or isinstance(v, str | int | float)}
@@ -130,11 +130,10 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         sharded = any(map(is_sharded, model.parameters()))
         together = args.world_size > 1 and not sharded
         group = dist.group.WORLD if together else None
+        hidden = "a compiled model" if args.torch_compile else ""
+        hidden = f"a model on {args.n_gpu} GPUs in one process" if args.n_gpu > 1 else hidden
         options = {"group": group, **self.options}
-        if self.schedule.online:
-            options |= {"refresh": "online", "every": self.every}
-        self.mask = FisherMask(model, self.keep, **options)
-        self._online = Online(self.mask, self.every, group) if self.schedule.online else None
+        self.mask, self._online = mask_of(model, self.keep, self.schedule, options, hidden)
         if state.global_step > 0:
             self._load(self.mask, args, state, saved)
         self.mask.attach(given["optimizer"])
@@ -223,12 +222,6 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
                 "restore_callback_states_from_checkpoint=True made the FisherMaskCallback anew, "
                 f"without {', '.join(self.left_out)}, which trainer_state.json cannot hold: leave "
                 "it False. The mask is restored in any case."
-            )
-        if self.schedule.online and (args.torch_compile or args.n_gpu > 1):
-            what = "torch_compile=True" if args.torch_compile else f"{args.n_gpu} GPUs in a process"
-            raise OptionError(
-                f"refresh='online' cannot see the layers with {what}: use refresh='epoch', or "
-                "leave torch_compile out and start a process for each GPU (torchrun)."
             )
         smoothing = not self.schedule.online and args.label_smoothing_factor
         if smoothing and self.options.get("loss") is None:
