@@ -14,7 +14,7 @@ from torch import nn
 
 from gradmask import FisherMask
 from gradmask.errors import DataError, GradmaskWarning, OptionError
-from gradmask.integrations.first_step import CrossEntropyNote, is_compiled
+from gradmask.integrations.first_step import CrossEntropyNote, is_compiled, targets_of
 from gradmask.integrations.lightning_module import (
     forward_errors,
     named_module,
@@ -24,7 +24,6 @@ from gradmask.integrations.lightning_module import (
 )
 from gradmask.integrations.online import Online, check_online, mask_of
 from gradmask.integrations.schedule import Refresh, Schedule
-from gradmask.seeding import own_random_state
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _REFUSED = ("deepspeed", "fsdp", "modelparallel", "xla")
@@ -109,6 +108,7 @@ class FisherMaskCallback(Callback):
         self._handles: list[Any] = []
         self._note: CrossEntropyNote | None = None
         self._begun = False
+        self._epoch: int | None = None
         self._refreshed = 0
 
     @property
@@ -122,7 +122,8 @@ class FisherMaskCallback(Callback):
             return dict(self._state)
         if self._online is not None:
             self._online.gather()
-        return {"mask": self.mask.state_dict() if self.mask else None, "steps": self.steps}
+        mask = self.mask.state_dict() if self.mask else None
+        return {"mask": mask, "steps": self.steps, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Note what a checkpoint has; the optimizers are not there yet."""
@@ -148,7 +149,7 @@ class FisherMaskCallback(Callback):
             made = mask_of(measured, self.keep, self._schedule, together | self.options, hidden)
             (self.mask, self._online), self.steps = made, 0
         if self._state is not None:
-            self.steps = self._state["steps"]
+            self.steps, self._epoch = self._state["steps"], self._state.get("epoch")
             if self._state["mask"] is not None:
                 self.mask.load_state_dict(self._state["mask"])
                 if self._online is not None:
@@ -166,15 +167,16 @@ class FisherMaskCallback(Callback):
         elif not self.mask.refreshes and self._online is None:
             self._measure(trainer, pl_module, self.mask.check)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the mask from the epoch before; so none is made that no step would use."""
-        if trainer.current_epoch > 0 and self._schedule.after_epoch(last=False):
-            self._refresh(trainer, pl_module)
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Collect, or note in the first batch what `training_step` has from what is measured."""
+        """Make the mask of an epoch, which some step will use; look at what a batch trains.
+
+        Not at the epoch's start: of a run that goes on from a last batch Lightning does not tell.
+        """
+        epoch, self._epoch = self._epoch, trainer.current_epoch
+        if self._epoch not in (0, epoch) and self._schedule.after_epoch(last=False):
+            self._refresh(trainer, pl_module)
         first, self._begun = not self._begun, True
         assert self.mask is not None
         if self._online is not None:
@@ -183,7 +185,10 @@ class FisherMaskCallback(Callback):
         measured = self.options.get("loss") is None and self.mask.strategy != "random"
         automatic = pl_module.automatic_optimization and not is_compiled(pl_module)
         if first and measured and automatic:
-            self._note = CrossEntropyNote(self.mask.model, self._targets(batch))
+            unpack = self.options.get("unpack")
+            known = unpack is None or self.data is None  # whose batches may have another form
+            targets = targets_of(batch, unpack) if known else None
+            self._note = CrossEntropyNote(self.mask.model, targets)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
@@ -249,20 +254,6 @@ class FisherMaskCallback(Callback):
         context = plugin.forward_context() if own else nullcontext()
         with trainer_is(None, module), forward_errors(self.mask.model, batches), context:
             measure(loader)
-
-    def _targets(self, batch: Any) -> Any:
-        """Targets of a training batch, if it is known where they are."""
-        unpack = self.options.get("unpack")
-        if unpack is not None:
-            if self.data is not None:  # whose batches may have another form
-                return None
-            try:
-                with own_random_state("unpack"):
-                    batch = unpack(batch)
-            except Exception:  # told when it is measured
-                return None
-        pair = isinstance(batch, tuple | list) and len(batch) == 2
-        return batch[1] if pair else None
 
     def _compare(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
         note = self._note
