@@ -63,7 +63,7 @@ def ddp(folder):
 
 
 def online(folder):
-    """The diagonal is that of all ranks; a checkpoint within an epoch of 6 steps has all of it."""
+    """The diagonal is that of all ranks; a checkpoint within an epoch of 3 steps has all of it."""
     found, update = [], FisherMask.update
     FisherMask.update = lambda self, fisher: found.append(fisher) or update(self, fisher)
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
