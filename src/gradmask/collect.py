@@ -23,10 +23,13 @@ from gradmask.fisher.losses import likelihood_of, standard_loss
 from gradmask.fisher.probe import training_ways
 from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.rules import add_squares
-from gradmask.fisher.scale import SCALED, logits_of, loss_scale
+from gradmask.fisher.scale import SCALED, before_casts, logits_of, loss_scale
 from gradmask.parameters import trainable_parameters
 
-_PASS = "Measure in a pass of its own, in eval mode: mask.refresh(loader)."
+_PASS = (
+    "Measure in a pass of its own, in eval mode: mask.refresh(loader), or refresh='epoch' of a "
+    "callback."
+)
 
 
 class Collector:
@@ -134,6 +137,11 @@ class Collector:
         if self._hooks is not None and self._depth:
             before, after = self._hooks  # are in the model's copy, or will be
             before.function, after.function = self._begin, self._listen
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was collected since `clear`."""
+        return not self._sums
 
     def clear(self) -> None:
         """Forget what was collected."""
@@ -255,9 +263,9 @@ class Collector:
         likelihood = "cross_entropy" if loss is None else likelihood_of(loss)
         logits = logits_of(outputs)
         if self.scale is None and logits is not None and likelihood in SCALED:
-            assert logits.grad_fn is not None
-            note = partial(batch.note_scale, logits.detach(), logits.output_nr, likelihood)
-            logits.grad_fn.register_prehook(note)
+            node, place = before_casts(logits)
+            note = partial(batch.note_scale, logits.detach(), place, likelihood)
+            node.register_prehook(note)
 
     def _started(self, batch: _Batch, _: Any) -> None:
         if batch.started:

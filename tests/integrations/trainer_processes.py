@@ -10,7 +10,7 @@ from test_trainer import assert_same, collate, made, samples, trainer, weights
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from gradmask import FisherMask, load_masks
+from gradmask import FisherMask, fisher_diagonal, load_masks
 from gradmask.errors import GradmaskWarning
 from gradmask.integrations.transformers import FILE, FisherMaskCallback
 
@@ -62,6 +62,35 @@ def ddp(folder):
     assert_as_alone(first.mask.masks, host.model.state_dict())
 
 
+def online(folder):
+    """The diagonal is that of all ranks; a checkpoint within an epoch of 3 steps has all of it."""
+    found, update = [], FisherMask.update
+    FisherMask.update = lambda self, fisher: found.append(fisher) or update(self, fisher)
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    options = {
+        "save_strategy": "steps", "save_steps": 4, "max_steps": 14, "data": samples(24),
+        "per_device_train_batch_size": 2, "ddp_find_unused_parameters": False,
+        "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    for rate in (0.0, 0.05):
+        made_of = {**options, "model": made(**still), "learning_rate": rate}
+        first = FisherMaskCallback(0.3, refresh="online", every=1)
+        host = trainer(folder, first, **made_of)
+        host.train()
+        assert_one_mask(first._online)  # without what each rank has collected since
+        if not rate:
+            loader = DataLoader(samples(24), batch_size=4, collate_fn=collate)
+            expected = fisher_diagonal(host.model.eval(), loader)
+            for name, value in expected.items():
+                assert (found[0][name] - value).norm() <= 1e-5 * value.norm(), name
+    again = FisherMaskCallback(0.3, refresh="online", every=1)
+    other = trainer(folder, again, **{**options, "model": made(**still), "learning_rate": rate})
+    other.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    assert first.mask.refreshes == again.mask.refreshes == 4
+    assert_same(again.mask.masks, first.mask.masks)
+    assert_same(weights(other), weights(host))
+
+
 def fsdp(folder):
     """The callback's hooks alone: on a CPU the Trainer leaves fully_shard out."""
     from torch.distributed.fsdp import fully_shard
@@ -104,5 +133,5 @@ def fsdp(folder):
 if __name__ == "__main__":
     warnings.simplefilter("error", GradmaskWarning)
     torch.set_num_threads(1)
-    {"ddp": ddp, "fsdp": fsdp}[sys.argv[2]](Path(sys.argv[1]))
+    {"ddp": ddp, "fsdp": fsdp, "online": online}[sys.argv[2]](Path(sys.argv[1]))
     dist.destroy_process_group()

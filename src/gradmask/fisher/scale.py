@@ -28,6 +28,21 @@ def logits_of(outputs: Any) -> Tensor | None:
     return None
 
 
+def before_casts(tensor: Tensor) -> tuple[Any, int]:
+    """The node and the place of its outputs that a tensor is, but for casts to another type.
+
+    A model's own loss is of what it had before its outputs were cast (Accelerate's autocast).
+
+    Args:
+        tensor: What has a graph.
+    """
+    node: Any = tensor.grad_fn
+    place = tensor.output_nr
+    while node.name() == "ToCopyBackward0" and node.next_functions[0][0] is not None:
+        node, place = node.next_functions[0]
+    return node, place
+
+
 def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
     """The factor that every sample's own negative log-likelihood has in the loss.
 

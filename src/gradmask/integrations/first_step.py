@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import isclose, isfinite
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gradmask.seeding import own_random_state
 
 _IGNORED = -100
 _HALF = (torch.float16, torch.bfloat16)
@@ -94,6 +96,23 @@ class OwnLossNote:
 
     def _follow(self, _: Tensor) -> None:
         self.followed = True
+
+
+def targets_of(batch: Any, unpack: Callable[[Any], Any] | None) -> Any:
+    """Targets of a training batch, if it is known where they are.
+
+    Args:
+        batch: What a loader gives.
+        unpack: Makes inputs and targets of it.
+    """
+    if unpack is not None:
+        try:
+            with own_random_state("unpack"):
+                batch = unpack(batch)
+        except Exception:  # told when it is measured
+            return None
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    return batch[1] if pair else None
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import nn
 
 from gradmask import FisherMask
-from gradmask.errors import (
-    DataError,
-    GradmaskWarning,
-    ModelError,
-    OptimizerError,
-    OptionError,
+from gradmask.errors import DataError, GradmaskWarning, OptionError
+from gradmask.integrations.first_step import CrossEntropyNote, is_compiled, targets_of
+from gradmask.integrations.lightning_module import (
+    forward_errors,
+    named_module,
+    optimizers_of,
+    prepared,
+    trainer_is,
 )
-from gradmask.integrations.first_step import CrossEntropyNote, is_compiled
-from gradmask.integrations.lightning_module import forward_errors, prepared, trainer_is
+from gradmask.integrations.online import Online, check_online, mask_of
 from gradmask.integrations.schedule import Refresh, Schedule
-from gradmask.seeding import own_random_state
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _REFUSED = ("deepspeed", "fsdp", "modelparallel", "xla")
@@ -65,10 +65,14 @@ class FisherMaskCallback(Callback):
     Args:
         keep: Share of the trainable parameters that still learn, in (0, 1].
         refresh: When the mask is made anew: `epoch` (before every epoch but the first), a number of
-            optimizer steps (of the masked optimizers, together), or `start` (once).
+            optimizer steps (of the masked optimizers, together), or `start` (once). `online`: as
+            `epoch`, of the batches and the loss that were trained, without a pass over the data.
         data: Batches to measure on (default: the trainer's `train_dataloader`).
         model: Name of the submodule whose forward is measured and masked, such as `net` (default:
             the module itself, whose `forward` must give what `loss` takes).
+        every: With `online`: measure one of so many batches, the first after each mask among them.
+        steps: With `online`: make the mask after every so many optimizer steps, not each epoch. An
+            option of its own, since a number as `refresh` means passes over the data.
         **options: Options of `FisherMask`. `unpack` gets batches as `training_step` does.
 
     Attributes:
@@ -86,19 +90,25 @@ class FisherMaskCallback(Callback):
         refresh: Refresh = "epoch",
         data: Iterable[Any] | None = None,
         model: str | None = None,
+        every: int = 10,
+        steps: int | None = None,
         **options: Any,
     ) -> None:
+        self._schedule = Schedule(refresh, steps, every)
+        if self._schedule.online:
+            check_online(keep, every, options, data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             FisherMask(nn.Linear(1, 1), keep, **options)  # bad options are told here, not later
         self.keep, self.data, self.model, self.options = keep, data, model, options
         self.mask: FisherMask | None = None
         self.steps = 0
-        self._schedule = Schedule(refresh)
+        self._online: Online | None = None
         self._state: Mapping[str, Any] | None = None
         self._handles: list[Any] = []
         self._note: CrossEntropyNote | None = None
         self._begun = False
+        self._epoch: int | None = None
         self._refreshed = 0
 
     @property
@@ -110,7 +120,10 @@ class FisherMaskCallback(Callback):
         """Tensors and plain values, which load without pickle."""
         if self._state is not None:  # loaded for a training that has not started
             return dict(self._state)
-        return {"mask": self.mask.state_dict() if self.mask else None, "steps": self.steps}
+        if self._online is not None:
+            self._online.gather()
+        mask = self.mask.state_dict() if self.mask else None
+        return {"mask": mask, "steps": self.steps, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Note what a checkpoint has; the optimizers are not there yet."""
@@ -129,46 +142,63 @@ class FisherMaskCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the mask; weights, optimizers and loader are all there."""
         self._detach()
-        measured = self._measured(pl_module)
+        measured = named_module(pl_module, self.model)
         if self.mask is None or self.mask.model is not measured or self._state is not None:
-            options = {"group": dist.group.WORLD} if trainer.world_size > 1 else {}
-            self.mask, self.steps = FisherMask(measured, self.keep, **options | self.options), 0
+            together = {"group": dist.group.WORLD} if trainer.world_size > 1 else {}
+            hidden = "a compiled module" if is_compiled(pl_module) else ""
+            made = mask_of(measured, self.keep, self._schedule, together | self.options, hidden)
+            (self.mask, self._online), self.steps = made, 0
         if self._state is not None:
-            self.steps = self._state["steps"]
+            self.steps, self._epoch = self._state["steps"], self._state.get("epoch")
             if self._state["mask"] is not None:
                 self.mask.load_state_dict(self._state["mask"])
+                if self._online is not None:
+                    self._online.loaded()
             self._state = None
         self.mask.unpack = partial(prepared, trainer, pl_module, self.options.get("unpack"))
-        for optimizer in self._optimizers(trainer):
+        for optimizer in optimizers_of(trainer, self.mask):
             self.mask.attach(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._count))
+        if self._online is not None:
+            self._online.end()  # until the first batch
         self._refreshed, self._begun = self.steps, False
         if self._schedule.at_start(self.mask.refreshes):
             self._refresh(trainer, pl_module)
-        elif not self.mask.refreshes:
+        elif not self.mask.refreshes and self._online is None:
             self._measure(trainer, pl_module, self.mask.check)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the mask from the epoch before; so none is made that no step would use."""
-        if trainer.current_epoch > 0 and self._schedule.after_epoch(last=False):
-            self._refresh(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Note in the first batch what `training_step` has from what is measured."""
+        """Make the mask of an epoch, which some step will use; look at what a batch trains.
+
+        Not at the epoch's start: of a run that goes on from a last batch Lightning does not tell.
+        """
+        epoch, self._epoch = self._epoch, trainer.current_epoch
+        if self._epoch not in (0, epoch) and self._schedule.after_epoch(last=False):
+            self._refresh(trainer, pl_module)
         first, self._begun = not self._begun, True
         assert self.mask is not None
+        if self._online is not None:
+            self._online.begin(redirected=self._redirected(trainer, pl_module))
+            return
         measured = self.options.get("loss") is None and self.mask.strategy != "random"
         automatic = pl_module.automatic_optimization and not is_compiled(pl_module)
         if first and measured and automatic:
-            self._note = CrossEntropyNote(self.mask.model, self._targets(batch))
+            unpack = self.options.get("unpack")
+            known = unpack is None or self.data is None  # whose batches may have another form
+            targets = targets_of(batch, unpack) if known else None
+            self._note = CrossEntropyNote(self.mask.model, targets)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Make the mask after so many optimizer steps, of which a batch may have none or many."""
         self._compare(trainer, pl_module, outputs)
+        if self._online is not None:
+            self._online.end()
+            if pl_module.automatic_optimization and outputs is not None:
+                self._online.check()
         steps = range(self._refreshed + 1, self.steps + 1)
         self._refreshed = self.steps
         if any(self._schedule.after_step(step) for step in steps):
@@ -181,55 +211,21 @@ class FisherMaskCallback(Callback):
             pl_module.log(name, self.mask.kept_fraction, sync_dist=trainer.world_size > 1)
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        """Take off the hook of a first batch that did not end."""
-        self._forget()
+        """Detach the mask, and take off the hooks of a batch that did not end."""
+        self._detach()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach the mask, and tell if there never was one."""
         self._detach()
         made = self.mask is not None and self.mask.refreshes
         if self.steps and not made and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            mend = "steps=<few>" if self._schedule.online else "refresh='start', fewer steps"
             warnings.warn(
                 f"Training ended before a mask was made (refresh={self._schedule.refresh!r}), so "
-                "nothing was masked: use refresh='start', fewer steps, or more epochs.",
+                f"nothing was masked: use {mend}, or more epochs.",
                 GradmaskWarning,
                 stacklevel=2,
             )
-
-    def _measured(self, module: LightningModule) -> nn.Module:
-        measured: nn.Module = module
-        try:
-            measured = module.get_submodule(self.model or "")
-        except AttributeError as error:
-            names = ", ".join(name for name, _ in module.named_children())
-            raise ModelError(
-                f"{type(module).__name__} has no submodule {self.model!r}: it has {names}."
-            ) from error
-        if type(measured).forward.__module__.partition(".")[0] in (
-            "lightning",
-            "pytorch_lightning",
-        ):
-            raise ModelError(
-                f"{type(measured).__name__} has no forward to measure: define forward(inputs) -> "
-                "outputs, or name the submodule with FisherMaskCallback(model=...)."
-            )
-        return measured
-
-    def _optimizers(self, trainer: Trainer) -> list[Any]:
-        assert self.mask is not None
-        modules = [m for m in (self.mask.model, self.mask.loss) if isinstance(m, nn.Module)]
-        own = {id(p) for module in modules for p in module.parameters()}
-        found = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
-        ]
-        if not found:
-            raise OptimizerError(
-                f"No optimizer of configure_optimizers() holds parameters of "
-                f"{type(self.mask.model).__name__}, which FisherMaskCallback is to mask."
-            )
-        return found
 
     def _loader(self, trainer: Trainer) -> Iterable[Any]:
         loader: Any = trainer.train_dataloader if self.data is None else self.data
@@ -242,7 +238,10 @@ class FisherMaskCallback(Callback):
 
     def _refresh(self, trainer: Trainer, module: LightningModule) -> None:
         assert self.mask is not None
-        self._measure(trainer, module, self.mask.refresh)
+        if self._online is not None:
+            self._online.refresh()
+        else:
+            self._measure(trainer, module, self.mask.refresh)
 
     def _measure(
         self, trainer: Trainer, module: LightningModule, measure: Callable[[Iterable[Any]], None]
@@ -256,20 +255,6 @@ class FisherMaskCallback(Callback):
         with trainer_is(None, module), forward_errors(self.mask.model, batches), context:
             measure(loader)
 
-    def _targets(self, batch: Any) -> Any:
-        """Targets of a training batch, if it is known where they are."""
-        unpack = self.options.get("unpack")
-        if unpack is not None:
-            if self.data is not None:  # whose batches may have another form
-                return None
-            try:
-                with own_random_state("unpack"):
-                    batch = unpack(batch)
-            except Exception:  # told when it is measured
-                return None
-        pair = isinstance(batch, tuple | list) and len(batch) == 2
-        return batch[1] if pair else None
-
     def _compare(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
         note = self._note
         self._forget()
@@ -277,9 +262,8 @@ class FisherMaskCallback(Callback):
         if note is None or loss is None:  # compared before, or no step
             return
         assert self.mask is not None
-        # A strategy that wraps the module sends training_step through its forward.
-        wrapped = self.mask.model is module and trainer.strategy.model is not module
-        found = note.difference(loss * trainer.accumulate_grad_batches, int(wrapped))
+        other_calls = int(self._redirected(trainer, module))
+        found = note.difference(loss * trainer.accumulate_grad_batches, other_calls)
         if found:
             warnings.warn(
                 f"FisherMaskCallback measures the cross_entropy of "
@@ -290,6 +274,11 @@ class FisherMaskCallback(Callback):
                 GradmaskWarning,
                 stacklevel=3,
             )
+
+    def _redirected(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether a strategy that wraps the module sends training_step through its forward."""
+        assert self.mask is not None
+        return self.mask.model is module and trainer.strategy.model is not module
 
     def _forget(self) -> None:
         if self._note is not None:
@@ -304,5 +293,7 @@ class FisherMaskCallback(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._online is not None:
+            self._online.end()
         if self.mask is not None:
             self.mask.detach()

@@ -10,10 +10,63 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradmask.errors import GradmaskError, ModelError
+from gradmask import FisherMask
+from gradmask.errors import GradmaskError, ModelError, OptimizerError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+
+def named_module(module: LightningModule, name: str | None) -> nn.Module:
+    """What is measured and masked of a module.
+
+    Args:
+        module: The module.
+        name: Of a submodule; None for the module itself.
+
+    Raises:
+        ModelError: If there is none of that name, or it has no `forward`.
+    """
+    measured: nn.Module = module
+    try:
+        measured = module.get_submodule(name or "")
+    except AttributeError as error:
+        names = ", ".join(name for name, _ in module.named_children())
+        raise ModelError(
+            f"{type(module).__name__} has no submodule {name!r}: it has {names}."
+        ) from error
+    package = type(measured).forward.__module__.partition(".")[0]
+    if package in ("lightning", "pytorch_lightning"):
+        raise ModelError(
+            f"{type(measured).__name__} has no forward to measure: define forward(inputs) -> "
+            "outputs, or name the submodule with FisherMaskCallback(model=...)."
+        )
+    return measured
+
+
+def optimizers_of(trainer: Trainer, mask: FisherMask) -> list[Any]:
+    """The optimizers that hold parameters of what is masked.
+
+    Args:
+        trainer: The trainer.
+        mask: The mask.
+
+    Raises:
+        OptimizerError: If there is none.
+    """
+    modules = [m for m in (mask.model, mask.loss) if isinstance(m, nn.Module)]
+    own = {id(p) for module in modules for p in module.parameters()}
+    found = [
+        optimizer
+        for optimizer in trainer.optimizers
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+    ]
+    if not found:
+        raise OptimizerError(
+            f"No optimizer of configure_optimizers() holds parameters of "
+            f"{type(mask.model).__name__}, which FisherMaskCallback is to mask."
+        )
+    return found
 
 
 def prepared(trainer: Trainer, module: LightningModule, unpack: Any, batch: Any) -> Any:

@@ -24,6 +24,7 @@ from gradmask.errors import (
     check_keep,
 )
 from gradmask.integrations.first_step import OwnLossNote, is_compiled
+from gradmask.integrations.online import Online, check_online, mask_of
 from gradmask.integrations.schedule import Refresh, Schedule
 from gradmask.loaders import loader_over
 from gradmask.seeding import own_random_state
@@ -59,7 +60,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
     Args:
         keep: Share of all trainable parameters together that still learn, in (0, 1].
         refresh: When the mask is measured: before each epoch but the first (`epoch`), once before
-            the first step (`start`), or after every so many optimizer steps.
+            the first step (`start`), or after every so many optimizer steps. `online`: before each
+            epoch but the first, of the batches that were trained, without a pass over the data.
         data: Loader of batches to measure on, of the rank's own samples on many processes.
             Default: the training data, read by a loader of their own, collated as for training.
             Needed where the training data are an iterable dataset, which cannot be read twice.
@@ -67,6 +69,9 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
             is not in `args.output_dir`.
         monitor: Options of `InfluenceMonitor`, such as `{"every": 100}` (optimizer steps), whose
             numbers are then in the logs.
+        every: With `online`: measure one of so many batches, the first after each mask among them.
+        steps: With `online`: make the mask after every so many optimizer steps, not each epoch. An
+            option of its own, since a number as `refresh` means passes over the data.
         options: Options of `FisherMask`: `scope`, `strategy`, `kind`, `loss`, ...
 
     Attributes:
@@ -84,16 +89,21 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         data: Iterable[Any] | None = None,
         resume: str | Path | None = None,
         monitor: Mapping[str, Any] | None = None,
+        every: int = 10,
+        steps: int | None = None,
         **options: Any,
     ) -> None:
         check_keep(keep)
         for name in options:
             check_choice("option", name, _OPTIONS)
+        self.schedule, self.options = Schedule(refresh, steps, every), options
+        if self.schedule.online:
+            check_online(keep, every, options, data if monitor is None else None)
         self.keep, self.data, self.resume = float(keep), data, resume
-        self.schedule, self.options = Schedule(refresh), options
         self.watched = None if monitor is None else dict(monitor)
         self.mask: FisherMask | None = None
         self.monitor: InfluenceMonitor | None = None
+        self._online: Online | None = None
         self.sha256 = ""
         self.left_out: list[str] = []
         self._begun = self._warned = False
@@ -103,6 +113,10 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer writes to `trainer_state.json`: the mask's SHA-256, and options."""
         options = {"keep": self.keep, "refresh": self.schedule.refresh, **self.options}
+        if self.schedule.online:
+            options |= {"every": self.schedule.every, "steps": self.schedule.steps}
+        if self._online is not None:  # the place in training is another at each step
+            self.sha256 = self._online.sha256()
         plain = {k: v for k, v in options.items() if v is None or isinstance(v, str | int | float)}
         given = {"data": self.data, "resume": self.resume, "monitor": self.watched}
         left_out = [*options.keys() - plain.keys(), *(k for k, v in given.items() if v is not None)]
@@ -116,26 +130,30 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         sharded = any(map(is_sharded, model.parameters()))
         together = args.world_size > 1 and not sharded
         group = dist.group.WORLD if together else None
-        self.mask = FisherMask(model, self.keep, group=group, **self.options)
+        hidden = "a compiled model" if args.torch_compile else ""
+        hidden = f"a model on {args.n_gpu} GPUs in one process" if args.n_gpu > 1 else hidden
+        options = {"group": group, **self.options}
+        self.mask, self._online = mask_of(model, self.keep, self.schedule, options, hidden)
         if state.global_step > 0:
             self._load(self.mask, args, state, saved)
         self.mask.attach(given["optimizer"])
+        if self._online is not None:
+            self._online.end()  # until the first step
         self._begun, self._warned, self._record = False, False, {}
         if self.schedule.at_start(self.mask.refreshes):
             self._refresh(args, state, given["train_dataloader"])
-        elif not self.mask.refreshes:
+        elif not self.mask.refreshes and self._online is None:
             with self._reading(args):
                 self.mask.check(self._data(args, state, given["train_dataloader"]))
-        self.sha256 = self.mask.sha256()
-        refresh = self.schedule.refresh
-        steps = state.max_steps if isinstance(refresh, int) else state.num_train_epochs
-        if steps <= (refresh if isinstance(refresh, int) else 1):
+        self.sha256 = self._sha256()
+        each = self.schedule.steps
+        if (state.max_steps if each else state.num_train_epochs) <= (each or 1):
             self._warn_if_never_made("ends", state.max_steps)
         self.monitor = None
         if self.watched is not None:
             self.monitor = self._monitor(model, args, state, given["train_dataloader"])
         named = self.options.get("loss") is not None or self.mask.strategy == "random"
-        told = args.label_smoothing_factor or args.n_gpu > 1 or args.torch_compile
+        told = self._online or args.label_smoothing_factor or args.n_gpu > 1 or args.torch_compile
         if not (named or told or is_compiled(model)):
             self._note = OwnLossNote(model)
 
@@ -150,8 +168,16 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         if state.global_step > 0 and not within and self.schedule.after_epoch(last=False):
             self._refresh(args, state, given["train_dataloader"])
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Collect in this step, of one batch or many."""
+        if self._online is not None:
+            self._online.begin()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Measure the mask, and influence, if it is time; a last mask no step would use."""
+        if self._online is not None:
+            self._online.end()
+            self._online.check()
         self._warn_of_another_loss()
         step = state.global_step
         if self.monitor is not None and step % self.monitor.every == 0:
@@ -174,6 +200,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         """Write the mask beside the checkpoint's weights."""
         folder = _checkpoint(args, state)
         assert self.mask is not None
+        if self._online is not None:
+            self._online.gather()
         sharded = any(map(is_sharded, self.mask.masks.values()))
         # A search keeps its checkpoints in folders of its own; no trial goes on from one.
         if sharded or (args.should_save and folder.is_dir()):
@@ -195,7 +223,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
                 f"without {', '.join(self.left_out)}, which trainer_state.json cannot hold: leave "
                 "it False. The mask is restored in any case."
             )
-        if args.label_smoothing_factor and self.options.get("loss") is None:
+        smoothing = not self.schedule.online and args.label_smoothing_factor
+        if smoothing and self.options.get("loss") is None:
             warnings.warn(
                 f"label_smoothing_factor={args.label_smoothing_factor}: the Fisher information is "
                 "that of the model's likelihood, without the smoothing.",
@@ -221,7 +250,9 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
             folders.append(_checkpoint(args, state))
         for path in [f / FILE for f in folders if (f / FILE).is_file()]:
             mask.load(path)
-            if mask.sha256() == saved["attributes"]["sha256"]:
+            if self._online is not None:
+                self._online.loaded()
+            if self._sha256() == saved["attributes"]["sha256"]:
                 return
         raise StateError(
             f"The mask of the checkpoint of step {state.global_step} is not in "
@@ -231,9 +262,16 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
 
     def _refresh(self, args: Any, state: Any, loader: Any) -> None:
         assert self.mask is not None
-        with self._reading(args):
-            self.mask.refresh(self._data(args, state, loader))
-        self.sha256 = self.mask.sha256()
+        if self._online is not None:
+            self._online.refresh()
+        else:
+            with self._reading(args):
+                self.mask.refresh(self._data(args, state, loader))
+        self.sha256 = self._sha256()
+
+    def _sha256(self) -> str:
+        assert self.mask is not None
+        return self.mask.sha256() if self._online is None else self._online.sha256()
 
     def _reading(self, args: Any) -> AbstractContextManager[None]:
         assert self.mask is not None
@@ -263,7 +301,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
     def _warn_if_never_made(self, ends: str, steps: int) -> None:
         if self.mask is not None and not self.mask.refreshes and not self._warned:
             self._warned = True
-            number = f", or refresh=<a number of steps below {steps}>" if steps > 1 else ""
+            mend = "steps" if self.schedule.online else "refresh"
+            number = f", or {mend}=<a number of steps below {steps}>" if steps > 1 else ""
             warnings.warn(
                 f"Nothing is masked: training {ends} after {steps} steps, before the first mask is "
                 f"measured (refresh={self.schedule.refresh!r}). Use refresh='start'{number}.",
@@ -290,6 +329,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         if self._note is not None:
             self._note.remove()
             self._note = None
+        if self._online is not None:
+            self._online.end()
         if self.mask is not None:
             self.mask.detach()
 
