@@ -194,14 +194,15 @@ def test_accumulated_gradients():
     close(collector.diagonal(), fisher_diagonal(model, data))
 
 
-def test_backward_twice_counts_once():
+def test_two_backward_passes_are_refused():
     model, data = network(), batches(2)
     with FisherMask(model).collect() as collector:
-        for batch in data:
-            loss = loss_of(model, batch)
-            loss.backward(retain_graph=True)
+        loss = loss_of(model, data[0])
+        loss.backward(retain_graph=True)
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)  # trains nothing
+        with pytest.raises(ModelError, match=r"second loss.backward\(\)"):
             loss.backward()
-    close(collector.diagonal(), fisher_diagonal(model, data))
+    close(collector.diagonal(), fisher_diagonal(model, data[:1]))
 
 
 def test_other_gradients_do_not_count():

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Net, assert_close, batches, floats, randomise, stack, tokens
+from cases import Net, assert_close, batches, floats, randomise, stack, to_dtype, tokens
 from test_collect_models import collected, language_model, text, vector
 from torch import nn
 
 from gradmask import fisher_diagonal
+from gradmask.errors import GradmaskWarning
 
 
 @pytest.fixture(autouse=True)
@@ -118,13 +119,34 @@ def test_memorised_samples_have_a_scale():
     assert_close(found, fisher_diagonal(model, data), 0.1)
 
 
-def test_no_scale_of_smoothed_labels():
-    """Then it is 1/N."""
+@pytest.mark.parametrize("factor", [1.0, 2.0**16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_smoothed_labels(factor, dtype):
     model = randomise(stack(nn.Linear(5, 4)))
     data = batches(vector)
     smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
-    found = collected(model, data, smoothed, {"loss": smoothed})
-    assert_close(found, fisher_diagonal(model, data, loss=smoothed), 1e-9)
+    truth = fisher_diagonal(model, data, loss=smoothed)
+    model.to(dtype)
+    found = collected(
+        model, to_dtype(data, dtype), lambda z, y: factor * smoothed(z, y), {"loss": smoothed}
+    )
+    assert_close(found, truth, 1e-9 if dtype == torch.float64 else 1e-3)
+
+
+def test_log_probabilities():
+    model = randomise(Net(lambda m, x: m.fc(x).log_softmax(-1), fc=nn.Linear(5, 4)))
+    data = batches(floats(3, 5), positions=(3,))
+    found = collected(model, data, lambda z, y: F.nll_loss(z.mT, y))
+    assert_close(found, fisher_diagonal(model, data), 1e-9)
+
+
+def test_what_cannot_be_read_is_told_once():
+    model = randomise(stack(nn.Linear(5, 4)))
+    data = batches(vector)
+    weighted = nn.CrossEntropyLoss(torch.tensor([0.1, 0.5, 1.0, 2.0]).double())
+    with pytest.warns(GradmaskWarning, match="1/N"):
+        collected(model, data, weighted)
+    collected(model, data, weighted, {"loss": lambda z, y: weighted(z, y)})
 
 
 def huggingface(kind):

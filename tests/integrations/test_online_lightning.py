@@ -92,7 +92,8 @@ def test_steps_instead_of_epochs(package):
 def test_another_loss_is_no_surprise():
     callback = online()
     trained = module(lambda self, batch, _: self(batch[0]).square().mean())
-    trainer_of(lightning, callback, max_epochs=2).fit(trained, shuffled())
+    with pytest.warns(GradmaskWarning, match="1/N"):
+        trainer_of(lightning, callback, max_epochs=2).fit(trained, shuffled())
     assert callback.mask.refreshes == 1
 
 

@@ -47,13 +47,14 @@ def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
     """The factor that every sample's own negative log-likelihood has in the loss.
 
     Args:
-        logits: Shape (N, C, ...) or (N, ..., C) of `cross_entropy`, any of `bernoulli`.
+        logits: Shape (N, C, ...) or (N, ..., C) of `cross_entropy`, or log-probabilities; any of
+            `bernoulli`.
         gradient: Of the loss, likewise.
         likelihood: `cross_entropy` or `bernoulli`.
 
     Returns:
         A scalar in float64, where the logits are; NaN if the gradient is not that of one factor
-        and labels that are sure (smoothed labels, weights of classes, another loss).
+        and a label for each, perhaps smoothed (mixed labels, weights of classes, another loss).
     """
     kind = torch.promote_types(logits.dtype, torch.float32)
     if likelihood == "bernoulli":
@@ -78,7 +79,32 @@ def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
     off = (g - scale.to(kind) * model * counts).double().norm()
     rough = 3e-2 if min(logits.itemsize, gradient.itemsize) < 4 else 1e-3
     rounded = 4 * torch.finfo(kind).eps * scale.abs() * len(g) ** 0.5  # of 1 - p
-    return torch.where(off <= rough * g.double().norm() + rounded, scale, torch.nan)
+    found = torch.where(off <= rough * g.double().norm() + rounded, scale, torch.nan)
+    if likelihood == "cross_entropy":
+        for other in (_smoothed_scale(z, g, label, counts, rough), _log_scale(g, rough)):
+            found = torch.where(found.isnan(), other, found)
+    return found
+
+
+def _smoothed_scale(z: Tensor, g: Tensor, label: Tensor, counts: Tensor, rough: float) -> Tensor:
+    """The factor of smoothed labels: c (p − ε/C), and at each label c (p − 1 + ε − ε/C); or NaN."""
+    p = z.double().softmax(1)
+    rest = torch.ones_like(p).scatter(1, label, 0.0) * counts
+    mean_p, mean_g = ((t * rest).sum() / rest.sum() for t in (p, g))
+    slope = ((p - mean_p) * (g - mean_g) * rest).sum() / ((p - mean_p).square() * rest).sum()
+    shift = mean_g - slope * mean_p  # -c ε/C
+    at_label = shift - slope - shift * p.shape[1]
+    model = (slope * p + shift).scatter(1, label, (slope * p.gather(1, label) + at_label)) * counts
+    fits = ((g - model).norm() <= rough * g.double().norm()) & (slope > 0) & (shift <= 0)
+    return torch.where(fits, slope, torch.nan)
+
+
+def _log_scale(gradient: Tensor, rough: float) -> Tensor:
+    """The factor of log-probabilities, whose gradient is -c at each label and else zero; or NaN."""
+    labels = gradient < 0
+    scale = -gradient.double().sum() / labels.sum()
+    off = (gradient + scale.to(gradient) * labels).double().norm()
+    return torch.where(off <= rough * gradient.double().norm(), scale, torch.nan)
 
 
 def _classes(gradient: Tensor) -> int:

@@ -1,8 +1,9 @@
-"""The Fisher diagonal out of the training's own backward passes, for the price of the squares."""
+"""What a model's training passes give, added up to a Fisher diagonal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,26 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradmask.collect.checks import INSTEAD, check_handled, check_mode, check_model
+from gradmask.collect.step import Hook, SingleCapture, Step
 from gradmask.containers import map_tensors, sample_count, tensors_in
-from gradmask.distributed import Groups, is_sharded, sum_over, unwrapped
-from gradmask.errors import DataError, ModelError, OptionError, StateError, first_names
-from gradmask.fisher.calls import differentiable, full_precision
+from gradmask.distributed import Groups, sum_over, unwrapped
+from gradmask.errors import DataError, GradmaskWarning, ModelError, OptionError, StateError
+from gradmask.fisher.calls import differentiable
 from gradmask.fisher.capture import Capture, Ways
-from gradmask.fisher.graph import leaves, walk
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.losses import likelihood_of, standard_loss
 from gradmask.fisher.probe import training_ways
 from gradmask.fisher.reference import zero_squares
-from gradmask.fisher.rules import add_squares
-from gradmask.fisher.scale import SCALED, before_casts, logits_of, loss_scale
+from gradmask.fisher.scale import SCALED, before_casts, logits_of
 from gradmask.parameters import trainable_parameters
 
-_PASS = (
-    "Measure in a pass of its own, in eval mode: mask.refresh(loader), or refresh='epoch' of a "
-    "callback."
-)
+_MOST = 64  # shapes of inputs whose ways are remembered
 
 
 class Collector:
@@ -54,16 +51,18 @@ class Collector:
 
     def __init__(self, model: nn.Module, loss: Loss | None = None, **options: Any) -> None:
         self.set(**options)
-        _check_model(model, loss)
+        check_model(model, loss)
         self.model, self._loss = unwrapped(model), loss
         self.seen = 0
         self._sums: dict[str, Tensor] = {}
         self._weight: Tensor | None = None  # of what is in the sums
+        self._unread: Tensor | None = None  # batches whose factor could not be read
+        self._warned = False
         self._ways: dict[tuple[tuple[int, ...], ...], Ways] = {}  # by the inputs' shapes
         self._known: set[tuple[str, int]] = set()  # parameters they are of
-        self._open: _Batch | None = None
+        self._open: Step | None = None
         self._handles: list[Any] = []
-        self._hooks: tuple[_Hook, _Hook] | None = None
+        self._hooks: tuple[Hook, Hook] | None = None
         self._depth, self._busy, self._started_alone = 0, False, False
 
     def set(
@@ -117,7 +116,7 @@ class Collector:
 
     def _hook(self) -> None:
         self._unhook()  # what a copy, made in a context, has of it
-        before, after = self._hooks = _Hook(self._begin), _Hook(self._listen)
+        before, after = self._hooks = Hook(self._begin), Hook(self._listen)
         self._handles = [
             self.model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(after),
@@ -145,7 +144,7 @@ class Collector:
 
     def clear(self) -> None:
         """Forget what was collected."""
-        self._sums, self._weight = {}, None
+        self._sums, self._weight, self._unread = {}, None, None
 
     def diagonal(self, groups: Groups = ()) -> dict[str, Tensor]:
         """The Fisher diagonal of what was collected, of all ranks together.
@@ -169,12 +168,27 @@ class Collector:
                 "Nothing was collected: call mask.refresh() after training steps (model.train(), "
                 "loss.backward()) inside mask.collect(), at least `every` of them."
             )
+        self._warn_of_unread()
         found = {}
         for name, parameter in parameters.items():
             total = self._sums.get(name)
             total = zero_squares(parameter) if total is None else total
             found[name] = sum_over(total, groups) / weight.to(total)
         return found
+
+    def _warn_of_unread(self) -> None:
+        """Say once if factors were guessed."""
+        if self._warned or self.scale is not None or self._unread is None or not self._unread:
+            return
+        self._warned = True
+        warnings.warn(
+            "The training's loss is no cross-entropy of one label each (smoothed or mixed labels, "
+            "weights, logits changed after the model), so what it multiplies a sample's own loss "
+            "by was taken to be 1/N of N samples, which a mean over tokens or loss scaling is not: "
+            "give mask.collect(scale=...), or to the mask the loss that is trained, loss=...",
+            GradmaskWarning,
+            stacklevel=4,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What was collected: tensors and plain numbers."""
@@ -219,18 +233,26 @@ class Collector:
         count = sample_count((args, kwargs))
         if not count:
             return
-        _check_mode(model)
+        check_mode(model)
         if count == 1:
-            self._open = _Batch(_Single(parameters), parameters, count)
+            self._open = Step(SingleCapture(parameters), parameters, count)
             return
         known = {(name, id(p)) for name, p in parameters.items()}
         if known != self._known:
             self._ways, self._known = {}, known
         shapes = tuple(tuple(t.shape[1:]) for t in tensors_in((args, kwargs)))
-        if shapes not in self._ways:  # recurrent layers have other operations for other lengths
-            self._ways[shapes] = self._find_ways(args, kwargs, parameters)
-        capture = Capture(model, parameters, count, self._ways[shapes], listens=True)
-        self._open = _Batch(capture, parameters, count)
+        ways = self._ways.get(shapes) or next(filter(_fit_all_sizes, self._ways.values()), None)
+        if ways is None:
+            ways = self._find_ways(args, kwargs, parameters)
+            self._ways[shapes] = ways
+            if len(self._ways) > _MOST:
+                del self._ways[next(iter(self._ways))]
+        capture = Capture(model, parameters, count, ways, listens=True)
+        self._open = Step(capture, parameters, count)
+        if shapes not in self._ways:
+            self._open.probe = lambda: self._ways.update(
+                {shapes: self._find_ways(args, kwargs, parameters)}
+            )
 
     def _find_ways(self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
         two = map_tensors(lambda t: t[:2].detach() if t.dim() else t, (args, kwargs))
@@ -251,7 +273,12 @@ class Collector:
             return
         try:
             batch.capture.resolve(outputs)
-            _check_handled(batch.parameters.keys() - batch.capture.handled)
+            missing = batch.parameters.keys() - batch.capture.handled
+            if missing and batch.probe is not None:  # other sizes, other operations: from now on
+                self._abandon()
+                batch.probe()
+                return
+            check_handled(missing)
         except BaseException:
             self._abandon()
             raise
@@ -267,36 +294,42 @@ class Collector:
             note = partial(batch.note_scale, logits.detach(), place, likelihood)
             node.register_prehook(note)
 
-    def _started(self, batch: _Batch, _: Any) -> None:
+    def _started(self, batch: Step, _: Any) -> None:
         if batch.started:
+            if batch.counted:
+                Variable._execution_engine.queue_callback(partial(_check_once, batch))
             return
         batch.started = True
         if batch is not self._open:
             raise ModelError(
                 "The model ran twice before loss.backward(), so which gradients belong to one "
-                f"sample cannot be told: run backward after each forward pass. {_PASS}"
+                f"sample cannot be told: run backward after each forward pass. {INSTEAD}"
             )
         Variable._execution_engine.queue_callback(partial(self._finish, batch))
 
     @torch.no_grad()
-    def _finish(self, batch: _Batch) -> None:
+    def _finish(self, batch: Step) -> None:
         self._open = None
         try:
             batch.capture.square_rest(batch.squares)
             if batch.trained():
                 self._add(batch)
+                batch.counted = True
+                batch.mark()
         finally:
             batch.capture.__exit__(None, None, None)
 
-    def _add(self, batch: _Batch) -> None:
+    def _add(self, batch: Step) -> None:
         """Add a batch's squares, as they would be of each sample's own loss."""
         count = float(batch.count)
         device = next(iter(batch.parameters.values())).device
         scale = torch.full((), 1 / count, dtype=torch.float64, device=device)
+        unread = torch.zeros((), dtype=torch.bool, device=device)
         if self.scale is not None:
             scale.fill_(self.scale)
         elif batch.scale is not None:
-            scale = torch.where(batch.scale.isnan(), scale, batch.scale.to(device))
+            unread = batch.scale.isnan().to(device)
+            scale = torch.where(unread, scale, batch.scale.to(device))
         share = 1.0 if self.average is None else (1 - self.average) / count
         factor, new = share / scale.square(), torch.full_like(scale, share * count)
         keep = torch.full_like(scale, 1.0 if self.average is None else self.average)
@@ -305,7 +338,8 @@ class Collector:
             keep, new = torch.where(fine, keep, 1.0), torch.where(fine, new, 0.0)
             for squares in batch.squares.values():
                 squares.nan_to_num_(0.0, 0.0, 0.0)
-            factor = torch.where(fine, factor, 0.0)
+            factor, unread = torch.where(fine, factor, 0.0), unread & fine
+        self._unread = unread if self._unread is None else self._unread | unread
         before = self._weight if self._weight is not None else torch.zeros_like(factor)
         self._weight = before * keep + new
         if self.average is not None:
@@ -322,160 +356,14 @@ class Collector:
             self._open = None
 
 
-class _Single:
-    """What `Capture` is, for one sample: its gradients are those of the batch, by way of the model.
-
-    What a loss has of parameters besides, such as a penalty, does not go by that way.
-    """
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self._parameters, self._handles = parameters, list[Any]()
-        self._uses: dict[str, list[tuple[Any, int]]] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._types: set[torch.dtype] = set()
-        self.handled = parameters.keys()
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._uses, self._sums = {}, {}
-
-    def resolve(self, outputs: Any) -> None:
-        """Find the operations that use the parameters, and refuse a graph with hidden parts."""
-        nodes, parents = walk(list(dict.fromkeys(t.grad_fn for t in differentiable(outputs))))
-        self._types = {m.dtype for node in nodes for m in node._input_metadata}
-        names = {id(p): name for name, p in self._parameters.items()}
-        for name, leaf in leaves(nodes, lambda variable: names.get(id(variable))).items():
-            self._uses[name] = [
-                (node, place)
-                for node in dict.fromkeys(parents[leaf])
-                for place, (below, _) in enumerate(node.next_functions)
-                if below is leaf
-            ]
-
-    def types(self) -> set[torch.dtype]:
-        """Types of what operations returned."""
-        return self._types
-
-    def listen(self, totals: dict[str, Tensor]) -> None:
-        """Add the squares of the next backward pass to totals; complete after `square_rest`."""
-
-        @torch.no_grad()
-        def add(name: str, place: int, gradients: tuple[Tensor | None, ...], *_: Any) -> None:
-            if (g := gradients[place]) is None:
-                return
-            g = full_precision(g.to_dense()).sum_to_size(self._parameters[name].shape)
-            if len(self._uses[name]) == 1:
-                add_squares(totals[name], g.unsqueeze(0))
-            else:
-                self._sums[name] = self._sums[name] + g if name in self._sums else g
-
-        for name, uses in self._uses.items():
-            self._handles += [node.register_hook(partial(add, name, i)) for node, i in uses]
-
-    def square_rest(self, totals: dict[str, Tensor]) -> None:
-        """Of parameters that are used more than once."""
-        for name, gradient in self._sums.items():
-            add_squares(totals[name], gradient.unsqueeze(0))
-
-
-class _Hook:
-    """A hook that does nothing in a copy or a file of the model, unless a collector comes with it.
-
-    Args:
-        function: What is called.
-    """
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> None:
-        """Call it."""
-        self.function(*args)
-
-    def __reduce__(self) -> Any:
-        return _Hook, (_nothing,)
-
-
-def _nothing(*_: Any) -> None:
-    """Stands for a hook in a copy."""
-
-
-class _Batch:
-    """One forward pass, and what its backward pass gives."""
-
-    def __init__(
-        self, capture: Capture | _Single, parameters: dict[str, nn.Parameter], count: int
-    ) -> None:
-        self.capture, self.parameters, self.count = capture, parameters, count
-        self.roots: list[Any] = []
-        self.squares: dict[str, Tensor] = _Squares(parameters)
-        self.scale: Tensor | None = None
-        self.started = self.may_overflow = False
-        self._before = {name: _mark(p) for name, p in parameters.items()}
-
-    def note_scale(
-        self, logits: Tensor, place: int, likelihood: str, gradients: tuple[Tensor | None, ...]
-    ) -> None:
-        """What the loss multiplies a sample's own by."""
-        gradient = gradients[place]
-        if gradient is not None and gradient.shape == logits.shape:
-            with torch.no_grad():
-                self.scale = loss_scale(logits, gradient, likelihood)
-
-    def trained(self) -> bool:
-        """Whether the backward pass gave parameters gradients: else it was one for other ends."""
-        return any(_mark(p) != self._before[name] for name, p in self.parameters.items())
-
-
-class _Squares(dict[str, Tensor]):
-    """Sums that are zero until something is added."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        self._parameters = parameters
-
-    def __missing__(self, name: str) -> Tensor:
-        self[name] = zero_squares(self._parameters[name])
-        return self[name]
-
-
-def _mark(parameter: nn.Parameter) -> tuple[int, int]:
-    return (0, 0) if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
-
-
-def _check_model(model: nn.Module, loss: Any) -> None:
-    """Refuse what no training pass can be measured of."""
-    for name, parameter in trainable_parameters(model, loss).items():
-        if is_sharded(parameter):
-            raise ModelError(
-                f"Parameter {name!r} is in shards (fully_shard), of which a training pass has only "
-                f"parts. {_PASS}"
-            )
-        if name.startswith("loss.") and isinstance(loss, nn.Module):
-            raise ModelError(f"The loss has parameters of its own ({name}). {_PASS}")
-    for module in model.modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or hasattr(module, "_orig_mod"):
-            raise ModelError(
-                f"{type(module).__name__} is compiled, which hides its layers while it trains: "
-                f"leave torch.compile out. {_PASS}"
-            )
-
-
-def _check_mode(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
-            raise ModelError(
-                f"Layer {name!r} ({type(module).__name__}) normalises with the statistics of the "
-                "batch while it trains, which mixes the samples: they have no gradients of their "
-                f"own. {_PASS} Or use GroupNorm or LayerNorm, or keep the layer in eval mode."
-            )
-
-
-def _check_handled(missing: Iterable[str]) -> None:
-    if missing := set(missing):
+def _check_once(batch: Step) -> None:
+    if batch.trained():
         raise ModelError(
-            f"No rule measures {first_names(missing)} in training's own pass: register one for the "
-            f"layer (gradmask.fisher.register_rule), or freeze it. {_PASS}"
+            "A second loss.backward() went through one forward pass, of which the first alone was "
+            f"collected: add up the losses before backward(). {INSTEAD}"
         )
+
+
+def _fit_all_sizes(ways: Ways) -> bool:
+    """Whether ways hold for other lengths too; recurrent layers have other operations then."""
+    return all(kind[0] in ("rule", "lookup") for way in ways.values() for kind in way)
