@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradmask.distributed import is_sharded
 from gradmask.errors import ModelError, first_names
 from gradmask.parameters import trainable_parameters
 
@@ -20,12 +19,7 @@ INSTEAD = (
 
 def check_model(model: nn.Module, loss: Any) -> None:
     """Refuse what no training pass can be measured of."""
-    for name, parameter in trainable_parameters(model, loss).items():
-        if is_sharded(parameter):
-            raise ModelError(
-                f"Parameter {name!r} is in shards (fully_shard), of which a training pass has only "
-                f"parts. {INSTEAD}"
-            )
+    for name in trainable_parameters(model, loss):
         if name.startswith("loss.") and isinstance(loss, nn.Module):
             raise ModelError(f"The loss has parameters of its own ({name}). {INSTEAD}")
     for module in model.modules():

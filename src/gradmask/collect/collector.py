@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from gradmask.collect.checks import INSTEAD, check_handled, check_mode, check_model
 from gradmask.collect.step import Hook, SingleCapture, Step
 from gradmask.containers import map_tensors, sample_count, tensors_in
-from gradmask.distributed import Groups, sum_over, unwrapped
+from gradmask.distributed import (
+    Groups,
+    is_sharded,
+    local,
+    shard_groups,
+    shard_like,
+    sum_over,
+    unwrapped,
+)
 from gradmask.errors import DataError, GradmaskWarning, ModelError, OptionError, StateError
 from gradmask.fisher.calls import differentiable
 from gradmask.fisher.capture import Capture, Ways
@@ -24,6 +32,8 @@ from gradmask.fisher.losses import likelihood_of, standard_loss
 from gradmask.fisher.probe import training_ways
 from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.scale import SCALED, before_casts, logits_of
+from gradmask.fisher.sharded import ShardSums
+from gradmask.mask_state import placed
 from gradmask.parameters import trainable_parameters
 
 _MOST = 64  # shapes of inputs whose ways are remembered
@@ -172,8 +182,10 @@ class Collector:
         found = {}
         for name, parameter in parameters.items():
             total = self._sums.get(name)
-            total = zero_squares(parameter) if total is None else total
-            found[name] = sum_over(total, groups) / weight.to(total)
+            total = zero_squares(local(parameter)) if total is None else total
+            if not is_sharded(parameter):  # else they are added up already
+                total = sum_over(total, groups)
+            found[name] = shard_like(total / weight.to(total), parameter)
         return found
 
     def _warn_of_unread(self) -> None:
@@ -193,7 +205,8 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """What was collected: tensors and plain numbers."""
         weight = 0.0 if self._weight is None else float(self._weight)
-        sums = {name: total.clone() for name, total in self._sums.items()}
+        parameters = trainable_parameters(self.model, self._loss)
+        sums = {n: shard_like(t.clone(), parameters[n]) for n, t in self._sums.items()}
         return {"seen": self.seen, "weight": weight, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -215,7 +228,7 @@ class Collector:
         if not fits:
             raise StateError("What the state has collected is damaged, or of another model.")
         self.seen = state["seen"]
-        self._sums = {n: s.to(parameters[n].device, copy=True) for n, s in state["sums"].items()}
+        self._sums = {n: local(placed(s, parameters[n])) for n, s in state["sums"].items()}
         device = next(iter(parameters.values())).device
         self._weight = torch.tensor(state["weight"], dtype=torch.float64, device=device)
 
@@ -234,7 +247,7 @@ class Collector:
         if not count:
             return
         check_mode(model)
-        if count == 1:
+        if count == 1 and not any(map(is_sharded, parameters.values())):
             self._open = Step(SingleCapture(parameters), parameters, count)
             return
         known = {(name, id(p)) for name, p in parameters.items()}
@@ -271,6 +284,7 @@ class Collector:
         if not batch.roots:
             self._abandon()
             return
+        self._read_scale(batch, outputs)  # first in line
         try:
             batch.capture.resolve(outputs)
             missing = batch.parameters.keys() - batch.capture.handled
@@ -283,9 +297,14 @@ class Collector:
             self._abandon()
             raise
         batch.may_overflow = torch.float16 in batch.capture.types()
-        batch.capture.listen(batch.squares)
+        if isinstance(batch.capture, Capture) and batch.sharded:
+            batch.capture.listen(batch.squares, partial(self._settle, batch))
+        else:
+            batch.capture.listen(batch.squares)
         for root in batch.roots:
             root.register_prehook(partial(self._started, batch))
+
+    def _read_scale(self, batch: Step, outputs: Any) -> None:
         loss = standard_loss(self._loss)
         likelihood = "cross_entropy" if loss is None else likelihood_of(loss)
         logits = logits_of(outputs)
@@ -319,8 +338,14 @@ class Collector:
         finally:
             batch.capture.__exit__(None, None, None)
 
-    def _add(self, batch: Step) -> None:
-        """Add a batch's squares, as they would be of each sample's own loss."""
+    def _settle(self, batch: Step, names: Iterable[str]) -> None:
+        """Add up over the ranks what is complete, so that no rank has all of the whole squares."""
+        assert isinstance(batch.squares, ShardSums)
+        batch.squares.weight = float(self._factor(batch)[0])
+        batch.squares.settle(names)
+
+    def _factor(self, batch: Step) -> tuple[Tensor, Tensor, float]:
+        """What squares are multiplied by, whether that is guessed, and a sample's weight."""
         count = float(batch.count)
         device = next(iter(batch.parameters.values())).device
         scale = torch.full((), 1 / count, dtype=torch.float64, device=device)
@@ -331,12 +356,21 @@ class Collector:
             unread = batch.scale.isnan().to(device)
             scale = torch.where(unread, scale, batch.scale.to(device))
         share = 1.0 if self.average is None else (1 - self.average) / count
-        factor, new = share / scale.square(), torch.full_like(scale, share * count)
-        keep = torch.full_like(scale, 1.0 if self.average is None else self.average)
+        return share / scale.square(), unread, share
+
+    def _add(self, batch: Step) -> None:
+        """Add a batch's squares, as they would be of each sample's own loss."""
+        factor, unread, share = self._factor(batch)
+        new = torch.full_like(factor, share * batch.count)
+        found: dict[str, Tensor] = batch.squares
+        if isinstance(found, ShardSums):
+            found, factor = found.parts, torch.ones_like(factor)  # multiplied already
+        keep = torch.full_like(factor, 1.0 if self.average is None else self.average)
         if batch.may_overflow:  # then the optimizer leaves the step out
-            fine = torch.stack([s.sum().double() for s in batch.squares.values()]).isfinite().all()
+            sums = torch.stack([s.sum().double() for s in found.values()]).sum()
+            fine = sum_over(sums, shard_groups(batch.parameters.values())).isfinite()
             keep, new = torch.where(fine, keep, 1.0), torch.where(fine, new, 0.0)
-            for squares in batch.squares.values():
+            for squares in found.values():
                 squares.nan_to_num_(0.0, 0.0, 0.0)
             factor, unread = torch.where(fine, factor, 0.0), unread & fine
         self._unread = unread if self._unread is None else self._unread | unread
@@ -345,7 +379,7 @@ class Collector:
         if self.average is not None:
             for total in self._sums.values():
                 total *= keep.to(total)
-        for name, squares in batch.squares.items():
+        for name, squares in found.items():
             squares *= factor.to(squares)
             self._sums[name] = self._sums[name].add_(squares) if name in self._sums else squares
 

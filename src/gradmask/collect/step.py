@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmask.distributed import is_sharded
 from gradmask.fisher.calls import differentiable, full_precision
 from gradmask.fisher.capture import Capture
 from gradmask.fisher.graph import leaves, walk
 from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.rules import add_squares
 from gradmask.fisher.scale import loss_scale
+from gradmask.fisher.sharded import ShardSums
 
 
 class Step:
@@ -25,7 +27,8 @@ class Step:
     ) -> None:
         self.capture, self.parameters, self.count = capture, parameters, count
         self.roots: list[Any] = []
-        self.squares: dict[str, Tensor] = _Squares(parameters)
+        self.sharded = any(map(is_sharded, parameters.values()))
+        self.squares = ShardSums(parameters) if self.sharded else _Squares(parameters)
         self.scale: Tensor | None = None
         self.started = self.counted = self.may_overflow = False
         self.probe: Callable[[], None] | None = None  # finds out how to measure batches like this
@@ -45,7 +48,12 @@ class Step:
         self._before = {name: _mark(p) for name, p in self.parameters.items()}
 
     def trained(self) -> bool:
-        """Whether parameters got gradients since: else a backward pass was for other ends."""
+        """Whether parameters got gradients since: else a backward pass was for other ends.
+
+        Of parameters in shards it is not known yet when the pass ends.
+        """
+        if self.sharded:
+            return True
         return any(_mark(p) != self._before[name] for name, p in self.parameters.items())
 
 

@@ -340,15 +340,16 @@ class Capture:
         self._checked = None
         return excerpts
 
-    def listen(self, totals: dict[str, Tensor]) -> None:
+    def listen(self, totals: dict[str, Tensor], settle: Settle = lambda _: None) -> None:
         """Add the squares of the next backward pass, whoever runs it, to totals.
 
         Args:
             totals: `{name: tensor of the parameter's shape}`, changed in place; complete after
                 `square_rest`.
+            settle: As of `add_squares`.
         """
         self._observer.remove()  # the forward pass is over
-        self._totals, self._running = totals, True
+        self._totals, self._settle, self._running = totals, settle, True
 
     def gradients(self, term: Tensor) -> list[list[Call]]:
         """Run the backward pass of a term; the calls keep their gradients until the next one.

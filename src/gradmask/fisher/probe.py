@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmask.containers import part
+from gradmask.distributed import is_sharded, reshard
 from gradmask.errors import ModelError, first_names
 from gradmask.fisher.calls import differentiable
 from gradmask.fisher.capture import Capture, Way, Ways
@@ -77,16 +78,22 @@ def training_ways(
     Raises:
         ModelError: If a rule is wrong.
     """
-    inner = Called(model)
+    inner, sharded = Called(model), any(map(is_sharded, parameters.values()))
     with (
         measuring(model, parameters.values(), mode=random_state_kept),
         _changing(model) as changing,
     ):
 
         def refuses(way: Way) -> bool:
-            return any(k[0] == "derived" or (k[0] == "module" and k[1] in changing) for k in way)
+            return any(
+                k[0] == "derived" or (k[0] == "module" and (sharded or k[1] in changing))
+                for k in way
+            )
 
         ways = safe_ways(inner, given, parameters, refuses=refuses)
+    if sharded:  # whole in the common pass only
+        reshard(model)
+        return ways
     with measuring(model, parameters.values()):
         in_eval = safe_ways(inner, given, parameters, refuses=refuses)
         _check_ways(inner, given, parameters, in_eval)
