@@ -47,6 +47,9 @@ bench: $(READY) ## measure speed and memory, with other libraries beside
 	$(BIN)/gradmask bench fisher --model small_cnn
 	$(BIN)/gradmask bench fisher --model mlp
 	$(BIN)/gradmask bench fisher --model encoder
+	$(BIN)/gradmask bench fisher --model lenet
+	$(BIN)/gradmask bench fisher --model mobilenet_v2
+	$(BIN)/gradmask bench online --model gpt2
 	$(BIN)/gradmask bench layers
 	$(BIN)/gradmask bench influence --rounds 1
 	$(BIN)/gradmask bench step
