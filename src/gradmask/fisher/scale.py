@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 SCALED = ("cross_entropy", "bernoulli")
-_ROWS = 256  # distributions that are looked at
+_ROWS = 64  # distributions that are looked at
 
 
 def logits_of(outputs: Any) -> Tensor | None:
@@ -58,7 +58,7 @@ def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
     """
     kind = torch.promote_types(logits.dtype, torch.float32)
     if likelihood == "bernoulli":
-        z, g = _some(logits.reshape(-1, 1), gradient.reshape(-1, 1), kind)
+        z, g = _some(logits.unsqueeze(-1), gradient.unsqueeze(-1), kind)
         p, up = z.sigmoid(), g > 0  # a label of 0
         sure = torch.where(up, p, 1 - p)
         size = g.abs()
@@ -67,8 +67,7 @@ def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
         if gradient.dim() < 2:
             return gradient.new_full((), torch.nan, dtype=torch.float64)
         last = _classes(gradient)
-        z, g = (t.movedim(last, -1).reshape(-1, t.shape[last]) for t in (logits, gradient))
-        z, g = _some(z, g, kind)
+        z, g = _some(logits.movedim(last, -1), gradient.movedim(last, -1), kind)
         label = g.argmin(1, keepdim=True)
         p = z.softmax(1).scatter(1, label, 0.0)
         sure = p.sum(1, keepdim=True)
@@ -80,7 +79,7 @@ def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
     rough = 3e-2 if min(logits.itemsize, gradient.itemsize) < 4 else 1e-3
     rounded = 4 * torch.finfo(kind).eps * scale.abs() * len(g) ** 0.5  # of 1 - p
     found = torch.where(off <= rough * g.double().norm() + rounded, scale, torch.nan)
-    if likelihood == "cross_entropy":
+    if likelihood == "cross_entropy" and (g.is_cuda or found.isnan()):  # a GPU is not waited for
         for other in (_smoothed_scale(z, g, label, counts, rough), _log_scale(g, rough)):
             found = torch.where(found.isnan(), other, found)
     return found
@@ -115,8 +114,9 @@ def _classes(gradient: Tensor) -> int:
 
 
 def _some(logits: Tensor, gradient: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rows with the largest gradients: not those that do not count."""
-    if len(gradient) > _ROWS:
-        rows = gradient.abs().amax(1).topk(_ROWS).indices
-        logits, gradient = logits[rows], gradient[rows]
-    return logits.to(kind), gradient.to(kind)
+    """Rows of the last dimension with the largest gradients: not those that do not count."""
+    sizes = torch.linalg.vector_norm(gradient, torch.inf, dim=-1)
+    if sizes.numel() <= _ROWS:
+        return tuple(t.reshape(-1, t.shape[-1]).to(kind) for t in (logits, gradient))  # type: ignore[return-value]
+    rows = torch.unravel_index(sizes.flatten().topk(_ROWS).indices, sizes.shape)
+    return logits[rows].to(kind), gradient[rows].to(kind)
