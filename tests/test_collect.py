@@ -283,3 +283,11 @@ def test_running_the_model_twice_is_refused():
     with collector:
         loss_of(model, data[0]).backward()
     close(collector.diagonal(), fisher_diagonal(model, data[:1]))
+
+
+def test_options_stay_until_others_are_given():
+    mask = FisherMask(network(), refresh="online", every=3)
+    assert mask.collect().every == 3
+    assert mask.collect(average=0.5).average == 0.5
+    assert mask.collect() is mask.collect()
+    assert (mask.collect().every, mask.collect().average) == (1, 0.5)

@@ -7,7 +7,7 @@ from cases import Net, assert_close, batches, floats, randomise, stack, to_dtype
 from test_collect_models import collected, language_model, text, vector
 from torch import nn
 
-from gradmask import fisher_diagonal
+from gradmask import FisherMask, fisher_diagonal
 from gradmask.errors import GradmaskWarning
 
 
@@ -192,3 +192,29 @@ def test_hugging_face(kind, checkpoints):
     assert found.keys() == truth.keys()
     for name, t in truth.items():  # the loss is float32, and there is no gradient of some
         torch.testing.assert_close(found[name], t, rtol=1e-6, atol=1e-30, msg=name)
+
+
+def test_weights_are_told_in_large_batches_too():
+    """Where the largest gradients alone look like those of another factor."""
+    model = randomise(stack(nn.Linear(5, 3)))
+    x = torch.randn(256, 5, dtype=torch.float64)
+    y = (torch.rand(256, 4) < 0.3).double()
+    weighted = nn.BCEWithLogitsLoss(pos_weight=torch.tensor(10.0).double())
+    with pytest.warns(GradmaskWarning, match="1/N"):
+        collected(model, [(x, y)], weighted, {"loss": "bernoulli"})
+
+
+def test_smoothed_labels_under_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 10))
+    data = [(torch.randn(64, 5), torch.randint(10, (64,)))]
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+    truth = fisher_diagonal(model, data, loss=smoothed)
+    with FisherMask(model, loss=smoothed).collect() as collector:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = smoothed(model(data[0][0]), data[0][1])
+        loss.backward()
+    found, expected = (
+        sum(t.sum().item() for t in f.values()) for f in (collector.diagonal(), truth)
+    )
+    assert found == pytest.approx(expected, rel=0.05)

@@ -205,7 +205,7 @@ class FisherMask:
             self._online.stop()
 
     def collect(
-        self, *, every: int = 1, average: float | None = None, scale: float | None = None
+        self, *, every: int | None = None, average: float | None = None, scale: float | None = None
     ) -> Collector:
         """Measure training's own backward passes; `refresh()` then makes the mask of them.
 
@@ -220,14 +220,14 @@ class FisherMask:
             ```
 
         Args:
-            every: Collect one of so many batches (forward passes in train mode).
+            every: Collect one of so many batches (forward passes in train mode); default: each.
             average: β of an exponential average over batches; default: the mean of all batches
                 since the last refresh.
             scale: What the loss multiplies each sample's own loss by (see `Collector`).
 
         Returns:
-            A context manager, for one training step or around all of them; each call returns the
-            same one, with these options.
+            A context manager, for one training step or around all of them. Each call returns the
+            same one, with these options if there are any.
 
         Raises:
             OptionError: If an option is out of range, or the mask is of another kind of labels.
@@ -239,10 +239,13 @@ class FisherMask:
                 f"kind={self.kind!r} draws labels of its own, and training has those of the data: "
                 "use kind='empirical', or mask.refresh(loader)."
             )
-        options: dict[str, Any] = {"every": every, "average": average, "scale": scale}
+        given = every is not None or average is not None or scale is not None
+        options: dict[str, Any] = {"average": average, "scale": scale}
+        options["every"] = 1 if every is None else every
         if self._collector is None:
             self._collector = Collector(self._wrapped, self.loss, **options)
-        self._collector.set(**options)
+        elif given:
+            self._collector.set(**options)
         return self._collector
 
     def refresh(self, loader: Iterable[Any] | None = None) -> None:

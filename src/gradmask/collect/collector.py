@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ class Collector(RunningDiagonal):
     A context manager: hooks are on the model from entry to exit, around one training step or all.
 
     Args:
-        model: The model that is trained, as it is wrapped; not compiled and not in shards.
+        model: The model that is trained, as it is wrapped; not compiled.
         loss: The negative log-likelihood that training follows, as of the mask.
         options: As of `set`.
 
@@ -80,7 +82,7 @@ class Collector(RunningDiagonal):
             raise OptionError(f"every={every!r} must be a whole number of steps, at least 1.")
         if average is not None and not 0 <= average < 1:
             raise OptionError(f"average={average!r} must be in [0, 1): the share that stays.")
-        if scale is not None and not scale > 0:
+        if scale is not None and not (isinstance(scale, Real) and 0 < scale < math.inf):
             raise OptionError(f"scale={scale!r} must be positive: loss = scale * sum of samples.")
         self.every, self.average, self.scale = every, average, scale
 
@@ -177,9 +179,9 @@ class Collector(RunningDiagonal):
         finally:
             self._busy = False
 
-    def _listen(self, _: nn.Module, __: Any, outputs: Any) -> None:
+    def _listen(self, model: nn.Module, _: Any, outputs: Any) -> None:
         batch = self._open
-        if batch is None or self._busy or batch.roots:
+        if batch is None or self._busy or batch.roots or not model.training:
             return
         batch.roots = list(dict.fromkeys(t.grad_fn for t in differentiable(outputs)))
         if not batch.roots:

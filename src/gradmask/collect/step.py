@@ -54,7 +54,8 @@ class Step:
         """
         if self.sharded:
             return True
-        return any(_mark(p) != self._before[name] for name, p in self.parameters.items())
+        now = {name: _mark(p) for name, p in self.parameters.items() if p.grad is not None}
+        return any(mark != self._before[name] for name, mark in now.items())
 
 
 class _Squares(dict[str, Tensor]):

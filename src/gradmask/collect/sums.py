@@ -97,8 +97,8 @@ class RunningDiagonal:
             return
         self._warned = True
         warnings.warn(
-            "The training's loss is no cross-entropy of one label each (smoothed or mixed labels, "
-            "weights, logits changed after the model), so what it multiplies a sample's own loss "
+            "The training's loss is no cross-entropy of one label each (mixed labels, weights, "
+            "logits changed after the model), so what it multiplies a sample's own loss "
             "by was taken to be 1/N of N samples, which a mean over tokens or loss scaling is not: "
             "give mask.collect(scale=...), or to the mask the loss that is trained, loss=...",
             GradmaskWarning,

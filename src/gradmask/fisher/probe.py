@@ -136,6 +136,11 @@ def _check_ways(
 
     def terms(outputs: Any, *_: Any) -> list[Tensor]:
         rows = [t.reshape(len(t), -1) for t in differentiable(outputs) if t.dim()]
+        if not rows:
+            raise ModelError(
+                "The model returns no outputs of samples (a loss alone, perhaps): they cannot be "
+                "told apart: return the logits too, or collect of the submodule that does."
+            )
         slopes = [torch.arange(1, r.shape[1] + 1, device=r.device).cos().to(r) for r in rows]
         sums = [(r @ slope).sum() for r, slope in zip(rows, slopes, strict=True)]
         return [torch.stack(sums).sum()]

@@ -79,14 +79,22 @@ def loss_scale(logits: Tensor, gradient: Tensor, likelihood: str) -> Tensor:
     rough = 3e-2 if min(logits.itemsize, gradient.itemsize) < 4 else 1e-3
     rounded = 4 * torch.finfo(kind).eps * scale.abs() * len(g) ** 0.5  # of 1 - p
     found = torch.where(off <= rough * g.double().norm() + rounded, scale, torch.nan)
-    if likelihood == "cross_entropy" and (g.is_cuda or found.isnan()):  # a GPU is not waited for
-        for other in (_smoothed_scale(z, g, label, counts, rough), _log_scale(g, rough)):
-            found = torch.where(found.isnan(), other, found)
+    if likelihood == "cross_entropy" and (g.is_cuda or rough > 1e-2 or found.isnan()):
+        smoothed, left = _smoothed_scale(z, g, label, counts, rough)
+        # Of hard labels it leaves as much: near uniform p the two are alike but for rounding.
+        better = found.isnan() | (left < 0.5 * off)
+        found = torch.where(better & ~smoothed.isnan(), smoothed, found)
+        found = torch.where(found.isnan(), _log_scale(g, rough), found)
     return found
 
 
-def _smoothed_scale(z: Tensor, g: Tensor, label: Tensor, counts: Tensor, rough: float) -> Tensor:
-    """The factor of smoothed labels: c (p − ε/C), and at each label c (p − 1 + ε − ε/C); or NaN."""
+def _smoothed_scale(
+    z: Tensor, g: Tensor, label: Tensor, counts: Tensor, rough: float
+) -> tuple[Tensor, Tensor]:
+    """The factor of smoothed labels, or NaN, and what is left unexplained.
+
+    The gradient is c (p − ε/C), and at each label c (p − 1 + ε − ε/C).
+    """
     p = z.double().softmax(1)
     rest = torch.ones_like(p).scatter(1, label, 0.0) * counts
     mean_p, mean_g = ((t * rest).sum() / rest.sum() for t in (p, g))
@@ -94,8 +102,9 @@ def _smoothed_scale(z: Tensor, g: Tensor, label: Tensor, counts: Tensor, rough: 
     shift = mean_g - slope * mean_p  # -c ε/C
     at_label = shift - slope - shift * p.shape[1]
     model = (slope * p + shift).scatter(1, label, (slope * p.gather(1, label) + at_label)) * counts
-    fits = ((g - model).norm() <= rough * g.double().norm()) & (slope > 0) & (shift <= 0)
-    return torch.where(fits, slope, torch.nan)
+    left = (g - model).norm()
+    fits = (left <= rough * g.double().norm()) & (slope > 0) & (shift <= 0)
+    return torch.where(fits, slope, torch.nan), left
 
 
 def _log_scale(gradient: Tensor, rough: float) -> Tensor:
@@ -114,9 +123,11 @@ def _classes(gradient: Tensor) -> int:
 
 
 def _some(logits: Tensor, gradient: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of the last dimension with the largest gradients: not those that do not count."""
+    """Rows of the last dimension: those with the largest gradients, which count, and others."""
     sizes = torch.linalg.vector_norm(gradient, torch.inf, dim=-1)
     if sizes.numel() <= _ROWS:
         return tuple(t.reshape(-1, t.shape[-1]).to(kind) for t in (logits, gradient))  # type: ignore[return-value]
-    rows = torch.unravel_index(sizes.flatten().topk(_ROWS).indices, sizes.shape)
+    largest = sizes.flatten().topk(_ROWS // 2).indices
+    spread = torch.arange(_ROWS // 2, device=sizes.device) * (sizes.numel() // (_ROWS // 2))
+    rows = torch.unravel_index(torch.cat([largest, spread]), sizes.shape)
     return logits[rows].to(kind), gradient[rows].to(kind)
