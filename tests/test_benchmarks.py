@@ -141,7 +141,9 @@ def test_refresh(options, tmp_path):
         for points in measurement["draws"]:
             assert points[-1]["overlap"] == {"0.25": 1.0, "0.5": 1.0, "0.75": 1.0}
             assert [p["samples"] for p in points] == sorted({p["samples"] for p in points})
-    assert len(overlap_table(measurement).rows) == len(points)
+    online = measurement["online"]  # the MLP has no BatchNorm
+    assert set(online) >= {"every batch", "every batch, β = 0.9"}
+    assert len(overlap_table(measurement).rows) == len(points) + len(online)
 
 
 def test_refresh_leaves_folders_of_others_alone(options, tmp_path):

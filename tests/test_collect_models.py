@@ -1,20 +1,16 @@
 """Squares out of training's own backward passes, of many kinds of models and losses."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Net, assert_close, batches, floats, randomise, readout, stack, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradmask import FisherMask, fisher_diagonal
 from gradmask.errors import ModelError
-
-sys.path.insert(0, str(Path(__file__).parent / "fisher"))
-from cases import Net, assert_close, batches, floats, randomise, readout, stack, tokens
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
@@ -144,7 +143,8 @@ def masks_sha256(
     for name in sorted(others or {}):
         tensor = (others or {})[name].detach().cpu().contiguous()
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+        for chunk in tensor.flatten().view(torch.uint8).split(1 << 20):
+            found.update(bytes(chunk.tolist()))
     return found.hexdigest()
 
 

@@ -135,7 +135,9 @@ class _Online:
                 self._collectors[name] = FisherMask(model).collect(**options)
                 self._collectors[name].start()
             return {}
-        found = {name: collector.diagonal() for name, collector in self._collectors.items()}
+        # Of a short epoch perhaps no batch was due.
+        collected = {name: c for name, c in self._collectors.items() if not c.empty}
+        found = {name: collector.diagonal() for name, collector in collected.items()}
         for name, collector in self._collectors.items():
             if "average" not in ONLINE[name]:
                 collector.clear()

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from numbers import Real
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from gradmask.fisher.scale import SCALED, before_casts, logits_of
 from gradmask.parameters import trainable_parameters
 
 _MOST = 64  # shapes of inputs whose ways are remembered
+
+
+_PROBED: WeakSet[nn.Module] = WeakSet()  # models that run beside training; several may collect
 
 
 class Collector(RunningDiagonal):
@@ -61,7 +65,7 @@ class Collector(RunningDiagonal):
         self._open: Step | None = None
         self._handles: list[Any] = []
         self._hooks: tuple[Hook, Hook] | None = None
-        self._depth, self._busy, self._started_alone = 0, False, False
+        self._depth, self._started_alone = 0, False
 
     def set(
         self, *, every: int = 1, average: float | None = None, scale: float | None = None
@@ -126,7 +130,7 @@ class Collector(RunningDiagonal):
         self._handles, self._hooks = [], None
 
     def __getstate__(self) -> dict[str, Any]:
-        none: dict[str, Any] = {"_open": None, "_ways": {}, "_busy": False}
+        none: dict[str, Any] = {"_open": None, "_ways": {}}
         return vars(self) | none | {"_depth": int(self._started_alone)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,7 +143,7 @@ class Collector(RunningDiagonal):
         recomputes = torch._C._current_graph_task_id() != -1  # of activation checkpointing
         transformed = torch._C._functorch.peek_interpreter_stack() is not None  # as by torch.func
         trains = model.training and torch.is_grad_enabled()
-        if self._busy or recomputes or transformed or not trains:
+        if model in _PROBED or recomputes or transformed or not trains:
             return
         self._abandon()
         self.seen += 1
@@ -172,16 +176,16 @@ class Collector(RunningDiagonal):
 
     def _find_ways(self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
         two = map_tensors(lambda t: t[:2].detach() if t.dim() else t, (args, kwargs))
-        self._busy = True
+        _PROBED.add(self.model)
         try:  # with none of the hooks that activation checkpointing has around the model
             with saved_tensors_hooks(Tensor.detach, lambda saved: saved):
                 return training_ways(self.model, two, parameters)
         finally:
-            self._busy = False
+            _PROBED.discard(self.model)
 
     def _listen(self, model: nn.Module, _: Any, outputs: Any) -> None:
         batch = self._open
-        if batch is None or self._busy or batch.roots or not model.training:
+        if batch is None or model in _PROBED or batch.roots or not model.training:
             return
         batch.roots = list(dict.fromkeys(t.grad_fn for t in differentiable(outputs)))
         if not batch.roots:

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #define CHUNK 16384
+#define BLOCK 256
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -22,10 +23,15 @@ void sum_kept_squares(int64_t tensors, const int64_t *sizes, const Real *const *
         for (int64_t c = 0; c < chunks; c++) {
             double sum = 0;
             int64_t end = least((c + 1) * CHUNK, sizes[t]);
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = c * CHUNK; i < end; i++) {
-                double one = kept[i] ? value[i] : 0;
-                sum += one * one;
+            for (int64_t start = c * CHUNK; start < end; start += BLOCK) {
+                int64_t stop = least(start + BLOCK, end);
+                Real part = 0; /* of few values: in their own type, quickly */
+#pragma omp simd reduction(+ : part)
+                for (int64_t i = start; i < stop; i++) {
+                    Real one = kept[i] ? value[i] : 0;
+                    part += one * one;
+                }
+                sum += part;
             }
             partial[first + c] = sum;
         }
@@ -38,10 +44,10 @@ void scale_kept(int64_t tensors, const int64_t *sizes, Real *const *values,
 {
 #pragma omp parallel num_threads(threads)
     for (int64_t t = 0; t < tensors; t++) {
-        Real *value = values[t];
+        Real *value = values[t], scale = (Real)factor;
         const uint8_t *kept = keep[t];
 #pragma omp for simd schedule(static) nowait
         for (int64_t i = 0; i < sizes[t]; i++)
-            value[i] = kept[i] ? value[i] * (Real)factor : 0;
+            value[i] = kept[i] ? value[i] * scale : 0;
     }
 }
