@@ -34,6 +34,21 @@ def expected(total, g, x, positions, offsets):
     return total + gradients(g, x, positions, offsets).square().sum(0)
 
 
+def check(arguments, exact, threads):
+    """Both kernels, of a total and of weights, against what is exact."""
+    total, weights, *read = arguments
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        add_squared_products(total, *read)
+        values = weigh_squared_products(weights, *read)
+    finally:
+        torch.set_num_threads(before)
+    tolerance = 1e-13 if total.dtype == torch.float64 else 1e-5
+    for found, truth in zip((total, values), exact, strict=True):
+        assert ((found.double() - truth).abs() / truth).max() < tolerance
+
+
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -56,16 +71,7 @@ def test_squared_products(samples, outputs, inputs, places, dtype, threads):
     total, weights = torch.rand(2, outputs, inputs, dtype=dtype)
     squares = gradients(g.double(), x.double(), positions, offsets).square()
     exact = total.double() + squares.sum(0), (squares * weights).sum((1, 2))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        add_squared_products(total, g, x, Places(positions, offsets))
-        values = weigh_squared_products(weights, g, x, Places(positions, offsets))
-    finally:
-        torch.set_num_threads(before)
-    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
-    for found, truth in zip((total, values), exact, strict=True):
-        assert ((found.double() - truth).abs() / truth).max() < tolerance
+    check((total, weights, g, x, Places(positions, offsets)), exact, threads)
 
 
 @needs_compiler
@@ -94,16 +100,7 @@ def test_groups(samples, groups, outputs, kernel, size, dtype, threads):
     patches = x.double().flatten(2)[:, :, positions[:, None] + offsets]
     squares = torch.einsum("ngkp,ngpd->ngkd", g.double(), patches).square()
     exact = total.double() + squares.sum(0), (squares * weights).sum((1, 2, 3))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        add_squared_products(total, g, x, Places(positions, offsets))
-        values = weigh_squared_products(weights, g, x, Places(positions, offsets))
-    finally:
-        torch.set_num_threads(before)
-    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
-    for found, truth in zip((total, values), exact, strict=True):
-        assert ((found.double() - truth).abs() / truth).max() < tolerance
+    check((total, weights, g, x, Places(positions, offsets)), exact, threads)
 
 
 @needs_compiler

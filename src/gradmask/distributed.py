@@ -37,6 +37,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return _compiled(inner.module) if isinstance(inner, DistributedDataParallel) else inner
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` made or wraps this module."""
+    own = getattr(module, "_compiled_call_impl", None)
+    return own is not None or hasattr(module, "_orig_mod")
+
+
 def _compiled(model: nn.Module) -> nn.Module:
     inner: nn.Module = getattr(model, "_orig_mod", model)  # of torch.compile
     return inner

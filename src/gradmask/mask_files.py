@@ -135,16 +135,19 @@ def masks_sha256(
         Hexadecimal digits.
     """
     found = hashlib.sha256(json.dumps(dict(metadata or {}), sort_keys=True).encode())
+
+    def add(label: list[Any], data: Tensor) -> None:
+        found.update(json.dumps(label).encode())
+        for chunk in data.split(1 << 20):
+            found.update(bytes(chunk.tolist()))
+
     for name in sorted(masks):
         bits = _pack(_whole(masks[name]))
-        found.update(json.dumps([name, list(masks[name].shape)]).encode())
-        for chunk in bits.split(1 << 20):
-            found.update(bytes(chunk.tolist()))
+        add([name, list(masks[name].shape)], bits)
     for name in sorted(others or {}):
         tensor = (others or {})[name].detach().cpu().contiguous()
-        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        for chunk in tensor.flatten().view(torch.uint8).split(1 << 20):
-            found.update(bytes(chunk.tolist()))
+        label = [name, str(tensor.dtype), list(tensor.shape)]
+        add(label, tensor.flatten().view(torch.uint8))
     return found.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradmask.errors import ModelError
 from gradmask.preserve import preserved
+from gradmask.seeding import random_states_kept
 
 
 @contextmanager
@@ -70,14 +70,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Give Python's generator and PyTorch's, of the CPU and the model's GPUs, their states back."""
+    """Put back random states: PyTorch's, of the CPU and the model's GPUs, Python's and NumPy's."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
-    finally:
-        random.setstate(state)
+    with random_states_kept(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+        yield
 
 
 @contextmanager

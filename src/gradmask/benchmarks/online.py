@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from gradmask.benchmarks.memory import peak_megabytes
-from gradmask.benchmarks.steps import collecting_step, many_steps, training_step
+from gradmask.benchmarks.steps import collecting_step, repeated, training_step
 from gradmask.benchmarks.timing import interleave, ratio
 from gradmask.benchmarks.workloads import make
 
@@ -44,8 +44,8 @@ def bench_online(
     tasks: dict[str, Callable[[], Any]] = {
         "training step": training_step(*given),
         "collecting step": collecting_step(*given),
-        f"{EVERY} steps": many_steps(*given, EVERY),
-        f"{EVERY} steps, 1 collects": many_steps(*given, EVERY, EVERY),
+        f"{EVERY} steps": repeated(training_step(*given), EVERY),
+        f"{EVERY} steps, 1 collects": repeated(collecting_step(*given, EVERY), EVERY),
     }
     seconds = interleave(tasks, rounds, device)
     size = f"batch {len(inputs)}, {device}, {torch.get_num_threads()} threads"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
@@ -24,12 +26,8 @@ def training_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     return task
 
 
-def collecting_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
-    """The same with the squares of its per-sample gradients."""
-    return _collecting(model, inputs, targets, every=1)
-
-
-def _collecting(model: nn.Module, inputs: Tensor, targets: Tensor, every: int) -> Task:
+def collecting_step(model: nn.Module, inputs: Tensor, targets: Tensor, every: int = 1) -> Task:
+    """The same; one of `every` with the squares of its per-sample gradients."""
     step, mask = training_step(model, inputs, targets), FisherMask(model)
 
     def task() -> dict[str, Tensor]:
@@ -39,23 +37,9 @@ def _collecting(model: nn.Module, inputs: Tensor, targets: Tensor, every: int) -
     return task
 
 
-def many_steps(
-    model: nn.Module, inputs: Tensor, targets: Tensor, count: int, every: int | None = None
-) -> Task:
-    """So many steps one after the other; one of `every` collects."""
-    step = training_step(model, inputs, targets)
-    mask = FisherMask(model) if every else None
-
-    def task() -> dict[str, Tensor]:
-        for _ in range(count):
-            if mask is None:
-                step()
-            else:
-                with mask.collect(every=every or 1):
-                    step()
-        return {}
-
-    return task
+def repeated(step: Task, count: int) -> Callable[[], list[dict[str, Tensor]]]:
+    """So many steps one after the other."""
+    return lambda: [step() for _ in range(count)]
 
 
 STEPS = {"training step": training_step, "collecting step": collecting_step}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradmask.distributed import is_compiled
 from gradmask.errors import ModelError, first_names
 from gradmask.parameters import trainable_parameters
 
@@ -23,8 +24,7 @@ def check_model(model: nn.Module, loss: Any) -> None:
         if name.startswith("loss.") and isinstance(loss, nn.Module):
             raise ModelError(f"The loss has parameters of its own ({name}). {INSTEAD}")
     for module in model.modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or hasattr(module, "_orig_mod"):
+        if is_compiled(module):
             raise ModelError(
                 f"{type(module).__name__} is compiled, which hides its layers while it trains: "
                 f"leave torch.compile out. {INSTEAD}"

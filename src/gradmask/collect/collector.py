@@ -17,10 +17,7 @@ from gradmask.collect.checks import INSTEAD, check_handled, check_mode, check_mo
 from gradmask.collect.step import Hook, SingleCapture, Step
 from gradmask.collect.sums import RunningDiagonal
 from gradmask.containers import map_tensors, sample_count, tensors_in
-from gradmask.distributed import (
-    is_sharded,
-    unwrapped,
-)
+from gradmask.distributed import is_sharded, unwrapped
 from gradmask.errors import ModelError, OptionError
 from gradmask.fisher.calls import differentiable
 from gradmask.fisher.capture import Capture, Ways

@@ -13,7 +13,7 @@ from gradmask.distributed import is_sharded
 from gradmask.fisher.calls import differentiable, full_precision
 from gradmask.fisher.capture import Capture
 from gradmask.fisher.graph import leaves, walk
-from gradmask.fisher.reference import zero_squares
+from gradmask.fisher.reference import Squares
 from gradmask.fisher.rules import add_squares
 from gradmask.fisher.scale import loss_scale
 from gradmask.fisher.sharded import ShardSums
@@ -28,7 +28,7 @@ class Step:
         self.capture, self.parameters, self.count = capture, parameters, count
         self.roots: list[Any] = []
         self.sharded = any(map(is_sharded, parameters.values()))
-        self.squares = ShardSums(parameters) if self.sharded else _Squares(parameters)
+        self.squares = ShardSums(parameters) if self.sharded else Squares(parameters)
         self.scale: Tensor | None = None
         self.started = self.counted = self.may_overflow = False
         self.probe: Callable[[], None] | None = None  # finds out how to measure batches like this
@@ -56,18 +56,6 @@ class Step:
             return True
         now = {name: _mark(p) for name, p in self.parameters.items() if p.grad is not None}
         return any(mark != self._before[name] for name, mark in now.items())
-
-
-class _Squares(dict[str, Tensor]):
-    """Sums that are zero until something is added."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        self._parameters = parameters
-
-    def __missing__(self, name: str) -> Tensor:
-        self[name] = zero_squares(self._parameters[name])
-        return self[name]
 
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradmask.containers import check_cuttable
 from gradmask.distributed import note_whole_parameters
 from gradmask.errors import ModelError
-from gradmask.fisher.calls import Call, differentiable, spans, square_together
+from gradmask.fisher.calls import Call, differentiable, spans, square_together, unequal_sums
 from gradmask.fisher.explain import explanations
 from gradmask.fisher.graph import Node, leaves, lowest, rearranges, structure, walk
 from gradmask.fisher.observe import Observer
@@ -284,11 +284,7 @@ class Capture:
         found = []
         for scales in (torch.ones_like(weights), weights):
             self._norms = {}
-            # Unequal weights of the entries too: a plain sum has gradient zero behind a softmax.
-            real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-            rows = [t.reshape(self._batch_size, -1) for t in real]
-            sums = [r @ torch.arange(1, r.shape[1] + 1, device=r.device).cos().to(r) for r in rows]
-            terms = [t @ scales.to(t) for t in sums]
+            terms = [t @ scales.to(t) for t in map(unequal_sums, tensors)]
             self._backward(torch.stack(terms).sum())
             found.append(self._norms)
         self._norms = None

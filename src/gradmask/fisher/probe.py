@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradmask.containers import part
 from gradmask.distributed import is_sharded, reshard
 from gradmask.errors import ModelError, first_names
-from gradmask.fisher.calls import differentiable
+from gradmask.fisher.calls import differentiable, unequal_sums
 from gradmask.fisher.capture import Capture, Way, Ways
 from gradmask.fisher.reference import gradients_alone, zero_squares
 from gradmask.fisher.rules import squared
@@ -135,14 +135,12 @@ def _check_ways(
     """Raise a ModelError if squares are not those of single samples, for a made-up loss."""
 
     def terms(outputs: Any, *_: Any) -> list[Tensor]:
-        rows = [t.reshape(len(t), -1) for t in differentiable(outputs) if t.dim()]
-        if not rows:
+        sums = [unequal_sums(t).sum() for t in differentiable(outputs) if t.dim()]
+        if not sums:
             raise ModelError(
                 "The model returns no outputs of samples (a loss alone, perhaps): they cannot be "
                 "told apart: return the logits too, or collect of the submodule that does."
             )
-        slopes = [torch.arange(1, r.shape[1] + 1, device=r.device).cos().to(r) for r in rows]
-        sums = [(r @ slope).sum() for r, slope in zip(rows, slopes, strict=True)]
         return [torch.stack(sums).sum()]
 
     schedule = Schedule("all", parameters)

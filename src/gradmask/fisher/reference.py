@@ -27,6 +27,22 @@ def zero_squares(parameter: Tensor) -> Tensor:
     return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
 
+class Squares(dict[str, Tensor]):
+    """Sums of squares by name, each zero, and made, when it is first asked for.
+
+    Args:
+        parameters: What they are of, by name.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters = parameters
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = zero_squares(self._parameters[name])
+        return self[name]
+
+
 def alone(
     model: nn.Module, inputs: Any, n: int, evaluate: Callable[[Any, int, bool], Any]
 ) -> tuple[Any, int]:

@@ -21,10 +21,10 @@ from gradmask.distributed import (
 from gradmask.errors import DataError
 from gradmask.fisher.adapter import Adapter, Batch
 from gradmask.fisher.batch import DOING, Pass
-from gradmask.fisher.reference import zero_squares
+from gradmask.fisher.reference import Squares, zero_squares
 
 
-class ShardSums(dict[str, Tensor]):
+class ShardSums(Squares):
     """Sums over the ranks of whole tensors, of which this rank keeps its part.
 
     A whole tensor exists from when it is first asked for until it is settled, so that there is
@@ -39,14 +39,9 @@ class ShardSums(dict[str, Tensor]):
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        self._parameters = parameters
+        super().__init__(parameters)
         self.weight = 1.0
         self.parts = {name: zero_squares(local(p)) for name, p in parameters.items()}
-
-    def __missing__(self, name: str) -> Tensor:
-        self[name] = zero_squares(self._parameters[name])
-        return self[name]
 
     def settle(self, names: Iterable[str]) -> None:
         """Add whole tensors over the ranks, and let go of them."""

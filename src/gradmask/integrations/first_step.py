@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmask import distributed
 from gradmask.seeding import own_random_state
 
 _IGNORED = -100
@@ -118,8 +119,7 @@ def targets_of(batch: Any, unpack: Callable[[Any], Any] | None) -> Any:
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model or part of it is compiled, so that hooks would have it compiled again."""
     return any(
-        hasattr(module, "_orig_mod")
-        or getattr(module, "_compiled_call_impl", None) is not None
+        distributed.is_compiled(module)
         or getattr(module, "_compiler_ctx", None) is not None  # of Lightning
         for module in model.modules()
     )
