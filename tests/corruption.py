@@ -16,20 +16,20 @@ from test_checkpoint import timeless
 from test_data import pictures, write_folder, write_parquet
 
 from gradmask.errors import GradmaskError
-from gradmask.experiments.audit.files import write_audit_files
-from gradmask.experiments.audit.run import Audit, run_audit
-from gradmask.experiments.compare import run_comparison
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.folder import read_results
-from gradmask.experiments.processes import ALONE
-from gradmask.experiments.progress import Progress
-from gradmask.experiments.reports.comparison import print_summary, write_report
-from gradmask.experiments.theorem.config import SIZES, TheoremCheck
-from gradmask.experiments.theorem.report import print_theorem, write_theorem
-from gradmask.experiments.theorem.run import FILE, run_theorem
-from gradmask.experiments.training.budget import EpochsSpent
-from gradmask.experiments.training.shards import read_plain, read_shards, save_shards
+from gradmask.recipes.audit.files import write_audit_files
+from gradmask.recipes.audit.run import Audit, run_audit
+from gradmask.recipes.compare import run_comparison
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.theorem.config import SIZES, TheoremCheck
+from gradmask.recipes.theorem.report import print_theorem, write_theorem
+from gradmask.recipes.theorem.run import FILE, run_theorem
+from gradmask.recipes.training.shards import read_plain, read_shards, save_shards
+from gradmask.study.budget import EpochsSpent
+from gradmask.study.folder import read_results
+from gradmask.study.processes import ALONE
+from gradmask.study.progress import Progress
+from gradmask.study.report.page import print_summary, write_report
 
 QUIET = Console(quiet=True)
 OPTIONS = {

@@ -11,8 +11,8 @@ import torch
 
 from gradmask import cli
 from gradmask import mask as mask_module
-from gradmask.experiments.data import batches as batches_module
-from gradmask.experiments.training.log import RunLog
+from gradmask.recipes.data import batches as batches_module
+from gradmask.study.log import RunLog
 
 # What is counted: batches begun, batches read by a Fisher pass, files of tensors written, files
 # renamed (before each), lines of the log written.

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from gradmask.errors import OptionError
-from gradmask.experiments.arms import STRATEGIES, arm_colours, arm_title, controls, parse_arm
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.folder import run_directory
-from gradmask.experiments.training.components import new_mask, new_model
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.training.components import new_mask, new_model
+from gradmask.study.arms import STRATEGIES, arm_colours, arm_title, controls, parse_arm
+from gradmask.study.folder import run_directory
 
 
 def test_an_arm_changes_its_own_options():

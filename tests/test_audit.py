@@ -13,8 +13,8 @@ from torch import nn
 
 from gradmask.cli import main
 from gradmask.errors import StateError
-from gradmask.experiments.audit import run as audit
-from gradmask.experiments.audit.detection import (
+from gradmask.recipes.audit import run as audit
+from gradmask.recipes.audit.detection import (
     MEAN,
     MEAN_RANK,
     auroc,
@@ -23,17 +23,17 @@ from gradmask.experiments.audit.detection import (
     detect,
     precision_at,
 )
-from gradmask.experiments.audit.report import audit_verdicts
-from gradmask.experiments.audit.run import Audit, run_audit
-from gradmask.experiments.audit.scores import FORMS, Measured, measure
-from gradmask.experiments.compare import run_comparison
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.data.transforms import channel_statistics, normalize
-from gradmask.experiments.folder import run_directory
-from gradmask.experiments.progress import Progress
-from gradmask.experiments.training.components import new_model
-from gradmask.experiments.training.weights import load_weights, weights_path
+from gradmask.recipes.audit.report import audit_verdicts
+from gradmask.recipes.audit.run import Audit, run_audit
+from gradmask.recipes.audit.scores import FORMS, Measured, measure
+from gradmask.recipes.compare import run_comparison
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.data.transforms import channel_statistics, normalize
+from gradmask.recipes.training.components import new_model
+from gradmask.recipes.training.weights import load_weights, weights_path
+from gradmask.study.folder import run_directory
+from gradmask.study.progress import Progress
 
 QUIET = Console(quiet=True)
 OPTIONS = {

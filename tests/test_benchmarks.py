@@ -18,10 +18,10 @@ from gradmask.benchmarks.refresh import bench_refresh, overlap, overlap_curve, o
 from gradmask.benchmarks.timing import interleave, ratio
 from gradmask.cli import main
 from gradmask.errors import OptionError
-from gradmask.experiments.compare import run_comparison
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.batches import Batches
-from gradmask.experiments.progress import Progress
+from gradmask.recipes.compare import run_comparison
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.batches import Batches
+from gradmask.study.progress import Progress
 
 
 def test_every_task_once_a_round_in_turn():

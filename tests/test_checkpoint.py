@@ -16,19 +16,19 @@ from torch import nn
 
 from gradmask.cli import main
 from gradmask.errors import GradmaskWarning, OptionError, StateError
-from gradmask.experiments.compare import run_comparison
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import batches as batches_module
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.files import atomic_file, read_tensors
-from gradmask.experiments.folder import read_results
-from gradmask.experiments.progress import Progress
-from gradmask.experiments.training import components
-from gradmask.experiments.training import run as train
-from gradmask.experiments.training.budget import EpochBudget, EpochsSpent
-from gradmask.experiments.training.checkpoint import NEWEST, PREVIOUS
-from gradmask.experiments.training.divergence import Diverged
-from gradmask.experiments.training.run import train_run
+from gradmask.recipes.compare import run_comparison
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data import batches as batches_module
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.training import components
+from gradmask.recipes.training import run as train
+from gradmask.recipes.training.checkpoint import NEWEST, PREVIOUS
+from gradmask.study.trial import Diverged
+from gradmask.recipes.training.run import train_run
+from gradmask.study.budget import EpochBudget, EpochsSpent
+from gradmask.study.files import atomic_file, read_tensors
+from gradmask.study.folder import read_results
+from gradmask.study.progress import Progress
 
 CLOCKS = ("seconds", "refresh_seconds")
 ARMS = ("none", "fisher", "random", "random_matched", "inverse", "sam")
@@ -365,8 +365,8 @@ def server():
     context.set_forkserver_preload(
         [
             "gradmask.cli",
-            "gradmask.experiments.compare",
-            "gradmask.experiments.theorem.run",
+            "gradmask.recipes.compare",
+            "gradmask.recipes.theorem.run",
             "jsonargparse",
             "sklearn.datasets",
             "tensorboard.compat.proto.event_pb2",

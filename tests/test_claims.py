@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 
-from gradmask.experiments.reports.claims import (
+from gradmask.recipes.claims import (
     FALLS,
     LOWER,
     LOWER_PER_NORM,
@@ -20,7 +20,7 @@ from gradmask.experiments.reports.claims import (
     overfitting_rise,
     overfitting_slope,
 )
-from gradmask.experiments.reports.tables import to_csv
+from gradmask.study.report.tables import to_csv
 
 EPOCHS = 20
 WIGGLE = (0.0, 0.02, -0.02)  # seeds differ a little, or there would be no interval

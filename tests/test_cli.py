@@ -8,7 +8,7 @@ import pytest
 
 from gradmask import __version__
 from gradmask.cli import main
-from gradmask.experiments.config import Comparison
+from gradmask.recipes.config import Comparison
 
 SMALL = ["--train-size", "100", "--model=mlp", "--width", "8", "--epochs", "2", "--device", "cpu"]
 
@@ -148,7 +148,7 @@ def test_interruption_is_no_traceback(monkeypatch, capsys, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradmask.experiments.compare.run_comparison", interrupted)
+    monkeypatch.setattr("gradmask.recipes.compare.run_comparison", interrupted)
     assert main(["run", "demo", "--output", str(tmp_path / "out")]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 

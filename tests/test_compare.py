@@ -9,15 +9,16 @@ import yaml
 from rich.console import Console
 
 from gradmask.errors import GradmaskError, ModelError, OptionError, StateError
-from gradmask.experiments import compare, folder
-from gradmask.experiments.compare import run_comparison
-from gradmask.experiments.config import Comparison, to_plain, to_yaml
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.folder import read_results
-from gradmask.experiments.progress import Progress
-from gradmask.experiments.recipes import RECIPES
-from gradmask.experiments.training import components
-from gradmask.experiments.training import run as train
+from gradmask.recipes import compare, folder
+from gradmask.recipes.catalogue import RECIPES
+from gradmask.recipes.compare import run_comparison
+from gradmask.recipes.config import Comparison
+from gradmask.study.options import to_plain, to_yaml
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.training import components
+from gradmask.recipes.training import run as train
+from gradmask.study.folder import read_results
+from gradmask.study.progress import Progress
 
 
 def quiet():

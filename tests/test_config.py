@@ -3,7 +3,7 @@ import math
 import pytest
 
 from gradmask.errors import OptionError
-from gradmask.experiments.config import Comparison
+from gradmask.recipes.config import Comparison
 
 
 @pytest.mark.parametrize(

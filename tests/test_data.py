@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from gradmask.errors import DataError
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import cache as cache_module
-from gradmask.experiments.data import sources
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.data.transforms import (
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data import cache as cache_module
+from gradmask.recipes.data import sources
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.data.transforms import (
     augment,
     augment_batch,
     channel_statistics,

@@ -9,7 +9,7 @@ import pytest
 from test_data import pictures, write_parquet
 
 from gradmask.errors import DataError
-from gradmask.experiments.data.opening import open_splits
+from gradmask.recipes.data.opening import open_splits
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from hostile import CASES, RUN
 
 from gradmask.cli import main
-from gradmask.experiments.data import batches
+from gradmask.recipes.data import batches
 
 ALL = [
     pytest.param(case, id=f"{kind}-{number}")
@@ -134,7 +134,7 @@ def test_faults_in_the_middle(fault, owner, name, moment, place, monkeypatch, ca
         (TimeoutError("after 600 s"), "after 600 s", 2),
         (RecursionError("deep"), "RecursionError: deep", 1),
         (AssertionError(), "AssertionError", 1),
-        (ImportError("No module named 'rich'"), "pip install 'gradmask.experiments.'", 2),
+        (ImportError("No module named 'rich'"), "pip install 'gradmask.recipes.'", 2),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, Exception) else None,
 )
@@ -142,7 +142,7 @@ def test_errors_of_the_work(error, message, status, place, monkeypatch, capsys):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("gradmask.experiments.compare.run_comparison", fail)
+    monkeypatch.setattr("gradmask.recipes.compare.run_comparison", fail)
     assert main(RUN) == status
     assert re.search(message, one_line(capsys.readouterr().err))
     for words in (["--debug", *RUN], [*RUN, "--debug"]):

@@ -13,10 +13,10 @@ from corruption import KINDS, READ, corrupt, go_on, hole, load_shards, make, sav
 from matplotlib.figure import Figure
 
 from gradmask.errors import StateError
-from gradmask.experiments.audit import run as audit_module
-from gradmask.experiments.data import sources
-from gradmask.experiments.reports import comparison
-from gradmask.experiments.theorem import report as theorem_report
+from gradmask.recipes.audit import run as audit_module
+from gradmask.recipes.data import sources
+from gradmask.recipes.theorem import report as theorem_report
+from gradmask.study.report import comparison
 
 FAULTS = 216
 assert len(READ) * len(KINDS) <= FAULTS

@@ -17,13 +17,13 @@ from rich.console import Console
 from test_checkpoint import timeless
 
 from gradmask.errors import DataError, OptionError, StateError
-from gradmask.experiments.audit.files import write_audit_files
-from gradmask.experiments.audit.report import write_audit_report
-from gradmask.experiments.data import images as images_module
-from gradmask.experiments.folder import check_ours, read_results, run_directory
-from gradmask.experiments.reports.comparison import print_summary, write_report
-from gradmask.experiments.training import run as train
-from gradmask.experiments.training.budget import EpochsSpent
+from gradmask.recipes.audit.files import write_audit_files
+from gradmask.recipes.audit.report import write_audit_report
+from gradmask.recipes.data import images as images_module
+from gradmask.recipes.training import run as train
+from gradmask.study.budget import EpochsSpent
+from gradmask.study.folder import check_ours, read_results, run_directory
+from gradmask.study.report.page import print_summary, write_report
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -16,7 +16,7 @@ from test_faults_cli import one_line, place
 
 from gradmask.cli import main
 from gradmask.errors import GradmaskWarning
-from gradmask.experiments.data.folders import warn_once
+from gradmask.recipes.data.folders import warn_once
 
 __all__ = ["place"]
 WORDS = [*RUN, "--epochs=3", "--save-every=1", "--output=volume/out"]

@@ -181,7 +181,7 @@ def at_import(place, module, deed):
                 "gradmask.cli",
                 "gradmask.cli.bench",
                 "jsonargparse",
-                "gradmask.experiments.recipes",
+                "gradmask.recipes.catalogue",
                 "torchvision",
                 "scipy",
                 "sklearn",

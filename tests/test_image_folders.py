@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from gradmask.errors import DataError, GradmaskWarning
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import sources
-from gradmask.experiments.data.cache import cache_folder
-from gradmask.experiments.data.folders import image_folder, warn_once
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.data.sources import load_source, stored_source
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data import sources
+from gradmask.recipes.data.cache import cache_folder
+from gradmask.recipes.data.folders import image_folder, warn_once
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.data.sources import load_source, stored_source
 
 CLASSES = ("ant", "bee", "cow")
 RNG = np.random.default_rng(0)

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from gradmask.errors import OptionError
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.training.models import MODELS, build_model
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.training.models import MODELS, build_model
 
 
 def parameters(model):

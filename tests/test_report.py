@@ -3,14 +3,14 @@ import re
 import pytest
 from rich.console import Console
 
-from gradmask.experiments.arms import MASKS
-from gradmask.experiments.arms import STRATEGIES as ALL
-from gradmask.experiments.compare import run_comparison
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.folder import read_results
-from gradmask.experiments.progress import Progress
-from gradmask.experiments.reports.comparison import print_summary, write_report
-from gradmask.experiments.reports.statistics import METRICS, compare_arms
+from gradmask.recipes.compare import run_comparison
+from gradmask.recipes.config import Comparison
+from gradmask.study.arms import MASKS
+from gradmask.study.arms import STRATEGIES as ALL
+from gradmask.study.folder import read_results
+from gradmask.study.progress import Progress
+from gradmask.study.report.page import print_summary, write_report
+from gradmask.study.statistics import METRICS, compare_arms
 
 STRATEGIES = {arm: ALL[arm] for arm in ("none", *MASKS)}
 

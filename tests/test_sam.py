@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.training.run import train_run
-from gradmask.experiments.training.sam import sam_backward
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.training.run import train_run
+from gradmask.recipes.training.sam import sam_backward
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmask import FisherMask, fisher_diagonal
 from gradmask.errors import OptionError
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.data.transforms import Normalize, augment
-from gradmask.experiments.training import run as training
-from gradmask.experiments.training.components import check_together, new_model
-from gradmask.experiments.training.run import train_run
-from gradmask.experiments.training.weights import load_weights, saved_epochs, weights_path
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.data.transforms import Normalize, augment
+from gradmask.recipes.training import run as training
+from gradmask.recipes.training.components import check_together, new_model
+from gradmask.recipes.training.run import train_run
+from gradmask.recipes.training.weights import load_weights, saved_epochs, weights_path
 
 CONFIG = Comparison(
     data="digits",
@@ -270,7 +270,7 @@ def test_constants_are_made_once():
     prepare = Normalize((0.5,), (0.25,))
     images = torch.full((2, 1, 3, 3), 255, dtype=torch.uint8)
     assert torch.equal(prepare(images), torch.full((2, 1, 3, 3), 2.0))
-    from gradmask.experiments.data.transforms import _constants
+    from gradmask.recipes.data.transforms import _constants
 
     hits = _constants.cache_info().hits
     prepare(images)

@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from gradmask.experiments.reports.statistics import (
+from gradmask.study.statistics import (
     METRICS,
     available,
     chosen_epoch,

@@ -18,21 +18,21 @@ from torchvision.transforms.v2 import functional as transforms
 
 from gradmask import cli
 from gradmask.errors import DataError, GradmaskWarning, OptionError
-from gradmask.experiments.compare import run_comparison
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import batches as batches_module
-from gradmask.experiments.data import cache as cache_module
-from gradmask.experiments.data import sources, stored
-from gradmask.experiments.data.batches import Batches, fisher_batches, training_batches
-from gradmask.experiments.data.decoding import middle
-from gradmask.experiments.data.folders import warn_once
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.data.sources import stored_source
-from gradmask.experiments.data.transforms import Normalize
-from gradmask.experiments.processes import ALONE, Processes
-from gradmask.experiments.progress import Progress
-from gradmask.experiments.recipes import find_recipe
 from gradmask.fisher.sampling import random_samples
+from gradmask.recipes.catalogue import find_recipe
+from gradmask.recipes.compare import run_comparison
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data import batches as batches_module
+from gradmask.recipes.data import cache as cache_module
+from gradmask.recipes.data import sources, stored
+from gradmask.recipes.data.batches import Batches, fisher_batches, training_batches
+from gradmask.recipes.data.decoding import middle
+from gradmask.recipes.data.folders import warn_once
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.data.sources import stored_source
+from gradmask.recipes.data.transforms import Normalize
+from gradmask.study.processes import ALONE, Processes
+from gradmask.study.progress import Progress
 
 CLASSES = ("ant", "bee", "cow")
 

@@ -14,11 +14,10 @@ from torch import nn
 
 from gradmask.cli import main
 from gradmask.errors import DataError, OptionError
-from gradmask.experiments.folder import read_results
-from gradmask.experiments.theorem import run as theorem
-from gradmask.experiments.theorem.config import SIZES, TheoremCheck
-from gradmask.experiments.theorem.numbers import fitted_points, measure, slope, smooth_twin
-from gradmask.experiments.theorem.report import (
+from gradmask.recipes.theorem import run as theorem
+from gradmask.recipes.theorem.config import SIZES, TheoremCheck
+from gradmask.recipes.theorem.numbers import fitted_points, measure, slope, smooth_twin
+from gradmask.recipes.theorem.report import (
     findings,
     grouped,
     print_theorem,
@@ -26,8 +25,9 @@ from gradmask.experiments.theorem.report import (
     to_markdown,
     write_theorem,
 )
-from gradmask.experiments.theorem.run import run_theorem
-from gradmask.experiments.training import run as train
+from gradmask.recipes.theorem.run import run_theorem
+from gradmask.recipes.training import run as train
+from gradmask.study.folder import read_results
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 

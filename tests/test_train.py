@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from gradmask.errors import DataError, OptionError
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.batches import Batches
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.data.transforms import channel_statistics, normalize
-from gradmask.experiments.training import components
-from gradmask.experiments.training.components import resolve_device
-from gradmask.experiments.training.run import evaluate, train_run
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.batches import Batches
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.data.transforms import channel_statistics, normalize
+from gradmask.recipes.training import components
+from gradmask.recipes.training.components import resolve_device
+from gradmask.recipes.training.run import evaluate, train_run
 from gradmask.seeding import derive_seed, seeded_generator
 
 CLOCKS = ("seconds", "refresh_seconds")

@@ -15,16 +15,16 @@ from processes import run_processes
 from rich.console import Console
 
 from gradmask.errors import DistributedError, GradmaskWarning, OptionError, StateError
-from gradmask.experiments.compare import run_comparison
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data import batches as batches_module
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.progress import Progress
-from gradmask.experiments.training import run as training
-from gradmask.experiments.training.budget import EpochsSpent
-from gradmask.experiments.training.checkpoint import SHARDS
-from gradmask.experiments.training.state import new_state
-from gradmask.experiments.training.weights import saved_epochs, weights_path
+from gradmask.recipes.compare import run_comparison
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data import batches as batches_module
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.training import run as training
+from gradmask.recipes.training.checkpoint import SHARDS
+from gradmask.recipes.training.state import new_state
+from gradmask.recipes.training.weights import saved_epochs, weights_path
+from gradmask.study.budget import EpochsSpent
+from gradmask.study.progress import Progress
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32" or not dist.is_available(), reason="needs torch.distributed"

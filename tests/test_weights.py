@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from gradmask.errors import StateError
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.training.components import new_model
-from gradmask.experiments.training.run import train_run
-from gradmask.experiments.training.weights import (
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.training.components import new_model
+from gradmask.recipes.training.run import train_run
+from gradmask.recipes.training.weights import (
     load_weights,
     save_weights,
     saved_epochs,

@@ -17,13 +17,13 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from gradmask.benchmarks.timing import interleave, ratio
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.batches import training_batches
-from gradmask.experiments.data.images import ImageData
-from gradmask.experiments.data.sources import stored_source
-from gradmask.experiments.data.transforms import augment
-from gradmask.experiments.processes import ALONE
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.batches import training_batches
+from gradmask.recipes.data.images import ImageData
+from gradmask.recipes.data.sources import stored_source
+from gradmask.recipes.data.transforms import augment
 from gradmask.seeding import seeded_generator
+from gradmask.study.processes import ALONE
 
 
 def bench_loading(

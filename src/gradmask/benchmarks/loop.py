@@ -21,21 +21,21 @@ from torch import Tensor
 
 from gradmask.benchmarks.timing import interleave, ratio
 from gradmask.errors import OptionError
-from gradmask.experiments.config import Comparison
-from gradmask.experiments.data.batches import Batches, training_batches
-from gradmask.experiments.data.images import ImageData
-from gradmask.experiments.data.transforms import Normalize, augment
-from gradmask.experiments.training.checkpoint import describe_run, save_run
-from gradmask.experiments.training.components import (
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.batches import Batches, training_batches
+from gradmask.recipes.data.images import ImageData
+from gradmask.recipes.data.transforms import Normalize, augment
+from gradmask.recipes.training.checkpoint import describe_run, save_run
+from gradmask.recipes.training.components import (
     autocast,
     new_model,
     new_optimizer,
     resolve_device,
 )
-from gradmask.experiments.training.log import RunLog
-from gradmask.experiments.training.run import train_epoch
-from gradmask.experiments.training.state import new_state
+from gradmask.recipes.training.run import train_epoch
+from gradmask.recipes.training.state import new_state
 from gradmask.seeding import seeded_generator
+from gradmask.study.log import RunLog
 
 CLASSES = 10
 FEWEST = 10 * CLASSES  # a tenth of them is held out, of each class

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gradmask import fisher_diagonal
 from gradmask.benchmarks.timing import interleave
-from gradmask.experiments.training.components import autocast
+from gradmask.recipes.training.components import autocast
 
 Diagonal = dict[str, Tensor]
 Task = Callable[[], Diagonal]

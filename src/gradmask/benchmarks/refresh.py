@@ -24,17 +24,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradmask import FisherMask, fisher_diagonal, make_masks
 from gradmask.errors import OptionError
-from gradmask.experiments.compare import environment
-from gradmask.experiments.config import Comparison, to_plain
-from gradmask.experiments.data.batches import Batches
-from gradmask.experiments.data.images import load_images
-from gradmask.experiments.files import remove_temporaries, write_atomically, write_json
-from gradmask.experiments.folder import mark_folder, open_folder, run_directory
-from gradmask.experiments.reports.figures import STYLE, to_svg
-from gradmask.experiments.training.checkpoint import has_checkpoint
-from gradmask.experiments.training.components import resolve_device
-from gradmask.experiments.training.run import Row, train_run
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.batches import Batches
+from gradmask.recipes.data.images import load_images
+from gradmask.recipes.training.components import resolve_device
+from gradmask.recipes.training.run import Row, train_run
 from gradmask.seeding import seeded_generator
+from gradmask.study.environment import environment
+from gradmask.study.files import remove_temporaries, write_atomically, write_json
+from gradmask.study.folder import has_checkpoint, mark_folder, open_folder, run_directory
+from gradmask.study.options import to_plain
+from gradmask.study.report.figures import STYLE, to_svg
 
 SIZES = (250, 500, 1000, 2000, 4000, 8000, 16000)
 KEEPS = (0.25, 0.5, 0.75)
@@ -70,7 +70,7 @@ def bench_refresh(
         torch.set_num_threads(config.threads)
     results: dict[str, Any] = {
         "config": to_plain(config),
-        "environment": environment(device),
+        "environment": environment(device.type),
         "measurements": [],
     }
     console = Console()
@@ -107,7 +107,7 @@ def bench_refresh(
     config = replace(config, seeds=(seed,), arms=("none",))
     with ExitStack() as stack:
         _, held = open_folder(config, stack)
-        directory = run_directory(config.output, "none", seed)
+        directory = run_directory(config.output, Spec("none", seed))
         if held["runs"] or has_checkpoint(directory):  # its weights and logs would be lost
             raise OptionError(
                 f"{config.output} holds runs of `gradmask run`: choose another --output."

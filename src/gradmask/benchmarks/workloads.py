@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock
 
 from gradmask.benchmarks.language import SMALL, language_model
 from gradmask.errors import OptionError, check_choice
-from gradmask.experiments.training.models import CifarResNet
+from gradmask.recipes.training.models import CifarResNet
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gradmask.errors import OptionError, check_choice
 from gradmask.interrupts import work_begins
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
-    from gradmask.experiments.reports.statistics import Results
+    from gradmask.study.statistics import Results
 
 COMMANDS = ("run", "recipes", "report", "audit", "bench")
 _TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
@@ -89,13 +89,13 @@ def _main(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     config = read_options(words)  # before imports that take seconds
-    from gradmask.experiments.compare import run_comparison
-    from gradmask.experiments.config import Comparison
-    from gradmask.experiments.processes import joined
-    from gradmask.experiments.progress import Progress
-    from gradmask.experiments.theorem.run import run_theorem
-    from gradmask.experiments.training.budget import EpochsSpent
-    from gradmask.experiments.training.components import resolve_device
+    from gradmask.recipes.compare import run_comparison
+    from gradmask.recipes.config import Comparison
+    from gradmask.recipes.theorem.run import run_theorem
+    from gradmask.recipes.training.components import resolve_device
+    from gradmask.study.budget import EpochsSpent
+    from gradmask.study.processes import joined
+    from gradmask.study.progress import Progress
 
     work_begins()
     with joined(cuda=resolve_device(config.device).type == "cuda") as ours:
@@ -113,8 +113,8 @@ def _run(words: list[str]) -> int:
 
 
 def _report(directory: Path) -> int:
-    from gradmask.experiments.folder import read_results
-    from gradmask.experiments.theorem.run import FILE
+    from gradmask.recipes.theorem.run import FILE
+    from gradmask.study.folder import read_results
 
     work_begins()
     if (directory / FILE).is_file():
@@ -123,7 +123,7 @@ def _report(directory: Path) -> int:
 
 
 def _show(directory: Path, results: Results) -> int:
-    from gradmask.experiments.reports.comparison import print_summary, write_report
+    from gradmask.study.report.page import print_summary, write_report
 
     console = terminal()
     print_summary(results, console)
@@ -133,7 +133,7 @@ def _show(directory: Path, results: Results) -> int:
 
 
 def _show_theorem(directory: Path, results: Results) -> int:
-    from gradmask.experiments.theorem.report import print_theorem, write_theorem
+    from gradmask.recipes.theorem.report import print_theorem, write_theorem
 
     console = terminal()
     print_theorem(results, console)
@@ -144,7 +144,7 @@ def _show_theorem(directory: Path, results: Results) -> int:
 
 
 def _recipes() -> int:
-    from gradmask.experiments.recipes import RECIPES
+    from gradmask.recipes.catalogue import RECIPES
 
     console = terminal()
     for recipe in RECIPES:
@@ -173,9 +173,9 @@ def _add_audit(commands: Any) -> None:
 
 
 def _audit(parsed: argparse.Namespace) -> int:
-    from gradmask.experiments.audit.files import write_audit_files
-    from gradmask.experiments.audit.report import print_audit, write_audit_report
-    from gradmask.experiments.audit.run import Audit, run_audit
+    from gradmask.recipes.audit.files import write_audit_files
+    from gradmask.recipes.audit.report import print_audit, write_audit_report
+    from gradmask.recipes.audit.run import Audit, run_audit
 
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value

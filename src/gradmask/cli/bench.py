@@ -89,7 +89,7 @@ def run_bench(parsed: argparse.Namespace) -> int:
     from gradmask.benchmarks.loop import bench_loop, bench_processes
     from gradmask.benchmarks.mask import bench_step, bench_threshold
     from gradmask.benchmarks.online import bench_online
-    from gradmask.experiments.training.components import resolve_device
+    from gradmask.recipes.training.components import resolve_device
 
     benches: dict[str, Callable[..., Any]] = {
         "fisher": bench_fisher,
@@ -115,7 +115,7 @@ def run_bench(parsed: argparse.Namespace) -> int:
 def bench_refresh(words: list[str]) -> int:
     """Run `bench refresh`, which takes the options of `gradmask run`."""
     from gradmask.benchmarks import refresh
-    from gradmask.experiments.config import Comparison
+    from gradmask.recipes.config import Comparison
 
     config = read_options(words)
     if not isinstance(config, Comparison):

@@ -15,8 +15,8 @@ from gradmask.cli.parser import Printing, usable_path
 from gradmask.errors import OptionError, check_choice
 
 if TYPE_CHECKING:
-    from gradmask.experiments.config import Comparison
-    from gradmask.experiments.theorem.config import TheoremCheck
+    from gradmask.recipes.config import Comparison
+    from gradmask.recipes.theorem.config import TheoremCheck
 
 _LISTS = ("arms", "models", "seeds", "monitor")
 
@@ -35,7 +35,7 @@ def read_options(words: list[str]) -> Comparison | TheoremCheck:
     """
     from jsonargparse import ArgumentParser
 
-    from gradmask.experiments.recipes import find_recipe
+    from gradmask.recipes.catalogue import find_recipe
 
     class Parser(Printing, ArgumentParser):
         def format_help(self, *args: Any, **kwargs: Any) -> str:

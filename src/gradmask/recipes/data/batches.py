@@ -1,0 +1,162 @@
+"""Batches of images: for training, in random order and augmented; for measuring, as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.images import ImageData
+from gradmask.recipes.data.sources import Images
+from gradmask.recipes.data.stored import Key, Labelled, StoredImages, decoded
+from gradmask.recipes.data.transforms import augment_batch
+from gradmask.seeding import derive_seed
+from gradmask.study.processes import ALONE, Processes
+
+Prepare = Callable[[Tensor], Tensor]
+EVALUATION_BATCH = 1024
+EVALUATION_PIXELS = 1 << 24  # of a channel in a batch, at most
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Images and labels as they are measured: in order, without augmentation.
+
+    Attributes:
+        images: uint8 images, NCHW.
+        labels: Their labels.
+        prepare: Turns uint8 images into the network's inputs.
+        size: Images in a batch (default: 1,024, fewer of large ones).
+        ours: Of every batch, the images of this process among those that measure together.
+    """
+
+    images: Images
+    labels: Tensor
+    prepare: Prepare
+    size: int | None = None
+    ours: Processes = ALONE
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `(inputs, labels)` batches; the last may be smaller."""
+        size = self.batch_size
+        labels = [self.ours.part(part) for part in self.labels.split(size)]
+        for images, part in zip(self._images(size), labels, strict=True):
+            yield self.prepare(images), part
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch."""
+        pixels = self.images.shape[2:].numel()
+        return self.size or min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // pixels))
+
+    def _images(self, size: int) -> Iterator[Tensor]:
+        if not isinstance(self.images, StoredImages):
+            yield from (self.ours.part(batch) for batch in self.images.split(size))
+            return
+        places = torch.arange(len(self.images)).split(size)
+        keys: Iterable[list[Key]] = (
+            [(i, None) for i in self.ours.part(p).tolist()] for p in places
+        )
+        for images in decoded(self.images, keys, self.labels.is_cuda):
+            yield images.to(self.labels.device, non_blocking=True)
+
+
+class InMemory(Dataset[tuple[Tensor, Tensor]]):
+    """Images in memory with their labels, for a `DataLoader` that reads a part of them.
+
+    Args:
+        images: The images.
+        labels: Their labels, on the same device.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch, which nothing need collate."""
+        chosen = torch.tensor(places, device=self.labels.device)
+        return self.images[chosen], self.labels[chosen]
+
+
+def fisher_batches(batches: Batches) -> DataLoader[Any]:
+    """Images for a Fisher pass, of which a random part may be all that is read.
+
+    Args:
+        batches: The images.
+
+    Returns:
+        A loader over this process's part of them.
+    """
+    mine = slice(batches.ours.rank, None, batches.ours.count)
+    images, labels = batches.images[mine], batches.labels[mine]
+    dataset: Dataset[tuple[Tensor, Tensor]]
+    if isinstance(images, StoredImages):
+        dataset, workers = Labelled(images, labels.cpu()), images.workers
+    else:
+        dataset, workers = InMemory(images, labels), 0
+    return DataLoader(
+        dataset,
+        batch_size=batches.batch_size,
+        num_workers=workers,
+        generator=torch.Generator(),
+        collate_fn=partial(_prepared, batches.prepare),
+    )
+
+
+def _prepared(prepare: Prepare, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return prepare(batch[0]), batch[1]
+
+
+def training_batches(
+    config: Comparison,
+    data: ImageData,
+    batches: Sequence[Tensor],
+    augmentation: torch.Generator,
+    crops: tuple[int | str, ...],
+    prepare: Prepare,
+    ours: Processes,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this process's part of each training batch, augmented.
+
+    Random numbers are those of the whole batch, whatever the number of processes. Those of a
+    stored image depend on `crops` and its place alone, so that workers may run ahead.
+
+    Args:
+        config: Options of the comparison.
+        data: The images.
+        batches: Places of each batch's images, on the CPU.
+        augmentation: Random numbers for images in memory.
+        crops: Seed of this epoch's random crops of stored images.
+        prepare: Turns uint8 images into the network's inputs.
+        ours: This process among those that train.
+
+    Yields:
+        Inputs and labels.
+    """
+    images, device = data.train_images, data.train_labels.device
+    # To the device all at once: a copy in each step would have to be waited for.
+    places = torch.cat(list(batches)).to(device).split([len(batch) for batch in batches])
+    if isinstance(images, StoredImages):
+        keys = (
+            [(i, derive_seed(*crops, i) if config.augment else None) for i in part]
+            for part in (ours.part(batch).tolist() for batch in batches)
+        )
+        stored = decoded(images, keys, device.type == "cuda")
+        for batch, found in zip(places, stored, strict=True):
+            yield (
+                prepare(found.to(device, non_blocking=True)),
+                data.train_labels[ours.part(batch)],
+            )
+        return
+    for batch in places:
+        augmented = augment_batch(config, images[batch], augmentation)
+        yield prepare(ours.part(augmented)), data.train_labels[ours.part(batch)]

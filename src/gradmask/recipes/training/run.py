@@ -1,0 +1,286 @@
+"""One training run: a plain loop, with or without the mask."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmask import FisherMask
+from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.batches import Batches, fisher_batches, training_batches
+from gradmask.recipes.data.images import ImageData
+from gradmask.recipes.data.stored import worker_errors
+from gradmask.recipes.data.transforms import Normalize
+from gradmask.recipes.training.checkpoint import describe_run, load_run, save_run
+from gradmask.recipes.training.components import autocast, resolve_device
+from gradmask.recipes.training.divergence import check_finite, divergence_named
+from gradmask.recipes.training.state import RunState, new_state
+from gradmask.recipes.training.weights import remove_weights, save_weights, weights_path
+from gradmask.seeding import derive_seed
+from gradmask.study.budget import EpochBudget
+from gradmask.study.folder import remove_checkpoints
+from gradmask.study.log import START, RunLog
+from gradmask.study.trial import Diverged
+
+Row = dict[str, Any]
+Record = dict[str, float]
+
+
+def train_run(
+    config: Comparison,
+    data: ImageData,
+    arm: str,
+    seed: int,
+    directory: Path,
+    on_epoch: Callable[[Row], None] = lambda _: None,
+    observe: Callable[[Row, nn.Module, Batches], None] = lambda *_: None,
+    budget: EpochBudget | None = None,
+    checkpoints: bool = True,
+) -> Row:
+    """Train one network and measure it after each epoch.
+
+    All arms of a seed share their initial weights, order of images and augmentation. The mask is
+    made after each epoch, from training images without augmentation, for the next one; the first
+    epoch is unmasked.
+
+    A run whose folder holds a checkpoint goes on from it. The last epoch's end has none: whoever
+    has kept the results removes the last checkpoint.
+
+    Args:
+        config: Options of the comparison.
+        data: Images of this arm and seed.
+        arm: The arm; its options are taken over those of the comparison.
+        seed: Seed of the run.
+        directory: Folder of this run: `metrics.jsonl`, TensorBoard events and checkpoints are
+            written there.
+        on_epoch: Called with each epoch's measurements, those of earlier visits first.
+        observe: Called after each epoch of this visit, the last one in any case, with its
+            measurements, to which it may add, the network, and the training images as the Fisher
+            information is measured on them.
+        budget: Epochs that may be trained in this visit (default: all).
+        checkpoints: Write checkpoints, and go on from one.
+
+    Returns:
+        `{"arm", "seed", "seconds", "epochs": [measurements of each epoch]}`, and `"influence"`,
+        the records of the monitor, if there is one.
+
+    Raises:
+        Diverged: If the loss, or the Fisher information, is no longer finite.
+        StateError: If there is a checkpoint that this run cannot go on from.
+        EpochsSpent: If the budget is spent before the run is over; it is saved then.
+    """
+    budget = budget or EpochBudget()
+    budget.check()
+    started = time.perf_counter()
+    config = config.for_arm(arm)
+    device = resolve_device(config.device)
+    prepare = Normalize.of(data.train_images, config.channels_last)
+    precision = autocast(config.precision, device)
+    described = describe_run(config, data, arm, seed)  # before the images are on the device
+    data = data.to(device)
+    steps = math.ceil(len(data.train_labels) / config.batch_size)
+    train_set = Batches(data.train_images, data.train_labels, prepare, config.batch_size)
+    run = new_state(config, data, arm, seed, train_set, steps)
+    ours = run.ours
+
+    def save_if_due(now: bool = False) -> None:
+        done = (run.epoch - 1) * steps + run.step
+        if checkpoints and (now or done % (config.checkpoint_every or steps) == 0):
+            run.seconds = time.perf_counter() - started
+            save_run(directory, described, log.position() if log else START, run)
+
+    def after_step() -> None:
+        if run.monitor is not None:
+            write_record(run.monitor.step())
+        if run.step < steps:  # the epoch's last is saved at the epoch's end
+            save_if_due()
+
+    def write_record(record: Record | None) -> None:
+        if record is not None and log:
+            log.write(_in_epochs(record, steps))
+
+    @contextmanager
+    def naming_divergence() -> Iterator[None]:
+        try:
+            with divergence_named(run, train_set, arm, seed, config.lr):
+                yield
+        except Diverged as error:
+            error.run["seconds"] = time.perf_counter() - started
+            if checkpoints and ours.main:  # going on from one would end here again
+                remove_checkpoints(directory)
+            raise
+
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        worker_errors(),
+        ExitStack() as stack,
+    ):
+        torch.manual_seed(derive_seed(seed, "dropout", *[ours.rank] * (ours.rank > 0)))
+        position = load_run(directory, described, run) if checkpoints else None
+        log = stack.enter_context(RunLog(directory, position or START)) if ours.main else None
+        if position is not None:
+            started -= run.seconds
+            for row in run.rows:
+                on_epoch(row)
+        else:
+            if ours.main:
+                remove_weights(directory)  # of an earlier training
+            if run.monitor is not None:  # at the start as well
+                write_record(run.monitor.measure())
+        stack.enter_context(naming_divergence())
+        while run.epoch <= config.epochs:
+            budget.check()
+            row = {"epoch": run.epoch, "lr": run.lr}
+            crops = (seed, "crops", run.epoch)
+            batches = partial(training_batches, config, data, crops=crops, prepare=prepare)
+            row["train_loss"] = train_epoch(
+                run, batches, len(data.train_labels), steps, precision, after_step
+            )
+            row["seconds"] = run.epoch_seconds
+            check_finite(row, "train_loss")
+            ours.same_buffers(run.model)
+            with precision:
+                row |= _evaluation(data, run.model, partial(Batches, prepare=prepare, ours=ours))
+            row |= _mask_row(run.mask)  # the mask this epoch was trained with
+            if run.mask is not None and run.epoch < config.epochs:
+                check_finite(row, "val_loss", "test_loss")
+                began = time.perf_counter()
+                run.mask.refresh(fisher_batches(replace(train_set, ours=ours)))
+                row["refresh_seconds"] = time.perf_counter() - began
+            last = run.epoch == config.epochs
+            if config.save_every and (run.epoch % config.save_every == 0 or last):
+                weights = run.weights()
+                if ours.main:
+                    row["weights"] = save_weights(weights_path(directory, run.epoch), weights)
+            observe(row, run.model, train_set)
+            run.rows.append(row)
+            if log:
+                log.write(row)
+            run.next_epoch()
+            budget.count()
+            if not last:
+                save_if_due(now=budget.spent)
+            on_epoch(row)
+    seconds = time.perf_counter() - started
+    result: Row = {"arm": arm, "seed": seed, "seconds": seconds, "epochs": run.rows}
+    if run.monitor is not None:
+        result["influence"] = [_in_epochs(record, steps) for record in run.monitor.history]
+    return result
+
+
+def train_epoch(
+    run: RunState,
+    batches_of: Callable[..., Iterable[tuple[Tensor, Tensor]]],
+    images: int,
+    steps: int,
+    precision: AbstractContextManager[Any],
+    after_step: Callable[[], None],
+) -> float:
+    """Train what is left of an epoch.
+
+    Args:
+        run: The run, which is changed.
+        batches_of: `training_batches` with all but the batches, the generator and the processes.
+        images: Training images.
+        steps: Optimizer steps in an epoch.
+        precision: What the network runs in.
+        after_step: Called after each step.
+
+    Returns:
+        Mean training loss over all of the epoch's batches, as they were trained on.
+    """
+    started = time.perf_counter() - run.epoch_seconds
+    order = run.order.clone_state()  # the run's own stays as it is, to draw the same when resumed
+    places = torch.randperm(images, generator=order)
+    batches = places.tensor_split(steps)[run.step :]  # no last batch of one
+    run.model.train()
+    ours = run.ours
+    inputs_of = batches_of(batches=batches, augmentation=run.augmentation, ours=ours)
+    for batch, (inputs, labels) in zip(batches, inputs_of, strict=True):
+        # Engines take the mean over the processes, whose parts of a batch may differ in size.
+        scale = len(labels) * ours.count / len(batch)
+        run.optimizer.zero_grad()
+        loss_of = partial(_loss, run.trained, inputs, labels, scale, precision)
+        loss = run.backward(run.model, loss_of, run.scaler.scale)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.schedule.step()
+        run.loss += loss * (len(batch) / ours.count)
+        run.step += 1
+        run.epoch_seconds = time.perf_counter() - started
+        after_step()
+    run.order = order
+    train_loss = ours.sum(run.loss).item() / images
+    run.epoch_seconds = time.perf_counter() - started
+    return train_loss
+
+
+def _loss(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    scale: float,
+    precision: AbstractContextManager[Any],
+) -> Tensor:
+    with precision:
+        loss = F.cross_entropy(model(inputs), labels)
+    return loss if scale == 1.0 else loss * scale
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Mean loss and accuracy in eval mode.
+
+    Args:
+        model: The network; it stays in eval mode.
+        batches: What to measure on; perhaps this process's part of it.
+
+    Returns:
+        Mean cross-entropy (nats) and share of right answers over the images.
+    """
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=batches.labels.device)
+    correct = torch.zeros((), dtype=torch.int64, device=batches.labels.device)
+    for inputs, labels in batches:
+        logits = model(inputs)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    loss, correct = batches.ours.sum(loss), batches.ours.sum(correct)
+    return loss.item() / len(batches.labels), correct.item() / len(batches.labels)
+
+
+def _evaluation(data: ImageData, model: nn.Module, batches: Callable[..., Batches]) -> Row:
+    """Validation and test, and the share of the wrong labels that were learnt by heart."""
+    row: Row = {}
+    val = batches(data.val_images, data.val_labels)
+    row["val_loss"], row["val_accuracy"] = evaluate(model, val)
+    test = batches(data.test_images, data.test_labels)
+    row["test_loss"], row["test_accuracy"] = evaluate(model, test)
+    wrong = data.train_labels != data.train_clean_labels
+    if wrong.any():
+        noise = batches(data.train_images[wrong], data.train_labels[wrong])
+        _, row["memorised"] = evaluate(model, noise)
+    return row
+
+
+def _mask_row(mask: FisherMask | None) -> Row:
+    """The shares that learn: of all parameters, and in order of each."""
+    if mask is None:
+        return {"kept": 1.0}
+    shares = [round(share, 4) for share in mask.kept_fractions.values()]
+    return {"kept": mask.kept_fraction, "kept_per_parameter": shares}
+
+
+def _in_epochs(record: Record, steps: int) -> Row:
+    """A monitor's record with its time in epochs as well."""
+    return {"epoch": record["step"] / steps, **record}

@@ -1,0 +1,245 @@
+"""The numbers of a run: which way each is better, at which epoch it is taken, how it is shown."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from gradmask.errors import OptionError, check_choice
+from gradmask.study.results import Results, Row, without_diverged
+
+Rows = list[Row]
+
+DIRECTIONS = ("higher", "lower")
+EPOCHS = ("chosen", "last", "best")
+_HIGHER = (
+    *("accuracy", "acc", "auc", "auroc", "auprc", "precision", "recall", "f1", "score", "bleu"),
+    *("rouge", "rouge1", "rouge2", "rougel", "r2", "iou", "dice", "map", "mrr", "ndcg", "reward"),
+)
+_LOWER = (
+    *("loss", "error", "err", "perplexity", "ppl", "nll", "mse", "mae", "rmse", "wer", "cer"),
+    *("ece", "brier", "kl", "memorised", "regret"),
+)
+_SHARES = ("accuracy", "acc", "memorised")  # shown in percent if they are in [0, 1]
+# What a run has in each epoch that is no result.
+_NO_METRICS = ("epoch", "lr", "seconds", "refresh_seconds", "evaluation_seconds", "kept", "step")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a run: a metric at an epoch.
+
+    Attributes:
+        key: Name in each epoch's row.
+        at: The epoch: `last`; `chosen` on validation; `best`, chosen by the metric itself.
+        higher_is_better: Direction of an improvement; None if it is not known.
+        percent: Shown as a percentage.
+        chooser: Metrics that choose an epoch, the first one first, with their directions.
+    """
+
+    key: str
+    at: str
+    higher_is_better: bool | None
+    percent: bool
+    chooser: tuple[tuple[str, bool], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Key and epoch, as in `test_accuracy@chosen`."""
+        return f"{self.key}@{self.at}"
+
+    @property
+    def title(self) -> str:
+        """The metric in words, without the epoch."""
+        return self.key.replace("_", " ")
+
+    @property
+    def words(self) -> str:
+        """Metric and epoch in words."""
+        epochs = {
+            "last": "of the last epoch",
+            "chosen": "at the epoch chosen on validation",
+            "best": "of its best epoch",
+        }
+        return f"{self.title[0].upper()}{self.title[1:]} {epochs[self.at]}"
+
+    def of(self, rows: Rows) -> float:
+        """The number of a run, from the rows of its epochs; NaN if none of them has it."""
+        rows = [row for row in rows if self.key in row]
+        if not rows:
+            return math.nan
+        if self.at == "best":
+            pick = max if self.higher_is_better else min
+            return float(pick(row[self.key] for row in rows))
+        row = rows[-1] if self.at == "last" else chosen_epoch(rows, self.chooser)
+        return float(row[self.key])
+
+    def show(self, value: float, signed: bool = False) -> str:
+        """Write a value (on the scale 0 to 1 for percentages) as the tables do."""
+        sign = "+" if signed else ""
+        if self.percent:
+            return f"{100 * value:{sign}.1f}"
+        return f"{value:{sign}.3f}" if abs(value) < 1000 else f"{value:{sign}.4g}"
+
+
+def chosen_epoch(rows: Rows, chooser: Iterable[tuple[str, bool]]) -> Row:
+    """The epoch that validation chooses.
+
+    Args:
+        rows: The rows of a run's epochs.
+        chooser: Metrics and whether higher is better: the best by the first, among equal ones by
+            the next, then the earliest.
+
+    Returns:
+        Its row; the last one where no row has the first metric.
+    """
+    chooser = list(chooser)
+    measured = [row for row in rows if chooser and chooser[0][0] in row]
+
+    def rank(row: Row) -> tuple[float, ...]:
+        values = (row.get(key, math.nan) for key, _ in chooser)
+        signed = (v if up else -v for v, (_, up) in zip(values, chooser, strict=True))
+        return (*(-math.inf if math.isnan(v) else v for v in signed), -row["epoch"])
+
+    return max(measured, key=rank) if measured else rows[-1]
+
+
+def direction(key: str, given: Mapping[str, str] | None = None) -> bool | None:
+    """Whether higher is better: as given, or as the metric's name says; None if it says nothing."""
+    if given and key in given:
+        return given[key] == "higher"
+    words = re.split(r"[\W_]+", key.lower())
+    for word in reversed(words):
+        if word in _HIGHER or word in _LOWER:
+            return word in _HIGHER
+    return None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What the runs of a study are compared by.
+
+    Attributes:
+        shown: Columns of the tables.
+        judged: What verdicts rest on.
+        chooser: What chooses an epoch, and the values of a sweep.
+    """
+
+    shown: tuple[Metric, ...]
+    judged: tuple[Metric, ...]
+    chooser: tuple[tuple[str, bool], ...]
+
+    @property
+    def validation(self) -> Metric | None:
+        """The first metric of the chooser, at the epoch that it chooses."""
+        if not self.chooser:
+            return None
+        key, up = self.chooser[0]
+        return Metric(key, "chosen", up, False, self.chooser)
+
+
+def metrics_of(results: Results) -> Metrics:
+    """What the runs of a study can be compared by: its options, else what the names say.
+
+    An epoch is chosen by `choose`, or the first metric named `val_...` with a known direction. The
+    verdicts rest on `judge`, or the first metric named `test_...` of which more is better, at the
+    chosen epoch, and the first of which less is better, at the last.
+
+    Args:
+        results: Contents of `results.json`.
+
+    Returns:
+        The metrics that every run has which did not diverge.
+    """
+    config = results["config"]
+    given = config.get("metrics") or {}
+    runs = without_diverged(results)["runs"]
+    keys = _common_keys(runs)
+    ways = {key: direction(key, given) for key in keys}
+    chooser = _chooser(config.get("choose"), ways)
+
+    def metric(key: str, at: str) -> Metric:
+        percent = bool(set(key.lower().split("_")) & set(_SHARES)) and all(
+            0.0 <= row.get(key, 0.0) <= 1.0 or math.isnan(row[key])
+            for run in runs
+            for row in run["epochs"]
+        )
+        return Metric(key, at, ways[key], percent, chooser)
+
+    shown = []
+    for key in keys:
+        if key.startswith("test_"):
+            epochs = ("last", "chosen", "best") if ways[key] and chooser else ("last",)
+            shown += [metric(key, at) for at in epochs]
+        elif not key.startswith("val_") or not any(k.startswith("test_") for k in keys):
+            shown.append(metric(key, "last"))
+    shown.sort(key=lambda m: (not m.key.startswith("test_"), not m.higher_is_better))
+    judged = [
+        metric(key, at)
+        for key, _, at in (name.partition("@") for name in config.get("judge") or ())
+        if key in keys
+    ] or _judged_by_name(shown)
+    shown += [m for m in judged if m not in shown]
+    return Metrics(tuple(shown), tuple(judged), chooser)
+
+
+def _common_keys(runs: list[Row]) -> list[str]:
+    """Metrics that every run has in some epoch, in the order of the first run."""
+    found = [
+        dict.fromkeys(
+            key
+            for row in run["epochs"]
+            for key, value in row.items()
+            if isinstance(value, int | float) and key not in _NO_METRICS
+        )
+        for run in runs
+    ]
+    return [key for key in (found[0] if found else ()) if all(key in other for other in found)]
+
+
+def _chooser(choose: str | None, ways: Mapping[str, bool | None]) -> tuple[tuple[str, bool], ...]:
+    """The metric that chooses, then the others of validation; accuracies before losses."""
+    known = {key: up for key, up in ways.items() if up is not None}
+    named = [key for key in known if key.startswith("val_")]
+    named.sort(key=lambda key: not known[key])
+    first = [choose] if choose in known else named[:1]
+    return tuple((key, known[key]) for key in dict.fromkeys([*first, *named]) if first)
+
+
+def _judged_by_name(shown: list[Metric]) -> list[Metric]:
+    """Neither is chosen on the test set."""
+    known = [m for m in shown if m.higher_is_better is not None and m.at != "best"]
+    tests = [m for m in known if m.key.startswith("test_")] or [
+        m for m in known if not m.key.startswith("train_")
+    ]
+    up = [m for m in tests if m.higher_is_better]
+    up = [m for m in up if m.at == "chosen"] or up
+    down = [m for m in tests if not m.higher_is_better]
+    return [*up[:1], *down[:1]]
+
+
+def check_metrics(choose: str | None, judge: Iterable[str], given: Mapping[str, str]) -> None:
+    """Check the options of a study that name metrics.
+
+    Args:
+        choose: The metric that chooses an epoch.
+        judge: Metrics that verdicts rest on, each `name` or `name@chosen`, `@last`, `@best`.
+        given: `higher` or `lower` by the name of a metric.
+
+    Raises:
+        OptionError: If an epoch or a direction is unknown, or that of a metric that is used.
+    """
+    for key, way in given.items():
+        check_choice(f"direction of metric {key!r},", way, DIRECTIONS)
+    for name in judge:
+        _, at, epoch = name.partition("@")
+        if at:
+            check_choice(f"epoch of {name!r},", epoch, EPOCHS)
+    for key in (choose, *(name.partition("@")[0] for name in judge)):
+        if key is not None and direction(key, given) is None:
+            raise OptionError(
+                f"Whether more of {key!r} is better its name does not say: give "
+                f"metrics={{{key!r}: 'higher'}} or 'lower'."
+            )

@@ -1,0 +1,76 @@
+"""Frozen dataclasses of options: plain values of them, and back, with every type checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import yaml
+
+from gradmask.study.schema import check_types
+
+
+class Options(Protocol):
+    """A dataclass of options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class RunOptions(Options, Protocol):
+    """A frozen dataclass of options, each with a default, that names its output folder.
+
+    Attributes:
+        EXTENDABLE: Options that name what is run, to which a later visit to the folder may add.
+        NOT_RESULTS: Options that may change between visits, because no result depends on them.
+    """
+
+    EXTENDABLE: ClassVar
+    NOT_RESULTS: ClassVar
+
+    @property
+    def output(self) -> Path:
+        """Folder for results."""
+
+
+Kind = TypeVar("Kind", bound=RunOptions)
+
+
+def to_plain(config: Options) -> dict[str, Any]:
+    """Options as values that YAML and JSON know, without that of a single visit, `stop_after`."""
+    plain = {tuple: list, Path: str}
+    return {
+        name: next((turn(v) for kind, turn in plain.items() if isinstance(v, kind)), v)
+        for name, v in asdict(config).items()
+        if name != "stop_after"
+    }
+
+
+def from_plain(kind: type[Kind], options: dict[str, Any]) -> Kind:
+    """Options as `to_plain` wrote them, perhaps by an earlier version that had fewer.
+
+    Args:
+        kind: The dataclass of the options.
+        options: Plain values by name, from a file; those of unknown names are left out.
+
+    Returns:
+        The options.
+
+    Raises:
+        Wrong: If a value is of another type.
+        OptionError: If one cannot work.
+    """
+    known = {field.name for field in fields(kind)}
+    options = {name: value for name, value in options.items() if name in known}
+    check_types(kind, options)
+    turned: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+    if "output" in turned:
+        turned["output"] = Path(turned["output"])
+    return kind(**turned)
+
+
+def to_yaml(config: Options) -> str:
+    """Options as the YAML that `gradmask run RECIPE --config` reads."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)

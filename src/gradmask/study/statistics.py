@@ -1,0 +1,245 @@
+"""What the runs of a study show: means over seeds, paired differences, corrected tests."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+from typing import Any
+
+from scipy import stats
+
+from gradmask.study.arms import arm_title
+from gradmask.study.metrics import Metric, Metrics, metrics_of
+from gradmask.study.results import Results as Results
+from gradmask.study.results import Row, diverged_at, values_of
+
+LEVEL = 0.05
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean ± standard deviation (n - 1) over seeds; `std` is None for one seed.
+
+    Without any, the mean is NaN, and shown as "diverged".
+    """
+
+    mean: float
+    std: float | None
+    n: int
+
+    def show(self, form: Callable[[float], str]) -> str:
+        """As `mean ± std`, each number written by a function."""
+        if not self.n:
+            return "diverged"
+        text = form(self.mean)
+        return text if self.std is None else f"{text} ± {form(self.std)}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences with its 95 % t-interval; no interval for one seed.
+
+    Attributes:
+        mean: Mean over seeds.
+        low: Lower end of the interval, not corrected for the number of comparisons.
+        high: Its upper end.
+        n: Number of seeds.
+        p: Two-sided p-value of Student's paired t-test.
+        corrected: The same corrected for the number of comparisons (Holm).
+        detectable: The least difference that so many seeds, spread like these, show in 80 % of
+            such studies, at the level of the first of Holm's steps.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+    p: float | None = None
+    corrected: float | None = None
+    detectable: float | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is shown not to be zero; corrected for the number of comparisons, if it is."""
+        if self.corrected is not None:
+            return self.corrected < LEVEL
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+def arms(results: Results) -> list[str]:
+    """Arms that have runs, in the order they have there: that of the options."""
+    return list(dict.fromkeys(run["arm"] for run in results["runs"]))
+
+
+def available(results: Results) -> list[Metric]:
+    """Metrics that every run of the results has that did not diverge."""
+    return list(metrics_of(results).shown)
+
+
+def value_key(run: Row) -> str:
+    """A sweep's values as one text, by which runs are told apart."""
+    return json.dumps(values_of(run), sort_keys=True)
+
+
+def best_runs(results: Results, arm: str, metrics: Metrics | None = None) -> dict[int, Row]:
+    """The run of each seed; of a sweep that at the values which validation chooses.
+
+    The values are chosen for each seed by the mean validation metric of the OTHER seeds, so that no
+    seed is judged at values that it has chosen itself; with one seed by its own.
+
+    Args:
+        results: Contents of `results.json`.
+        arm: The arm.
+        metrics: What `metrics_of` returned.
+
+    Returns:
+        Runs that did not diverge, by seed.
+    """
+    every = [run for run in results["runs"] if run["arm"] == arm]
+    runs = {(value_key(run), run["seed"]): run for run in every if diverged_at(run) is None}
+    tried = list(dict.fromkeys(value_key(run) for run in every))
+    seeds = list(dict.fromkeys(run["seed"] for run in every))
+    if len(tried) <= 1:
+        return {seed: run for (_, seed), run in runs.items()}
+    validation = (metrics or metrics_of(results)).validation
+
+    def score(value: str, seed: int) -> float:
+        run = runs.get((value, seed))
+        if run is None or validation is None:
+            return -math.inf
+        found = validation.of(run["epochs"])
+        return found if validation.higher_is_better else -found
+
+    found = {}
+    for seed in seeds:
+        others = [s for s in seeds if s != seed] or [seed]
+        best = max(tried, key=lambda value: mean(score(value, s) for s in others))
+        if (best, seed) in runs:
+            found[seed] = runs[best, seed]
+    return found
+
+
+def values(results: Results, arm: str, metric: Metric) -> dict[int, float]:
+    """The metric of every run of an arm that did not diverge, by seed; of a sweep the best runs."""
+    runs = best_runs(results, arm)
+    found = {seed: metric.of(run["epochs"]) for seed, run in runs.items()}
+    return {seed: value for seed, value in found.items() if not math.isnan(value)}
+
+
+def divergences(results: Results) -> list[str]:
+    """Say of each arm which of its runs diverged; they are in no mean, difference or figure."""
+    sentences = []
+    for arm in arms(results):
+        runs = [run for run in results["runs"] if run["arm"] == arm]
+        found = {_seed_and_values(run): diverged_at(run) for run in runs}
+        title = arm_title(arm)
+        sentences += left_out(
+            f"{title[0].upper()}{title[1:]}", found, "means, differences and figures"
+        )
+    return sentences
+
+
+def _seed_and_values(run: Row) -> str:
+    return ", ".join([str(run["seed"]), *(f"{k} {v}" for k, v in values_of(run).items())])
+
+
+def left_out(title: str, epochs: Mapping[Any, int | None], where: str) -> list[str]:
+    """A sentence on the runs of one kind that diverged, if any did.
+
+    Args:
+        title: What they are runs of.
+        epochs: When each of them diverged, or None, by seed.
+        where: What they are left out of.
+    """
+    gone = [f"seed {seed} in epoch {at}" for seed, at in epochs.items() if at is not None]
+    told = f"{title}: {len(gone)} of {len(epochs)} runs diverged, left out of all {where}"
+    return [f"{told}: {', '.join(gone)}."] if gone else []
+
+
+def summarise(numbers: Sequence[float]) -> Summary:
+    """Mean and standard deviation.
+
+    Args:
+        numbers: One number per seed.
+
+    Returns:
+        The summary.
+    """
+    std = stdev(numbers) if len(numbers) > 1 else None
+    return Summary(mean(numbers) if numbers else math.nan, std, len(numbers))
+
+
+def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
+    """Mean of `ours - theirs` over the seeds both have, with a 95 % t-interval.
+
+    Args:
+        ours: Number by seed.
+        theirs: Number by seed.
+
+    Returns:
+        The difference, or None without a common seed.
+    """
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not differences:
+        return None
+    summary = summarise(differences)
+    if summary.std is None:
+        return Difference(summary.mean, None, None, 1)
+    error = summary.std / math.sqrt(summary.n)
+    half = float(stats.t.ppf(1 - LEVEL / 2, summary.n - 1)) * error
+    if error:
+        p = 2 * float(stats.t.sf(abs(summary.mean) / error, summary.n - 1))
+    else:
+        p = 0.0 if summary.mean else 1.0
+    low, high = summary.mean - half, summary.mean + half
+    found = Difference(summary.mean, low, high, summary.n, p)
+    return replace(found, detectable=_detectable(found, 1))
+
+
+def corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
+    """Correct differences for their number by Holm's method.
+
+    Args:
+        differences: All that are tested together; those without a p-value stay as they are.
+
+    Returns:
+        The same with `corrected` and `detectable`, in their order.
+    """
+    tested = sorted(
+        (d.p, place) for place, d in enumerate(differences) if d is not None and d.p is not None
+    )
+    found, least = list(differences), 0.0
+    for rank, (p, place) in enumerate(tested):
+        least = max(least, min(1.0, (len(tested) - rank) * p))
+        difference = found[place]
+        assert difference is not None
+        detectable = _detectable(difference, len(tested))
+        found[place] = replace(difference, corrected=least, detectable=detectable)
+    return found
+
+
+def _detectable(difference: Difference, comparisons: int) -> float | None:
+    if difference.low is None or difference.high is None:
+        return None
+    freedom = difference.n - 1
+    error = (difference.high - difference.low) / 2 / float(stats.t.ppf(1 - LEVEL / 2, freedom))
+    level = LEVEL / comparisons
+    return error * float(stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(POWER, freedom))
+
+
+def compare_arms(results: Results, arm: str, other: str, metric: Metric) -> Difference | None:
+    """Paired difference of two arms of a study, None if they share no seed."""
+    return paired_difference(values(results, arm, metric), values(results, other, metric))
+
+
+def summary_table(results: Results) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Mean and standard deviation by arm and metric, as stored in `results.json`."""
+    metrics = available(results)
+    return {
+        arm: {m.name: vars(summarise(list(values(results, arm, m).values()))) for m in metrics}
+        for arm in arms(results)
+    }

@@ -1,0 +1,348 @@
+"""One run of a study, as the training function sees it."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gradmask import FisherMask
+from gradmask.errors import DataError, OptionError, StateError
+from gradmask.seeding import derive_seed
+from gradmask.study.arms import Arm, parse_arm
+from gradmask.study.controls import new_mask
+from gradmask.study.files import atomic_file, damaged, read_tensors
+from gradmask.study.log import START, RunLog
+from gradmask.study.results import Row
+from gradmask.study.spec import Spec
+
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+VERSION = 1
+
+
+class Diverged(DataError):
+    """The numbers of a run are no longer finite: the run is over, and the others go on.
+
+    Args:
+        message: What is wrong, where, and the mend.
+        run: The run as `results.json` has it, with `diverged`: the epoch and the reason.
+    """
+
+    def __init__(self, message: str, run: Row) -> None:
+        super().__init__(message)
+        self.run = run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.run)
+
+
+class TrialOptions(Mapping[str, Any]):
+    """Options of the training function; those that it never looks at are known."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options, self.unread = dict(options), set(options)
+
+    def __getitem__(self, name: str) -> Any:
+        self.unread.discard(name)
+        return self._options[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.unread.clear()
+        return iter(self._options)
+
+    def __len__(self) -> int:
+        return len(self._options)
+
+
+class Trial:
+    """One run: an arm with a seed, to be trained by a function of the user's own.
+
+    Example:
+        ```python
+        def train(trial):
+            model, optimizer, loader = build(seed=trial.seed, lr=trial.options.get("lr", 0.1))
+            mask = trial.mask(model, optimizer)
+            for epoch in range(trial.resume(model=model, optimizer=optimizer, mask=mask), 10):
+                train_one_epoch(...)
+                trial.report(epoch=epoch, val_accuracy=..., test_accuracy=..., test_loss=...)
+                mask.refresh(loader)
+                trial.save(model=model, optimizer=optimizer, mask=mask)
+        ```
+
+    Attributes:
+        arm: The arm; `arm.strategy` and `arm.options` say what it is.
+        seed: Seed of the run; PyTorch, NumPy and Python are seeded with it already.
+        options: Options of the study, over them those of the arm and the values of the sweep.
+        directory: The run's own folder, for whatever the function wants to keep.
+        rows: What was reported so far.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        directory: Path,
+        *,
+        options: Mapping[str, Any] | None = None,
+        arms: Mapping[str, Callable[..., Any] | None] | None = None,
+        on_epoch: Callable[[Row], None] = lambda _: None,
+    ) -> None:
+        self._own = dict(arms or {})
+        self.spec, self.seed, self.directory = spec, spec.seed, directory
+        self.arm: Arm = parse_arm(spec.arm, own=self._own)
+        self.options = TrialOptions({**(options or {}), **self.arm.others, **spec.values})
+        self.rows: list[Row] = []
+        self._on_epoch = on_epoch
+        self._mask: FisherMask | None = None
+        self._log: RunLog | None = None
+
+    def mask(self, model: nn.Module, optimizer: Optimizer, **options: Any) -> FisherMask:
+        """The arm's mask, attached to the optimizer; or what stands in its place.
+
+        Args:
+            model: The model that is trained.
+            optimizer: Its optimizer.
+            options: Options of `FisherMask`; the arm's own are taken over these.
+
+        Returns:
+            A mask with all methods of `FisherMask`: without a mask they do nothing, `slow` scales
+            the learning rate, and an arm of the user's own is what its function returns.
+        """
+        function = self._own.get(self.arm.strategy)
+        if function is not None:
+            made = function(self, model, optimizer, **options)
+            mask = made if made is not None else new_mask(_NONE, model).attach(optimizer)
+        else:
+            mask = new_mask(self.arm, model, **{"seed": self.seed, **options}).attach(optimizer)
+        self._mask = mask
+        return mask
+
+    def report(self, *, epoch: int, **metrics: Any) -> None:
+        """Report what was measured after an epoch.
+
+        Names say what a metric is for (`val_...` chooses an epoch, `test_...` is judged) and whether
+        more is better (`..._accuracy`, `..._loss`), or the study's `metrics` do.
+
+        Args:
+            epoch: Number of the epoch, larger than that of the report before.
+            metrics: Numbers by name, the same in every run.
+
+        Raises:
+            OptionError: If something is no number, or the epoch is not a later one.
+            Diverged: If a loss is not finite: the run ends, and is recorded as diverged.
+        """
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise OptionError(f"trial.report(epoch={epoch!r}): give a whole number from 0 on.")
+        if self.rows and epoch <= self.rows[-1]["epoch"]:
+            raise OptionError(
+                f"trial.report(epoch={epoch}): epoch {self.rows[-1]['epoch']} was reported before; "
+                "report each epoch once, in order."
+            )
+        row: Row = {"epoch": epoch}
+        for name, value in metrics.items():
+            row[name] = _number(name, value)
+        if self._mask is not None and "kept" not in row:
+            row["kept"] = float(getattr(self._mask, "kept_fraction", 1.0))
+            if isinstance(self._mask, FisherMask) and self.arm.masks:
+                shares = self._mask.kept_fractions.values()
+                row["kept_per_parameter"] = [round(share, 4) for share in shares]
+        gone = [n for n, v in row.items() if "loss" in n and not math.isfinite(v)]
+        if gone:
+            reason = f"{gone[0]} is {row[gone[0]]}"
+            raise Diverged(
+                f"{self.spec.title}: {reason} in epoch {epoch}.",
+                self._run() | {"diverged": {"epoch": epoch, "reason": reason}},
+            )
+        self.rows.append(row)
+        self._written().write(row)
+        self._on_epoch(row)
+
+    def save(self, **parts: Any) -> None:
+        """Keep the state of the run, from which `resume` goes on; written whole or not at all.
+
+        Args:
+            parts: Objects with a `state_dict`, such as `model`, `optimizer`, `scheduler`, `mask`,
+                or plain values and tensors.
+        """
+        state = {
+            name: part.state_dict() if hasattr(part, "state_dict") else part
+            for name, part in parts.items()
+        }
+        path = self.directory / CHECKPOINT
+        position = list(self._written().position())
+        kept = {
+            "version": VERSION,
+            "run": self.spec.as_row(),
+            "rows": self.rows,
+            "log": position,
+            "random": random_states(),
+            "parts": state,
+        }
+        with atomic_file(path, previous=self.directory / PREVIOUS) as file:
+            torch.save(kept, file)
+
+    def resume(self, *, start: int = 0, **parts: Any) -> int:
+        """Go on from what `save` kept, random states included.
+
+        Args:
+            start: Number of the first epoch.
+            parts: The objects that were saved, as they were before training.
+
+        Returns:
+            Number of the next epoch: `start` where nothing was saved.
+
+        Raises:
+            StateError: If what was saved is damaged, or of other objects.
+        """
+        found = self._saved()
+        if found is None:
+            return start
+        mend = f"delete the folder {self.directory} to train this run anew."
+        try:
+            for name, part in parts.items():
+                if hasattr(part, "load_state_dict"):
+                    part.load_state_dict(found["parts"][name])
+            self.rows = list(found["rows"])
+            size, digest = found["log"]
+            random_ = found["random"]
+        except Exception as error:  # of other objects: they raise anything
+            raise damaged(self.directory / CHECKPOINT, f"{error!r}", mend) from error
+        self._close()
+        self._log = RunLog(self.directory, (int(size), str(digest)))
+        for row in self.rows:
+            self._on_epoch(row)
+        restore_random_states(random_)
+        return int(self.rows[-1]["epoch"]) + 1 if self.rows else start
+
+    def _saved(self) -> dict[str, Any] | None:
+        error: StateError | None = None
+        for name in (CHECKPOINT, PREVIOUS):
+            path = self.directory / name
+            if not path.exists():
+                continue
+            try:
+                found = read_tensors(path)
+                if found["version"] == VERSION and found["run"] == self.spec.as_row():
+                    return dict(found)
+                raise damaged(path, "it is of another run", "delete the run's folder.")
+            except StateError as spoilt:
+                error = error or spoilt
+            except (KeyError, TypeError) as spoilt:
+                error = error or damaged(path, spoilt, "delete the run's folder.")
+        if error is not None:
+            raise error
+        return None
+
+    def _written(self) -> RunLog:
+        if self._log is None:
+            self._log = RunLog(self.directory, START)
+        return self._log
+
+    def _run(self) -> Row:
+        return {**self.spec.as_row(), "seconds": 0.0, "epochs": self.rows}
+
+    def _close(self) -> None:
+        if self._log is not None:
+            self._log.__exit__()
+            self._log = None
+
+
+_NONE = parse_arm("none")
+
+
+def run_trial(
+    train: Callable[[Trial], Any],
+    options: Mapping[str, Any],
+    arms: Mapping[str, Callable[..., Any] | None],
+    spec: Spec,
+    directory: Path,
+    on_epoch: Callable[[Row], None],
+) -> Row:
+    """Train one run by a function of the user's own.
+
+    Args:
+        train: The function.
+        options: Options of the study.
+        arms: Arms of the user's own by name.
+        spec: The run.
+        directory: Its folder.
+        on_epoch: Called with each reported row.
+
+    Returns:
+        The run as `results.json` has it; the loss of a diverged one is not finite.
+
+    Raises:
+        OptionError: If nothing was reported, or an option was never looked at.
+    """
+    trial = Trial(spec, directory, options=options, arms=arms, on_epoch=on_epoch)
+    directory.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    seed_everything(spec.seed)
+    try:
+        train(trial)
+        run = trial._run()
+    except Diverged as diverged:
+        run = diverged.run
+    finally:
+        trial._close()
+    run["seconds"] = time.perf_counter() - started
+    named = {*trial.arm.others, *spec.values} & trial.options.unread
+    if named and "diverged" not in run:
+        raise OptionError(
+            f"{sorted(named)[0]!r} of the run {spec.title} was never looked at by the training "
+            "function: read trial.options, or leave it out."
+        )
+    if not run["epochs"] and "diverged" not in run:
+        raise OptionError(
+            "The training function reported nothing: call trial.report(epoch=..., "
+            "val_accuracy=..., test_accuracy=...) after each epoch."
+        )
+    return run
+
+
+def seed_everything(seed: int) -> None:
+    """Seed PyTorch, Python and, if it is imported, NumPy."""
+    torch.manual_seed(derive_seed(seed, "study"))
+    random.seed(derive_seed(seed, "python"))
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(derive_seed(seed, "numpy"))
+
+
+def random_states() -> dict[str, Any]:
+    """Random states of PyTorch, Python and NumPy, as values that load without pickle."""
+    found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        found["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
+    return found
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Put back what `random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "numpy" in states and "numpy" in sys.modules:
+        name, keys, *rest = states["numpy"]
+        sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if hasattr(value, "item") and not isinstance(value, Real):  # a number of NumPy
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise OptionError(f"trial.report({name}={value!r}): give a number.")
+    return float(value)

@@ -1,0 +1,206 @@
+"""What the runs of a study answer, in words: is an arm better than each of its controls?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gradmask.study.arms import arm_title, controls, read_arm
+from gradmask.study.metrics import Metric, metrics_of
+from gradmask.study.statistics import (
+    LEVEL,
+    Difference,
+    Results,
+    arms,
+    corrected,
+    divergences,
+    paired_difference,
+    values,
+)
+
+# The question that each kind of control answers.
+QUESTIONS = {
+    "none": "better than no mask?",
+    "slow": "better than training as slow?",
+    "slow_matched": "better than training every tensor as slow?",
+    "random": "better than a random mask of the same size?",
+    "random_matched": "better than a random mask of the same size in every tensor?",
+    "inverse": "better than a mask of the least information?",
+    "early": "better than stopping early?",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One arm against one control, in one metric.
+
+    Attributes:
+        metric: The metric.
+        arm: The arm that is judged.
+        control: The other one.
+        difference: Arm less control, corrected for the number of verdicts; None if they have no
+            seed in common.
+        missing: Seeds that one of the two was not run with.
+    """
+
+    metric: Metric
+    arm: str
+    control: str
+    difference: Difference | None
+    missing: tuple[int, ...] = ()
+
+    @property
+    def outcome(self) -> int:
+        """1 if better beyond doubt, -1 if worse, 0 if neither is shown."""
+        if self.missing or self.difference is None or not self.difference.shown:
+            return 0
+        return 1 if (self.difference.mean > 0) == self.metric.higher_is_better else -1
+
+    @property
+    def question(self) -> str:
+        """What it answers."""
+        return QUESTIONS.get(read_arm(self.control).strategy, f"better than {self.control}?")
+
+    @property
+    def answer(self) -> str:
+        """The answer in few words."""
+        if self.missing:
+            return "not compared: not the same seeds"
+        if self.difference is None:
+            return "unknown: no seed in common"
+        if self.difference.low is None:
+            return "not shown: one seed"
+        return {1: "yes", -1: "no, worse", 0: "not shown"}[self.outcome]
+
+    @property
+    def sentence(self) -> str:
+        """The difference with its interval, and what it shows."""
+        metric, difference = self.metric, self.difference
+        text, other = f"{metric.words}: the {arm_title(self.arm)}", f"against {named(self.control)}"
+        if difference is None:
+            return f"{text} {other}: no seed in common."
+        unit = " points" if metric.percent else ""
+        text = f"{text} is {_show(metric, difference.mean)}{unit} {other}"
+        if self.missing:
+            lacking = ", ".join(map(str, self.missing))
+            return f"{text} on the seeds of both; seeds {lacking} are missing: not compared."
+        if difference.low is None or difference.high is None:
+            return f"{text}, from one seed: no interval, so nothing is shown."
+        low, high = _show(metric, difference.low), _show(metric, difference.high)
+        word = {1: "better", -1: "worse", 0: "no difference shown"}[self.outcome]
+        tested = f"95 % interval {low} to {high}, {difference.n} seeds, p = {difference.p:.2g}"
+        if difference.corrected is not None:
+            tested += f", {difference.corrected:.2g} corrected"
+        text = f"{text} ({tested}): {word}"
+        if not self.outcome and difference.detectable:
+            least = metric.show(difference.detectable)
+            return f"{text}; {least}{unit} is the least that these seeds could have shown."
+        return f"{text}."
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """Compare each arm that is no control with each of its controls.
+
+    All comparisons of a study are corrected for together, by Holm's method.
+
+    Args:
+        results: Contents of `results.json`.
+
+    Returns:
+        By metric, arm and control.
+    """
+    present = arms(results)
+    pairs = [
+        (metric, arm, control)
+        for arm in present
+        if read_arm(arm).is_method
+        for metric in metrics_of(results).judged
+        for control in controls(arm, present)
+    ]
+    found = [
+        paired_difference(values(results, arm, metric), values(results, control, metric))
+        for metric, arm, control in pairs
+    ]
+    run = {arm: {r["seed"] for r in results["runs"] if r["arm"] == arm} for arm in present}
+    return [
+        Verdict(metric, arm, control, difference, tuple(sorted(run[arm] ^ run[control])))
+        for (metric, arm, control), difference in zip(pairs, corrected(found), strict=True)
+    ]
+
+
+def conclusions(results: Results) -> list[str]:
+    """Say of each arm that is no control, in one sentence, what it is shown to be better than.
+
+    Args:
+        results: Contents of `results.json`.
+
+    Returns:
+        One conclusion for each of these arms, or why there is none.
+    """
+    found = verdicts(results)
+    sentences = []
+    for arm in dict.fromkeys(verdict.arm for verdict in found):
+        ours = [v for v in found if v.arm == arm]
+        if not any(values(results, arm, v.metric) for v in ours):
+            sentences.append(f"Conclusion on the {arm_title(arm)} in this run: it diverged.")
+            continue
+        parts = [
+            _conclude([v for v in ours if v.metric == metric])
+            for metric in dict.fromkeys(v.metric for v in ours)
+        ]
+        sentences.append(f"Conclusion on the {arm_title(arm)} in this run: {'; '.join(parts)}.")
+    if not sentences:
+        return ["Nothing to conclude: the Fisher mask and another arm are both needed."]
+    return sentences
+
+
+def _conclude(ours: list[Verdict]) -> str:
+    """One metric: against no mask first, then what else would explain a gain."""
+    name = ours[0].metric.title
+    plain = [v for v in ours if read_arm(v.control).strategy == "none"]
+    rest = [v for v in ours if v not in plain]
+    if any(v.outcome < 0 for v in plain):
+        return f"it makes {name} worse than no mask does"
+    if not all(v.outcome > 0 for v in plain):
+        return f"it is not shown to change {name} against no mask"
+    gain = f"it improves {name} over no mask" if plain else f"in {name}"
+    worse = [named(v.control) for v in rest if v.outcome < 0]
+    unbeaten = [named(v.control) for v in rest if not v.outcome]
+    if worse:
+        return (
+            f"{gain}, but less than {listed(worse)}, so the gain is not one of Fisher information"
+        )
+    if unbeaten:
+        return f"{gain}, but is not shown to do better than {listed(unbeaten)}"
+    return f"{gain} and over every control run here" if rest else f"{gain}; no control was run"
+
+
+def correction(results: Results) -> str:
+    """Say in one sentence how the verdicts are tested."""
+    number = sum(v.difference is not None for v in verdicts(results))
+    return (
+        f"Student's t over paired seeds; shown is what is below {LEVEL:g} after Holm's correction "
+        f"for all {number} comparisons; intervals and p are before it."
+    )
+
+
+def sentences(results: Results) -> list[str]:
+    """One sentence for each arm with runs that diverged, and for each verdict."""
+    return [*divergences(results), *(verdict.sentence for verdict in verdicts(results))]
+
+
+def named(arm: str) -> str:
+    """An arm in a sentence."""
+    strategy = read_arm(arm).strategy
+    plain = strategy in ("none", "slow", "slow_matched", "early", "sam")
+    return arm_title(arm) if plain else f"the {arm_title(arm)}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _show(metric: Metric, value: float) -> str:
+    return metric.show(value, signed=True)

@@ -1,0 +1,164 @@
+"""Runs of a study on many workers: dask.distributed starts them, feeds them and mourns them.
+
+Each worker is a process with a share of the cores and a GPU of its own. A worker that dies costs
+the step it was at: its run is given to another, which goes on from the run's checkpoint. With the
+address of a scheduler the workers are those of a cluster (Slurm, SSH, Kubernetes).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+
+from gradmask.errors import GradmaskError, OptionError
+from gradmask.study.results import Row
+from gradmask.study.spec import Spec
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# Trains one run in its folder, and tells each epoch's row.
+Work = Callable[[Spec, Path, Callable[[Row], None]], Row]
+_TOPIC = "gradmask-epochs"
+_CORES = "GRADMASK_CORES"
+_DEATHS = 3  # of workers at the same run, after which the run is to blame
+
+
+def execute(
+    work: Work,
+    runs: Sequence[tuple[Spec, Path]],
+    on_epoch: Callable[[Spec, Row], None],
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+    scheduler: str | None = None,
+) -> Iterator[tuple[Spec, Row]]:
+    """Train runs, as many at a time as there are workers.
+
+    Args:
+        work: Trains one run; pickled by value with `jobs` or a scheduler.
+        runs: Runs and their folders, in the order in which they are begun.
+        on_epoch: Called with each row as it comes.
+        jobs: Processes on this machine; 1 trains in this one.
+        threads: CPU threads of each (default: an equal share of the cores).
+        scheduler: Address of a dask scheduler, whose workers are used in place of processes here.
+
+    Yields:
+        Runs and their results, in the order in which they end.
+
+    Raises:
+        GradmaskError: If workers keep dying at a run, or the cluster cannot be reached.
+    """
+    if jobs == 1 and scheduler is None:
+        for spec, directory in runs:
+            yield spec, work(spec, directory, lambda row, spec=spec: on_epoch(spec, row))  # type: ignore[misc]
+        return
+    _check_importable()
+    from distributed import KilledWorker, as_completed
+
+    with _client(jobs, threads, scheduler) as client:
+        specs = [spec for spec, _ in runs]
+        client.subscribe_topic(_TOPIC, lambda event: on_epoch(specs[event[1][0]], event[1][1]))
+        futures = {
+            client.submit(_task, work, place, *run, threads, pure=False, priority=-place): run[0]
+            for place, run in enumerate(runs)
+        }
+        for future in as_completed(futures):
+            try:
+                found = future.result()
+            except KilledWorker as error:
+                raise GradmaskError(
+                    f"{_DEATHS + 1} workers died at the run {futures[future].title}: out of "
+                    "memory, perhaps. Use fewer jobs; all other runs are kept."
+                ) from error
+            yield futures[future], found
+            future.release()
+
+
+def _check_importable() -> None:
+    main = sys.modules.get("__mp_main__")
+    if main is not None and main is sys.modules.get("__main__"):
+        raise OptionError(
+            "Workers import the script again: put what it does under `if __name__ == '__main__':`."
+        )
+    try:
+        import distributed  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Several jobs need dask: pip install 'gradmask[study]'.") from error
+
+
+@contextmanager
+def _client(jobs: int, threads: int | None, scheduler: str | None) -> Iterator[Client]:
+    import dask
+    from distributed import Client
+
+    settings = {
+        "distributed.worker.daemon": False,  # runs may start data loaders
+        "distributed.worker.multiprocessing-method": "spawn",
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.terminate": False,
+        "distributed.scheduler.allowed-failures": _DEATHS,
+        "distributed.admin.log-length": 100,
+    }
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    with dask.config.set(settings):
+        if scheduler is not None:
+            try:
+                client = Client(scheduler, timeout="30s")
+            except (OSError, ValueError) as error:
+                raise OptionError(f"scheduler={scheduler!r} cannot be reached: {error}") from error
+            with client:
+                yield client
+            return
+        with _local(jobs, threads) as cluster, Client(cluster) as client:
+            yield client
+
+
+def _local(jobs: int, threads: int | None) -> Any:
+    """Processes of this machine, each with cores and a GPU of its own."""
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    devices = (os.environ.get("CUDA_VISIBLE_DEVICES") or "").split(",")
+    if torch.cuda.is_available() and devices == [""]:
+        devices = [str(i) for i in range(torch.cuda.device_count())]
+    workers = {}
+    for place in range(jobs):
+        share = cores[place * len(cores) // jobs : (place + 1) * len(cores) // jobs]
+        environment = {_CORES: ",".join(map(str, share)) if jobs <= len(cores) else ""}
+        if torch.cuda.is_available():
+            environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
+        options = {"nthreads": 1, "env": environment, "host": "127.0.0.1", "dashboard": False}
+        workers[place] = {"cls": Nanny, "options": options}
+    hidden = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": ":0"}
+    return SpecCluster(
+        workers=workers, scheduler={"cls": Scheduler, "options": hidden}, silence_logs=50
+    )
+
+
+def _task(work: Work, place: int, spec: Spec, directory: Path, threads: int | None) -> Row:
+    """What a worker does: one run, with no other process in its folder."""
+    from distributed import get_worker
+
+    cores = [int(core) for core in os.environ.get(_CORES, "").split(",") if core]
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads or max(1, len(cores)))
+    worker = get_worker()
+
+    def tell(row: Row) -> None:
+        worker.log_event(_TOPIC, (place, row))
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / ".lock"):  # of one that was given up, and is still alive
+        return work(spec, directory, tell)
