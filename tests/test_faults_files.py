@@ -24,6 +24,7 @@ from gradmask.recipes.training import run as train
 from gradmask.study.budget import EpochsSpent
 from gradmask.study.folder import check_ours, read_results, run_directory
 from gradmask.study.report.page import print_summary, write_report
+from gradmask.study.spec import Spec
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -86,10 +87,10 @@ def test_nothing_that_is_read_becomes_a_path(evil, key, made, tmp_path):
             read(folder)
     assert len(list(tmp_path.rglob("victim/checkpoint.pt"))) == 4
     with pytest.raises(StateError, match="would not lie in"):
-        run_directory(folder, "none/../..", 0)
+        run_directory(folder, Spec("none/../..", 0))
     (folder / "runs" / "inverse-seed0").symlink_to(tmp_path / "victim")
     with pytest.raises(StateError, match="would not lie in"):
-        run_directory(folder, "inverse", 0)
+        run_directory(folder, Spec("inverse", 0))
 
 
 def test_other_data_are_refused(made, tmp_path, monkeypatch):

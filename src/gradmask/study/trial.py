@@ -128,7 +128,7 @@ class Trial:
     def report(self, *, epoch: int, **metrics: Any) -> None:
         """Report what was measured after an epoch.
 
-        Names say what a metric is for (`val_...` chooses an epoch, `test_...` is judged) and whether
+        Names say what a metric is for (`val_...` chooses an epoch, `test_...` is judged) and if
         more is better (`..._accuracy`, `..._loss`), or the study's `metrics` do.
 
         Args:

@@ -8,8 +8,8 @@ address of a scheduler the workers are those of a cluster (Slurm, SSH, Kubernete
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,8 +84,8 @@ def execute(
 
 
 def _check_importable() -> None:
-    main = sys.modules.get("__mp_main__")
-    if main is not None and main is sys.modules.get("__main__"):
+    # As `multiprocessing` itself tells it, with an error that ends the worker alone.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise OptionError(
             "Workers import the script again: put what it does under `if __name__ == '__main__':`."
         )
