@@ -13,15 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradmask.recipes.claims import conclusion as claims_conclusion
-from gradmask.recipes.claims import findings
-from gradmask.study.arms import arm_colours, arm_title, baseline, parse_arm
+from gradmask.study.arms import arm_colours, arm_title, baseline
 from gradmask.study.files import write_atomically
 from gradmask.study.folder import check_ours
 from gradmask.study.report.figures import draw_all, to_png, to_svg
 from gradmask.study.report.tables import to_csv
+from gradmask.study.metrics import Metric
 from gradmask.study.statistics import (
-    Metric,
     Results,
     arms,
     available,
@@ -29,11 +27,8 @@ from gradmask.study.statistics import (
     divergences,
     summarise,
     values,
-    verdicts,
 )
-
-# Columns that a narrow terminal can do without, in this order.
-_LEAST_IMPORTANT = ("best_accuracy", "last_train_loss", "memorised", "last_accuracy")
+from gradmask.study.verdicts import conclusions, sentences
 
 
 def write_report(folder: Path, results: Results) -> Path:
@@ -55,9 +50,6 @@ def write_report(folder: Path, results: Results) -> Path:
         write_atomically(folder / "figures" / f"{name}.png", to_png(figure))
     for name, table in to_csv(results).items():
         write_atomically(folder / f"{name}.csv", table)
-    *sentences, conclusion = verdicts(results)
-    found = findings(results)
-    masked = any(parse_arm(arm).strategy == "fisher" for arm in arms(results))
     template = templates().get_template("report.html.j2")
     page = template.render(
         results=results,
@@ -67,13 +59,9 @@ def write_report(folder: Path, results: Results) -> Path:
         rows=_table(results, available(results)),
         differences=_differences(results),
         colours=arm_colours(arms(results)),
-        sentences=sentences,
-        conclusion=conclusion if masked or not found else claims_conclusion(found),
-        masked=masked or not found,
+        sentences=sentences(results),
+        conclusion="\n".join(conclusions(results)),
         diverged=divergences(results),
-        findings=found,
-        claims=claims_conclusion(found),
-        monitoring=_monitoring_share(results),
         figures={name: Markup(svg) for name, svg in figures.items()},
         minutes=sum(run["seconds"] for run in results["runs"]) / 60,
     )
@@ -103,44 +91,27 @@ def print_summary(results: Results, console: Console) -> None:
     unlimited = console.options.update(width=1000)
     metrics, left_out = available(results), []
     table = _terminal_table(results, metrics)
-    for name in _LEAST_IMPORTANT:
-        if console.measure(table, options=unlimited).maximum > console.width:
-            left_out += [metric for metric in metrics if metric.name == name]
-            table = _terminal_table(results, [m for m in metrics if m not in left_out])
+    while console.measure(table, options=unlimited).maximum > console.width and metrics[1:]:
+        left_out.append(metrics.pop())
+        table = _terminal_table(results, metrics)
     console.print(table)
     if left_out:
-        titles = ", ".join(metric.title for metric in left_out)
+        titles = ", ".join(metric.name for metric in left_out)
         console.print(f"Left out on this narrow terminal: {titles}.", style="dim")
-    *sentences, conclusion = verdicts(results)
-    gone, found, show = (
-        divergences(results),
-        findings(results),
-        partial(console.print, highlight=False, markup=False),
-    )
-    for sentence in [s for s in sentences if s in gone or "against no mask" in s]:
+    show = partial(console.print, highlight=False, markup=False)
+    for sentence in sentences(results):
         show(sentence)
-    if len(sentences) > len(gone) or not found:
-        show(conclusion, style="bold")
-    if found:
-        show("The paper's claims on influence in these runs:")
-        show(claims_conclusion(found), style="bold")
-
-
-def _monitoring_share(results: Results) -> float:
-    """Time of the influence monitor in that of all runs, in percent."""
-    monitored = [run for run in results["runs"] if "influence" in run]
-    seconds = sum(float(record["seconds"]) for run in monitored for record in run["influence"])
-    return 100 * seconds / max(1e-9, sum(float(run["seconds"]) for run in monitored))
+    for sentence in conclusions(results):
+        show(sentence, style="bold")
 
 
 def _terminal_table(results: Results, metrics: list[Metric]) -> Table:
     table = Table(
-        title="Test accuracy in % at the last, chosen and best epoch, losses at the last: "
-        "mean ± std over seeds"
+        title="Mean ± std over seeds"
     )
     table.add_column("arm", no_wrap=True)
     for metric in metrics:
-        table.add_column(metric.title.removesuffix(" epoch"), justify="right", no_wrap=True)
+        table.add_column(metric.name, justify="right", no_wrap=True)
     for row in _table(results, metrics):
         cells = [Text(c["text"], style="bold" if c["best"] else "") for c in row["cells"]]
         table.add_row(Text(row["title"]), *cells)
@@ -154,7 +125,7 @@ def _table(results: Results, metrics: list[Metric]) -> list[dict[str, Any]]:
         {
             "arm": arm,
             "title": arm_title(arm),
-            "n": len(values(results, arm, metrics[0])),
+            "n": max((len(values(results, arm, m)) for m in metrics), default=0),
             "cells": [
                 {"text": _mean_std(results, arm, m), "best": best[m.name] == arm} for m in metrics
             ],
@@ -164,8 +135,7 @@ def _table(results: Results, metrics: list[Metric]) -> list[dict[str, Any]]:
 
 
 def _best(results: Results, metric: Metric) -> str | None:
-    # The lowest training loss is not a merit here: that is memorisation.
-    if metric.name == "last_train_loss":
+    if metric.higher_is_better is None or metric.key.startswith("train_"):
         return None
     found = {arm: list(values(results, arm, metric).values()) for arm in arms(results)}
     means = {arm: summarise(numbers).mean for arm, numbers in found.items() if numbers}
