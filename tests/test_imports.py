@@ -36,7 +36,16 @@ CORE = [
 ]
 TOP = ["study", "integrations", "recipes", "benchmarks", "cli"]
 PUBLIC = ["__init__", "errors", "interrupts", "seeding", "distributed", "loaders"]
-HEAVY = {"distributed", "torchvision", "sklearn", "datasets", "matplotlib", "scipy", "rich", "jsonargparse"}
+HEAVY = {
+    "distributed",
+    "torchvision",
+    "sklearn",
+    "datasets",
+    "matplotlib",
+    "scipy",
+    "rich",
+    "jsonargparse",
+}
 
 
 def allowed(part):

@@ -135,12 +135,10 @@ def parse_arm(name: str, own: Iterable[str] = ()) -> Arm:
             the wrong type.
     """
     strategy, *parts = name.split(":")
-    if not _is_import(strategy):
-        check_choice("arm", strategy, [*STRATEGIES, *own])
-    elif parts and _NAME.fullmatch(parts[0]):  # package.module:function
-        strategy = f"{strategy}:{parts.pop(0)}"
+    if strategy not in STRATEGIES and parts and _NAME.fullmatch(parts[0]):
+        strategy = f"{strategy}:{parts.pop(0)}"  # package.module:function
     else:
-        raise OptionError(f"Arm {name!r} names a module: write package.module:function.")
+        check_choice("arm", strategy, [*STRATEGIES, *own])
     options: dict[str, Any] = {}
     for part in parts:
         option, equals, text = part.partition("=")
@@ -152,10 +150,6 @@ def parse_arm(name: str, own: Iterable[str] = ()) -> Arm:
     if strategy == "fixed" and "file" not in options:
         raise OptionError(f"Arm {name!r} needs the file of the mask: fixed:file=mask.safetensors.")
     return Arm(name, strategy, options)
-
-
-def _is_import(strategy: str) -> bool:
-    return "." in strategy
 
 
 def _value(name: str, strategy: str, option: str, text: str) -> Any:

@@ -294,7 +294,8 @@ def run_trial(
     finally:
         trial._close()
     run["seconds"] = time.perf_counter() - started
-    named = {*trial.arm.others, *spec.values} & trial.options.unread
+    own = () if trial.arm.strategy in arms else trial.arm.others
+    named = {*own, *spec.values} & trial.options.unread
     if named and "diverged" not in run:
         raise OptionError(
             f"{sorted(named)[0]!r} of the run {spec.title} was never looked at by the training "
@@ -339,10 +340,8 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if hasattr(value, "item") and not isinstance(value, Real):  # a number of NumPy
-        value = value.item()
+    if not isinstance(value, Real) and getattr(value, "size", None) is not None:
+        value = value.item() if torch.as_tensor(value).numel() == 1 else value  # of NumPy as well
     if isinstance(value, bool) or not isinstance(value, Real):
         raise OptionError(f"trial.report({name}={value!r}): give a number.")
     return float(value)

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradmask.study.arms import arm_colours, arm_title, baseline, read_arm
-from gradmask.study.results import without_diverged
 from gradmask.study.metrics import metrics_of
+from gradmask.study.results import without_diverged
 from gradmask.study.statistics import Results, arms, best_runs, compare_arms, values
 
 STYLE: Any = {

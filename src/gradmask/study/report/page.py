@@ -16,9 +16,9 @@ from rich.text import Text
 from gradmask.study.arms import arm_colours, arm_title, baseline
 from gradmask.study.files import write_atomically
 from gradmask.study.folder import check_ours
+from gradmask.study.metrics import Metric
 from gradmask.study.report.figures import draw_all, to_png, to_svg
 from gradmask.study.report.tables import to_csv
-from gradmask.study.metrics import Metric
 from gradmask.study.statistics import (
     Results,
     arms,
@@ -106,9 +106,7 @@ def print_summary(results: Results, console: Console) -> None:
 
 
 def _terminal_table(results: Results, metrics: list[Metric]) -> Table:
-    table = Table(
-        title="Mean ± std over seeds"
-    )
+    table = Table(title="Mean ± std over seeds")
     table.add_column("arm", no_wrap=True)
     for metric in metrics:
         table.add_column(metric.name, justify="right", no_wrap=True)
