@@ -117,13 +117,29 @@ class Trial:
             the learning rate, and an arm of the user's own is what its function returns.
         """
         function = self._own.get(self.arm.strategy)
-        if function is not None:
-            made = function(self, model, optimizer, **options)
-            mask = made if made is not None else new_mask(_NONE, model).attach(optimizer)
-        else:
-            mask = new_mask(self.arm, model, **{"seed": self.seed, **options}).attach(optimizer)
-        self._mask = mask
-        return mask
+        if function is None:
+            return self.new_mask(model, **options).attach(optimizer)
+        made = function(self, model, optimizer, **options)
+        self._mask = made if made is not None else new_mask(_NONE, model).attach(optimizer)
+        return self._mask
+
+    def new_mask(self, model: nn.Module, **options: Any) -> FisherMask:
+        """The same, yet to be attached to the optimizer; not for arms of the user's own.
+
+        Args:
+            model: The model that is trained.
+            options: Options of `FisherMask`; the arm's own are taken over these.
+
+        Raises:
+            OptionError: If the arm is a function, which needs the optimizer.
+        """
+        if self.arm.strategy in self._own:
+            raise OptionError(
+                f"Arm {self.arm.name!r} is a function of yours, which needs the optimizer: call "
+                "trial.mask(model, optimizer) in a loop of your own."
+            )
+        self._mask = new_mask(self.arm, model, **{"seed": self.seed, **options})
+        return self._mask
 
     def report(self, *, epoch: int, **metrics: Any) -> None:
         """Report what was measured after an epoch.
@@ -221,6 +237,14 @@ class Trial:
             self._on_epoch(row)
         restore_random_states(random_)
         return int(self.rows[-1]["epoch"]) + 1 if self.rows else start
+
+    def forget_after(self, epoch: int) -> None:
+        """Forget reports of later epochs, which are to be trained again."""
+        self.rows = [row for row in self.rows if row["epoch"] <= epoch]
+        self._close()
+        self._log = RunLog(self.directory, START)
+        for row in self.rows:
+            self._log.write(row)
 
     def _saved(self) -> dict[str, Any] | None:
         error: StateError | None = None
