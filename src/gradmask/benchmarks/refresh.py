@@ -35,6 +35,7 @@ from gradmask.study.environment import environment
 from gradmask.study.files import remove_temporaries, write_atomically, write_json
 from gradmask.study.folder import has_checkpoint, mark_folder, open_folder, run_directory
 from gradmask.study.options import to_plain
+from gradmask.study.spec import Spec
 
 SIZES = (250, 500, 1000, 2000, 4000, 8000, 16000)
 KEEPS = (0.25, 0.5, 0.75)

@@ -23,7 +23,7 @@ from gradmask.recipes.training.components import check_together, new_model, reso
 from gradmask.recipes.training.run import train_run
 from gradmask.study import Diverged
 from gradmask.study.budget import EpochBudget
-from gradmask.study.compare import run_study
+from gradmask.study.comparison import run_study
 from gradmask.study.folder import RESULTS_FILE
 from gradmask.study.processes import processes
 from gradmask.study.progress import Progress

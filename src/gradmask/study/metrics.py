@@ -249,8 +249,9 @@ def check_metrics(choose: str | None, judge: Iterable[str], given: Mapping[str, 
         _, at, epoch = name.partition("@")
         if at:
             check_choice(f"epoch of {name!r},", epoch, EPOCHS)
-    for key in (choose, *(name.partition("@")[0] for name in judge)):
-        if key is not None and direction(key, given) is None:
+    used = [name.partition("@")[0] for name in judge] + ([choose] if choose else [])
+    for key in used:
+        if direction(key, given) is None:
             raise OptionError(
                 f"Whether more of {key!r} is better its name does not say: give "
                 f"metrics={{{key!r}: 'higher'}} or 'lower'."

@@ -37,6 +37,7 @@ class Progress:
             disable=not self.console.is_terminal,
         )
         self._runs: dict[Spec, TaskID] = {}
+        self._epochs: dict[Spec, int] = {}
         self._planned = self._finished = self._width = 0
         self._told = time.monotonic()
 
@@ -67,9 +68,10 @@ class Progress:
         """An epoch of a run is over."""
         if spec not in self._runs:
             self._runs[spec] = self._bars.add_task(spec.title, total=self.epochs, unit="epochs")
-        self._bars.advance(self._runs[spec])
-        if self.epochs:
-            self._bars.advance(self._all)
+        if row["epoch"] > self._epochs.get(spec, -1):  # not told before, by a worker that died
+            self._epochs[spec] = row["epoch"]
+            self._bars.advance(self._runs[spec])
+            self._bars.advance(self._all, 1 if self.epochs else 0)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._told >= _EVERY:
             self._told = now

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gradmask.study.arms import arm_title, controls, read_arm
+from gradmask.study.arms import MASKS, arm_title, controls, read_arm
 from gradmask.study.metrics import Metric, metrics_of
 from gradmask.study.statistics import (
     LEVEL,
@@ -120,13 +120,13 @@ def conclusions(results: Results) -> list[str]:
     for arm in dict.fromkeys(verdict.arm for verdict in found):
         ours = [v for v in found if v.arm == arm]
         if not any(values(results, arm, v.metric) for v in ours):
-            sentences.append(f"Conclusion on the {arm_title(arm)} in this run: it diverged.")
+            sentences.append(f"Conclusion on {named(arm)} in this run: it diverged.")
             continue
         parts = [
             _conclude([v for v in ours if v.metric == metric])
             for metric in dict.fromkeys(v.metric for v in ours)
         ]
-        sentences.append(f"Conclusion on the {arm_title(arm)} in this run: {'; '.join(parts)}.")
+        sentences.append(f"Conclusion on {named(arm)} in this run: {'; '.join(parts)}.")
     if not sentences:
         return ["Nothing to conclude: an arm with a mask and one of its controls are both needed."]
     return sentences
@@ -179,8 +179,8 @@ def correction(results: Results) -> str:
 def named(arm: str) -> str:
     """An arm in a sentence."""
     strategy = read_arm(arm).strategy
-    plain = strategy in ("none", "slow", "slow_matched", "early", "sam")
-    return arm_title(arm) if plain else f"the {arm_title(arm)}"
+    masked = strategy in (*MASKS, "fixed")
+    return f"the {arm_title(arm)}" if masked else arm_title(arm)
 
 
 def listed(names: Iterable[str]) -> str:
