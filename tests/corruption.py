@@ -21,6 +21,7 @@ from gradmask.recipes.audit.run import Audit, run_audit
 from gradmask.recipes.compare import run_comparison
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import load_images
+from gradmask.recipes.report import print_summary, write_report
 from gradmask.recipes.results import check_comparison
 from gradmask.recipes.results import check_theorem as check
 from gradmask.recipes.theorem.config import SIZES, TheoremCheck
@@ -31,7 +32,6 @@ from gradmask.study.budget import EpochsSpent
 from gradmask.study.folder import read_results
 from gradmask.study.processes import ALONE
 from gradmask.study.progress import Progress
-from gradmask.study.report.page import print_summary, write_report
 
 QUIET = Console(quiet=True)
 OPTIONS = {

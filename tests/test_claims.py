@@ -48,7 +48,7 @@ def run(arm, seed, rate, *, level=1.0, rise=0.1, norm_rate=0.0):
 
 def results(seeds=(0, 1, 2), **arms):
     runs = [run(arm, seed, **options) for arm, options in arms.items() for seed in seeds]
-    return {"runs": runs}
+    return {"runs": runs, "config": {}}
 
 
 def outcomes(found, claim):

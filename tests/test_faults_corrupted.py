@@ -16,7 +16,7 @@ from gradmask.errors import StateError
 from gradmask.recipes.audit import run as audit_module
 from gradmask.recipes.data import sources
 from gradmask.recipes.theorem import report as theorem_report
-from gradmask.study.report import comparison
+from gradmask.study.report import page as study_page
 
 FAULTS = 216
 assert len(READ) * len(KINDS) <= FAULTS
@@ -32,7 +32,7 @@ def made(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 def test_corrupted_files(made, tmp_path):
     with pytest.MonkeyPatch.context() as patch:  # what follows reading is in the long form
-        patch.setattr(comparison, "draw_all", lambda _: {})
+        patch.setattr(study_page, "to_files", lambda *_: {})
         patch.setattr(theorem_report, "draw", lambda _: Figure(figsize=(1, 1)))
         patch.setattr(audit_module, "detect", lambda *_: None)
         patch.setattr(sources, "load_digits", cache(sources.load_digits))

@@ -20,11 +20,11 @@ from gradmask.errors import DataError, OptionError, StateError
 from gradmask.recipes.audit.files import write_audit_files
 from gradmask.recipes.audit.report import write_audit_report
 from gradmask.recipes.data import images as images_module
+from gradmask.recipes.report import print_summary, write_report
 from gradmask.recipes.results import check_comparison, check_theorem
 from gradmask.recipes.training import run as train
 from gradmask.study.budget import EpochsSpent
 from gradmask.study.folder import check_ours, read_results, run_directory
-from gradmask.study.report.page import print_summary, write_report
 from gradmask.study.spec import Spec
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

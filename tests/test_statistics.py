@@ -1,18 +1,24 @@
 import math
+from statistics import mean
 
 import pytest
+from made_up import made_up
 from scipy import stats
 
+from gradmask.errors import OptionError
+from gradmask.study.metrics import check_metrics, chosen_epoch, direction, metrics_of
 from gradmask.study.statistics import (
-    METRICS,
+    Difference,
     available,
-    chosen_epoch,
+    best_runs,
     compare_arms,
+    corrected,
     paired_difference,
     summarise,
     summary_table,
-    verdicts,
+    values,
 )
+from gradmask.study.verdicts import conclusions, correction, unasked, verdicts
 
 
 def row(accuracy, loss=1.0, val=None, train_loss=0.5, **more):
@@ -28,7 +34,7 @@ def results(**arms):
         for arm, pairs in arms.items()
         for seed, (accuracy, loss) in enumerate(pairs)
     ]
-    return {"runs": runs}
+    return {"runs": runs, "config": {"arms": list(arms), "seeds": [0, 1, 2]}}
 
 
 def test_mean_and_standard_deviation():
@@ -44,7 +50,8 @@ def test_paired_difference_is_the_t_interval():
     interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
     assert found.mean == pytest.approx(sum(ours) / 4 - sum(theirs) / 4)
-    assert found.shown == (stats.ttest_rel(ours, theirs).pvalue < 0.05)
+    assert found.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    assert found.shown == (found.p < 0.05)
 
 
 def test_pairs_are_by_seed():
@@ -55,6 +62,25 @@ def test_pairs_are_by_seed():
     assert (alone.mean, alone.low, alone.shown) == (-2.0, None, False)
 
 
+def test_correction_is_holms():
+    ps = [0.01, 0.04, 0.03, 0.005, None]
+    found = corrected([Difference(1.0, 0.5, 1.5, 4, p) for p in ps])
+    # The example of R's p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm").
+    assert [d.corrected for d in found[:4]] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert found[4].corrected is None
+    assert [d.shown for d in found] == [True, False, False, True, True]
+
+
+def test_least_effect_is_found_in_four_of_five_studies():
+    """Against simulation: n pairs of that true effect, tested at the corrected level."""
+    spread, n, tests = 2.0, 6, 4
+    half = float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
+    first, *_ = corrected([Difference(0.0, -half, half, n, 0.5)] * tests)
+    draws = stats.norm.rvs(first.detectable, spread, size=(4000, n), random_state=0)
+    power = (stats.ttest_1samp(draws, 0.0, axis=1).pvalue < 0.05 / tests).mean()
+    assert 0.75 < power < 0.85
+
+
 def test_epoch_is_chosen_without_the_test_set():
     rows = [
         row(0.9, val=0.5) | {"epoch": 1},
@@ -62,18 +88,78 @@ def test_epoch_is_chosen_without_the_test_set():
         row(0.2, val=0.7, loss=1.0) | {"epoch": 3},
         row(0.3, val=0.7, loss=1.0) | {"epoch": 4},
     ]
-    assert chosen_epoch(rows)["epoch"] == 3
-    metrics = {metric.name: metric for metric in METRICS}
-    assert metrics["chosen_accuracy"].of(rows) == 0.2
-    assert metrics["best_accuracy"].of(rows) == 0.9
-    assert metrics["last_accuracy"].of(rows) == 0.3
+    found = {"runs": [{"arm": "none", "seed": 0, "epochs": rows}], "config": {}}
+    metrics = metrics_of(found)
+    assert chosen_epoch(rows, metrics.chooser)["epoch"] == 3
+    by_name = {metric.name: metric for metric in metrics.shown}
+    assert by_name["test_accuracy@chosen"].of(rows) == 0.2
+    assert by_name["test_accuracy@best"].of(rows) == 0.9
+    assert by_name["test_accuracy@last"].of(rows) == 0.3
+    rows[0]["test_accuracy"] = math.nan
+    assert by_name["test_accuracy@best"].of(rows) == 0.3
 
 
-def test_memorised_only_where_it_was_measured():
-    plain = results(none=[(0.5, 1.0)])
-    assert "memorised" not in [metric.name for metric in available(plain)]
+def test_metrics_that_are_measured_now_and_then():
+    found = made_up(every=3, epochs=8)
+    rows = found["runs"][0]["epochs"]
+    assert [r["epoch"] for r in rows if "test_accuracy" in r] == [0, 3, 6, 7]
+    by_name = {metric.name: metric for metric in metrics_of(found).shown}
+    chosen = by_name["test_accuracy@chosen"].of(rows)
+    measured = [r for r in rows if "test_accuracy" in r]
+    assert chosen == max(measured, key=lambda r: r["val_accuracy"])["test_accuracy"]
+    assert by_name["test_accuracy@last"].of(rows) == rows[7]["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "higher"),
+    [("test_bleu", True), ("val.loss", False), ("TopAcc", None), ("new_error", False)],
+)
+def test_direction_of_a_metric(name, higher):
+    assert direction(name) is higher
+    assert direction(name, {name: "higher"}) is True
+
+
+def test_metrics_that_are_judged_by_name():
+    found = made_up(judge=["test_loss", "test_accuracy@best"])
+    assert [m.name for m in metrics_of(found).judged] == ["test_loss@chosen", "test_accuracy@best"]
+    assert [m.name for m in metrics_of(made_up()).judged] == [
+        "test_accuracy@chosen",
+        "test_loss@last",
+    ]
+    with pytest.raises(OptionError, match="Whether more of 'speed' is better"):
+        check_metrics(None, ["speed@last"], {})
+
+
+def test_only_what_every_run_has():
+    plain = results(none=[(0.5, 1.0), (0.6, 1.0)])
     plain["runs"][0]["epochs"][0]["memorised"] = 0.25
-    assert summary_table(plain)["none"]["memorised"]["mean"] == 0.25
+    assert "memorised" not in [metric.key for metric in available(plain)]
+    plain["runs"][1]["epochs"][0]["memorised"] = 0.75
+    assert summary_table(plain)["none"]["memorised@last"]["mean"] == 0.5
+    assert metrics_of({"runs": [], "config": {}}).shown == ()
+
+
+def test_a_sweep_is_judged_at_values_that_other_seeds_chose():
+    found = made_up(arms=("none",), seeds=3, sweep=(0.001, 0.01, 0.1))
+    for run in found["runs"]:
+        best = {0: 0.1, 1: 0.01, 2: 0.01}[run["seed"]]
+        for one in run["epochs"]:
+            one["val_accuracy"] = 0.9 if run["values"]["lr"] == best else 0.5
+            one["val_accuracy"] += 0.01 if run["values"]["lr"] == 0.001 else 0.0
+    chosen = {seed: run["values"]["lr"] for seed, run in best_runs(found, "none").items()}
+    # Seed 0 has no say at its own values: the two others chose 0.01; their own others tie.
+    assert chosen[0] == 0.01
+    metric = next(m for m in metrics_of(found).shown if m.name == "test_loss@last")
+    run = next(r for r in found["runs"] if r["seed"] == 0 and r["values"]["lr"] == 0.01)
+    assert values(found, "none", metric)[0] == run["epochs"][-1]["test_loss"]
+
+
+def test_a_run_that_diverged_chooses_nothing():
+    found = made_up(arms=("none",), seeds=3, sweep=(0.01, 0.1))
+    for run in found["runs"]:
+        if run["values"]["lr"] == 0.01:
+            run["epochs"][-1]["train_loss"] = math.nan
+    assert {run["values"]["lr"] for run in best_runs(found, "none").values()} == {0.1}
 
 
 BASE = [(0.50, 1.00), (0.52, 1.02), (0.48, 0.98)]
@@ -103,26 +189,69 @@ def shifted(accuracy, loss):
             {"fisher": shifted(0.1, -0.1), "inverse": shifted(0.2, -0.2)},
             "improves test loss over no mask, but less than the inverse mask",
         ),
+        (
+            {"fisher": shifted(0.1, -0.1), "slow": shifted(0.2, -0.2)},
+            "improves test accuracy over no mask, but less than slow training",
+        ),
     ],
 )
 def test_conclusion(arms, conclusion):
-    assert conclusion in verdicts(results(none=BASE, **arms))[-1]
+    assert conclusion in conclusions(results(none=BASE, **arms))[-1]
 
 
-def test_sentences_say_which_way():
-    sentences = verdicts(results(none=BASE, fisher=shifted(0.1, 0.1)))
-    assert sentences[0].endswith("3 seeds): better.")
-    assert "+10.0 points against no mask" in sentences[0]
-    assert sentences[1].endswith("3 seeds): worse.")
-    assert "+0.100 against no mask" in sentences[1]
+@pytest.mark.parametrize(
+    ("control", "conclusion"),
+    [
+        (shifted(0, 0), "in test accuracy it is better than the random mask"),
+        (shifted(0.1, -0.1), "in test accuracy it is not shown to do better than the random mask"),
+        (shifted(0.2, -0.2), "in test accuracy it is worse than the random mask"),
+    ],
+)
+def test_conclusion_without_an_arm_without_a_mask(control, conclusion):
+    assert conclusion in conclusions(results(fisher=shifted(0.1, -0.1), random=control))[0]
+
+
+def test_answers_say_which_way():
+    accuracy, loss = verdicts(results(none=BASE, fisher=shifted(0.1, 0.1)))
+    assert (accuracy.question, accuracy.answer) == ("better than no mask?", "yes")
+    assert (loss.question, loss.answer) == ("better than no mask?", "no, worse")
+    assert accuracy.difference.mean == pytest.approx(0.1)
+
+
+def test_every_kind_of_control_answers_its_question():
+    found = verdicts(made_up())
+    asked = list(dict.fromkeys(v.question for v in found))
+    assert asked == [
+        "better than no mask?",
+        "better than training as slow?",
+        "better than a random mask of the same size in every tensor?",
+        "better than stopping early?",
+    ]
+    assert unasked(made_up()) == []
+    assert unasked(made_up(arms=("none", "fisher"))) == [
+        "better than training as slow?",
+        "better than a random mask of the same size?",
+        "better than stopping early?",
+    ]
 
 
 def test_nothing_is_shown_by_one_seed_or_one_arm():
-    one = verdicts(results(none=BASE[:1], fisher=[(0.9, 0.1)]))
-    assert "from one seed" in one[0]
-    assert "not shown to change test accuracy" in one[-1]
-    assert "Nothing to conclude" in verdicts(results(none=BASE))[0]
-    assert compare_arms(results(none=BASE), "fisher", "none", METRICS[0]) is None
+    one = results(none=BASE[:1], fisher=[(0.9, 0.1)])
+    assert verdicts(one)[0].answer == "not shown: one seed"
+    assert "not shown to change test accuracy" in conclusions(one)[-1]
+    assert "Nothing to conclude" in conclusions(results(none=BASE))[0]
+    metric = available(results(none=BASE))[0]
+    assert compare_arms(results(none=BASE), "fisher", "none", metric) is None
+
+
+def test_other_seeds_are_not_compared_and_cost_the_others_nothing():
+    both = results(none=BASE, fisher=shifted(0.1, 0.1), random=BASE[:2])
+    against = {v.control: v for v in verdicts(both) if v.metric.key == "test_accuracy"}
+    assert against["random"].answer == "not compared: not the same seeds"
+    assert against["random"].missing == (2,)
+    alone = verdicts(results(none=BASE, fisher=shifted(0.1, 0.1)))[0]
+    assert against["none"].difference == alone.difference
+    assert "all 2 comparisons" in correction(both)
 
 
 def test_every_fisher_mask_has_its_own_conclusion():
@@ -131,8 +260,16 @@ def test_every_fisher_mask_has_its_own_conclusion():
         "fisher:keep=0.2": shifted(-0.1, 0.1),
         "random:keep=0.2": BASE,
     }
-    *sentences, conclusion = verdicts(results(none=BASE, **arms))
-    assert len(sentences) == 2 * (1 + 2)
-    first, second = conclusion.split("\n")
+    found = results(none=BASE, **arms)
+    assert len(verdicts(found)) == 2 * (1 + 2)
+    first, second = conclusions(found)
     assert first.startswith("Conclusion on the Fisher mask, keep 0.7 in this run: it improves")
     assert second.startswith("Conclusion on the Fisher mask, keep 0.2 in this run: it makes")
+
+
+def test_table_of_means():
+    found = made_up(seeds=3)
+    summary = summary_table(found)["fisher:keep=0.25"]["test_loss@last"]
+    last = [r["epochs"][-1]["test_loss"] for r in found["runs"] if r["arm"] == "fisher:keep=0.25"]
+    assert summary["mean"] == pytest.approx(mean(last))
+    assert summary["n"] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -48,11 +49,22 @@ def render(page: Page) -> str:
 def to_files(figure: Figure, looks: Sequence[Look]) -> dict[str, str | bytes]:
     """The SVG and the PNG of a figure, on white, by the ends of their names."""
     panels = [_still(panel) | {"width": figure.file_width} for panel in figure.panels]
-    spec = {"concat": panels, "columns": figure.columns} if len(panels) > 1 else panels[0]
+    spec: Spec = {"concat": panels, "columns": figure.columns}
+    spec = spec if len(panels) > 1 else panels[0]
     spec |= {"params": [*spec.get("params", ()), {"name": "hidden", "value": []}], "padding": 10}
     config = theme(looks, dark=False) | {"background": "white"}
-    svg = vl_convert.vegalite_to_svg(spec, config=config)
+    svg = _renumbered(vl_convert.vegalite_to_svg(spec, config=config))
     return {"svg": svg, "png": vl_convert.svg_to_png(svg, scale=_SCALE)}
+
+
+def _renumbered(svg: str) -> str:
+    """The same with ids that depend on nothing else: Vega counts them on from figure to figure."""
+    places: dict[str, str] = {}
+
+    def place(found: re.Match[str]) -> str:
+        return places.setdefault(found[0], f"{found[1]}{len(places)}")
+
+    return re.sub(r'((?:(?<=id=")|(?<=url\(#))(?:clip|gradient_))\d+', place, svg)
 
 
 def _still(panel: Spec) -> Spec:
