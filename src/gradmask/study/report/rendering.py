@@ -16,6 +16,8 @@ from markupsafe import Markup
 from gradmask.study.files import to_json
 from gradmask.study.report.parts import Figure, Look, Page, Spec
 
+# Vega-Lite 6.4 shows "undefined" for what is nearest to the pointer.
+_VERSION = "6.1"
 _SCALE = 2  # pixels of a PNG for each of the SVG
 
 
@@ -53,7 +55,7 @@ def to_files(figure: Figure, looks: Sequence[Look]) -> dict[str, str | bytes]:
     spec = spec if len(panels) > 1 else panels[0]
     spec |= {"params": [*spec.get("params", ()), {"name": "hidden", "value": []}], "padding": 10}
     config = theme(looks, dark=False) | {"background": "white"}
-    svg = _renumbered(vl_convert.vegalite_to_svg(spec, config=config))
+    svg = _renumbered(vl_convert.vegalite_to_svg(spec, vl_version=_VERSION, config=config))
     return {"svg": svg, "png": vl_convert.svg_to_png(svg, scale=_SCALE)}
 
 
@@ -113,7 +115,7 @@ def templates(*packages: str) -> Environment:
 @cache
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed with all that they need, as one script."""
-    source: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    source: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_VERSION)
     return source.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
