@@ -209,20 +209,19 @@ def decoded(images: StoredImages, batches: Iterable[list[Key]], pin: bool) -> It
     return _in_workers(images, _view, batch_sampler=batches, pin_memory=pin)
 
 
-def damaged(images: StoredImages) -> list[tuple[int, str]]:
+def damaged(images: StoredImages) -> Iterator[tuple[int, str]]:
     """Decode every image once, and find those that are damaged.
 
     Args:
         images: The images.
 
-    Returns:
-        Row and message of each damaged image.
+    Yields:
+        Row and message of each image; none for one that is sound.
     """
     keys: list[Key] = [(place, None) for place in range(len(images))]
     batches = _in_workers(images, _damage, sampler=keys, batch_size=64, collate_fn=_as_list)
     messages = (message for batch in batches for message in batch)
-    rows = zip(images.indices.tolist(), messages, strict=True)
-    return [(row, message) for row, message in rows if message]
+    yield from zip(images.indices.tolist(), messages, strict=True)
 
 
 class Labelled(Dataset[tuple[Any, Tensor]]):
