@@ -5,7 +5,7 @@ from gradmask.errors import OptionError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import load_images
 from gradmask.recipes.training.components import new_mask, new_model
-from gradmask.study.arms import STRATEGIES, arm_colours, arm_title, controls, parse_arm
+from gradmask.study.arms import arm_title, controls, parse_arm
 from gradmask.study.folder import run_directory
 from gradmask.study.spec import Spec
 
@@ -46,14 +46,9 @@ def test_an_arm_written_in_two_ways_is_one():
         Comparison(arms=("none", "fisher:keep=0.5", "fisher:keep=0.50"))
 
 
-def test_titles_and_colours():
+def test_titles():
     assert arm_title("fisher:keep=0.7:scope=update") == "Fisher mask, keep 0.7, scope update"
     assert arm_title("none:labels=random") == "no mask, random labels"
-    names = [*STRATEGIES, "fisher:keep=0.7", "none:labels=random"]
-    colours = arm_colours(names)
-    assert list(colours) == names
-    assert len(set(colours.values())) == len(names)
-    assert colours["fisher"] == arm_colours(["fisher"])["fisher"]
 
 
 def test_masks_are_judged_against_others_with_the_same_options():

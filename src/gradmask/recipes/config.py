@@ -196,9 +196,8 @@ class Comparison:
         check_choice("class_weights", self.class_weights, ("none", "balanced"))
         check_choice("engine", self.engine, ("ddp", "fsdp"))
         check_choice("precision", self.precision, ("float32", "bf16", "fp16"))
-        whole = ("epochs", "evaluate_every", "batch_size", "stem_stride")
-        whole += ("monitor_sources", "monitor_probe", "jobs")
-        for name in whole:
+        whole = ("epochs", "evaluate_every", "batch_size", "stem_stride", "jobs")
+        for name in (*whole, "monitor_sources", "monitor_probe"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
         optional = ("train_size", "test_size", "classes", "image_size", "width", "fisher_samples")

@@ -46,18 +46,6 @@ _CHOICES = {"scope": ("gradient", "update"), "kind": ("empirical", "sampled", "e
 _TITLES = {"labels": "{} labels"}
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
-# Okabe and Ito's palette: told apart with any colour vision.
-_COLOURS = {
-    "none": "#3b3b3b",
-    "fisher": "#0072b2",
-    "random": "#e69f00",
-    "random_matched": "#009e73",
-    "inverse": "#cc79a7",
-    "slow": "#d55e00",
-    "early": "#56b4e9",
-}
-_MORE_COLOURS = ("#f0e442", "#8c564b", "#7f7f7f", "#17becf", "#9467bd", *_COLOURS.values())
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -193,13 +181,3 @@ def controls(name: str, names: Iterable[str]) -> list[str]:
 def read_arm(name: str) -> Arm:
     """Read the name of an arm that was checked when its study began."""
     return parse_arm(name, own=[name.split(":")[0]])
-
-
-def arm_colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each arm; those without options always have the same one."""
-    names = list(names)
-    plain = {name: _COLOURS[name] for name in names if name in _COLOURS}
-    free = [colour for colour in _MORE_COLOURS if colour not in plain.values()]
-    others = [name for name in names if name not in plain]
-    chosen = plain | {name: free[i % len(free)] for i, name in enumerate(others)}
-    return {name: chosen[name] for name in names}

@@ -53,7 +53,12 @@ class Metric:
     @property
     def title(self) -> str:
         """The metric in words, without the epoch."""
-        return self.key.replace("_", " ")
+        return re.sub(r"^val\b", "validation", self.key.replace("_", " "))
+
+    @property
+    def label(self) -> str:
+        """The same with a capital."""
+        return self.title[:1].upper() + self.title[1:]
 
     @property
     def words(self) -> str:
@@ -63,7 +68,7 @@ class Metric:
             "chosen": "at the epoch chosen on validation",
             "best": "of its best epoch",
         }
-        return f"{self.title[0].upper()}{self.title[1:]} {epochs[self.at]}"
+        return f"{self.label} {epochs[self.at]}"
 
     @property
     def heading(self) -> str:
@@ -131,21 +136,15 @@ class Metrics:
         shown: Columns of the tables.
         judged: What verdicts rest on.
         front: The two whose front over a sweep is drawn, or fewer.
-        chooser: What chooses an epoch, and the values of a sweep.
+        validation: What chooses an epoch, and the values of a sweep; None if there is nothing.
+        chooser: The same, and what chooses among equal ones, with their directions.
     """
 
     shown: tuple[Metric, ...]
     judged: tuple[Metric, ...]
     front: tuple[Metric, ...]
+    validation: Metric | None
     chooser: tuple[tuple[str, bool], ...]
-
-    @property
-    def validation(self) -> Metric | None:
-        """The first metric of the chooser, at the epoch that it chooses."""
-        if not self.chooser:
-            return None
-        key, up = self.chooser[0]
-        return Metric(key, "chosen", up, False, self.chooser)
 
 
 def metrics_of(results: Results) -> Metrics:
@@ -194,7 +193,8 @@ def metrics_of(results: Results) -> Metrics:
     judged = named("judge") or _judged_by_name(shown)
     shown += [m for m in judged if m not in shown]
     front = named("front") or judged[:2]
-    return Metrics(tuple(shown), tuple(judged), tuple(front), chooser)
+    validation = metric(chooser[0][0], "chosen") if chooser else None
+    return Metrics(tuple(shown), tuple(judged), tuple(front), validation, chooser)
 
 
 def _common_keys(runs: list[Row]) -> list[str]:

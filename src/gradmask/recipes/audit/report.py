@@ -18,7 +18,7 @@ from gradmask.recipes.audit.scores import FORMS, Form
 from gradmask.recipes.plots import STYLE, to_svg
 from gradmask.study.files import write_atomically
 from gradmask.study.options import to_yaml
-from gradmask.study.report.page import templates
+from gradmask.study.report.rendering import templates
 from gradmask.study.statistics import Difference, summarise
 
 
@@ -41,7 +41,7 @@ def write_audit_report(audited: Audited) -> Path:
     sheet = contact_sheet(audited, seed)
     write_atomically(folder / f"contact-sheet-seed{seed}.png", sheet)
     page = (
-        templates()
+        templates("gradmask.recipes.audit")
         .get_template("audit.html.j2")
         .render(
             config=audited.config,

@@ -31,7 +31,7 @@ def curves(studies: Mapping[str, Results], looks: Sequence[Look]) -> Figure | No
         validation = (found.validation,) if found.validation else ()
         for metric in (*found.shown, *validation):
             metrics.setdefault(metric.key, metric)
-    panels = []
+    panels: list[Spec] = []
     for key, metric in metrics.items():
         scale = 100.0 if metric.percent else 1.0
         rows = {
@@ -40,7 +40,7 @@ def curves(studies: Mapping[str, Results], looks: Sequence[Look]) -> Figure | No
         }
         domain = _domain([row for found in rows.values() for row in found], metric)
         for name, found_rows in rows.items():
-            title = f"{metric.title[0].upper()}{metric.title[1:]}{' (%)' if metric.percent else ''}"
+            title = f"{metric.label}{' (%)' if metric.percent else ''}"
             title = f"{title}: {name}" if len(studies) > 1 else title
             if found_rows:
                 panels.append(
@@ -70,8 +70,8 @@ def _domain(rows: Sequence[Mapping[str, Any]], metric: Metric) -> tuple[float, f
     if not metric.higher_is_better:
         start = max(row["epoch"] for row in rows) / 5
         later = max((row["high"] for row in rows if row["epoch"] > start), default=high)
-        if high - low > 2 * (later - low) > 0:
-            high = later + 0.25 * (later - low)
+        if high - low > 4 * (later - low) > 0:
+            high = low + 2 * (later - low)
     gap = 0.03 * (high - low)
     return (low - gap, high + gap) if gap else None
 
@@ -88,7 +88,7 @@ def differences(results: Results, looks: Sequence[Look]) -> Figure | None:
         if rows:
             better = "right" if metric.higher_is_better else "left"
             unit = " (points)" if metric.percent else ""
-            title = [f"{metric.words}{unit}", f"{better} is better"]
+            title = [f"{metric.label}{unit}", f"{metric.at} epoch; {better} is better"]
             panels.append(_difference_panel(title, rows, looks))
     if not panels:
         return None
@@ -126,7 +126,7 @@ def _difference_panel(title: list[str], rows: list[dict[str, Any]], looks: Seque
     x = {"type": "quantitative", "title": None, "scale": {"zero": True}, "axis": {"tickCount": 6}}
     return {
         "title": {"text": title[0], "subtitle": title[1]},
-        "height": {"step": 42},
+        "height": 42 * len(order),
         "data": {"values": rows},
         "encoding": {
             "y": {"field": "arm", "type": "nominal", "sort": order, "axis": None},
@@ -206,7 +206,7 @@ def kept(results: Results, looks: Sequence[Look]) -> Figure | None:
             "text": "Share of each parameter tensor that learns",
             "subtitle": {"expr": "which"},
         },
-        "height": {"step": max(4, min(14, 900 // len(layers)))},
+        "height": len(layers) * max(4, min(14, 900 // len(layers))),
         "data": {"values": rows},
         "params": [select],
         "transform": [{"filter": "datum.arm == which"}, {"flatten": ["epoch", "share"]}],

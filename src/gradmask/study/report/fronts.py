@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradmask.study.metrics import Metric, metrics_of
-from gradmask.study.report.lines import NOT_HIDDEN, arm_colour, nearest, short, tooltip
+from gradmask.study.report.lines import NOT_HIDDEN, arm_colour, short, tooltip
 from gradmask.study.report.parts import Cell, Figure, Look, Spec, Table
 from gradmask.study.results import Row, diverged_at, values_of
 from gradmask.study.statistics import Results, best_runs, summarise, value_key
@@ -50,12 +50,12 @@ def _front_panel(
             "field": axis,
             "type": "quantitative",
             "scale": {"zero": False},
+            "axis": {"tickCount": 7},
             "title": f"{metric.words}{' (%)' if metric.percent else ''}",
         }
         for axis, metric in axes.items()
     }
     x, y = encodings["x"], encodings["y"]
-    near = {"param": "near", "empty": False, "value": 220}
     lines: list[Spec] = [
         {
             "mark": {"type": "line", "strokeWidth": 1.6},
@@ -80,15 +80,11 @@ def _front_panel(
             },
             {
                 "mark": {"type": "point", "filled": True, "opacity": 1},
-                "params": [nearest("near")],
                 "encoding": {
                     "x": x,
                     "y": y,
                     "shape": shape,
-                    "size": {
-                        "condition": [near, {"test": "datum.chosen > 0", "value": 130}],
-                        "value": 55,
-                    },
+                    "size": {"condition": {"test": "datum.chosen > 0", "value": 150}, "value": 70},
                     "tooltip": tooltip(
                         arm="arm",
                         values="values",
@@ -119,7 +115,7 @@ def values_table(results: Results, looks: Sequence[Look]) -> Table:
                 if diverged_at(run) is None
             ]
             summary = summarise(found)
-            text = summary.show(metrics.validation.show) if metrics.validation else "–"
+            text = summary.show(metrics.validation.show) if metrics.validation else "-"
             count = chosen.count(key)
             more = f"chosen by {count} of {len(chosen)} seeds" if count else ""
             cells.append(Cell(text, summary.mean, "best" if count else "", more=more))

@@ -82,15 +82,18 @@ def line_panel(
     Returns:
         The panel.
     """
-    scale = {"type": "log"} if log else {"zero": False, "nice": domain is None}
+    scale: Spec = {"type": "log"} if log else {"zero": False, "nice": domain is None}
     if domain is not None:
         scale["domain"] = list(domain)
+    # Clipped only where something is cut: files of clipped marks take seconds to draw.
+    clip = domain is not None and any(row["high"] > domain[1] for row in rows)
     axis = {"format": ".0e", "tickCount": 5} if log else {"tickCount": 5}
     y = {"field": "mean", "type": "quantitative", "title": None, "scale": scale, "axis": axis}
     colour = arm_colour(looks)
     dashes = {"domain": colour["scale"]["domain"], "range": [list(look.dash) for look in looks]}
     single = len({row["epoch"] for row in rows}) < 2  # a line of one point is not seen
-    near = {"param": f"near{place}", "empty": False}
+    name = f"near{place}"
+    near = {"param": name, "empty": False}
     return {
         "title": title,
         "height": HEIGHT,
@@ -107,16 +110,16 @@ def line_panel(
         },
         "layer": [
             {
-                "mark": {"type": "area", "opacity": 0.14, "clip": True},
+                "mark": {"type": "area", "fillOpacity": 0.14, "clip": clip},
                 "encoding": {"y": y | {"field": "low"}, "y2": {"field": "high"}},
             },
             {
-                "mark": {"type": "line", "strokeWidth": 1.8, "clip": True, "point": single},
+                "mark": {"type": "line", "strokeWidth": 1.8, "clip": clip, "point": single},
                 "encoding": {"y": y, "strokeDash": colour | {"scale": dashes}},
             },
             {
-                "mark": {"type": "point", "filled": True, "size": 70, "clip": True},
-                "params": [nearest(near["param"])],
+                "mark": {"type": "point", "filled": True, "size": 70, "clip": clip},
+                "params": [nearest(name)],
                 "encoding": {
                     "y": y,
                     "opacity": {"condition": near | {"value": 1}, "value": 0},

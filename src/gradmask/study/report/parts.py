@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradmask.study.arms import arm_colours, arm_title
+from gradmask.study.arms import arm_title, read_arm
 
 Spec = dict[str, Any]  # of Vega-Lite
 
-# The same colours where the background is dark.
-_ON_DARK = {
-    "#3b3b3b": "#d3d7de",
-    "#0072b2": "#4ea8de",
-    "#e69f00": "#f0b429",
-    "#009e73": "#2bbf93",
-    "#cc79a7": "#e29cc4",
-    "#d55e00": "#f0803c",
-    "#56b4e9": "#8fd0f5",
-}
+# Okabe and Ito's palette, told apart with any colour vision, and two more: the colour on a light
+# background, on a dark one, and the strategy that it belongs to.
+_COLOURS = (
+    ("#3b3b3b", "#d3d7de", "none"),
+    ("#0072b2", "#4ea8de", "fisher"),
+    ("#e69f00", "#f0b429", "random"),
+    ("#009e73", "#2bbf93", "random_matched"),
+    ("#cc79a7", "#e29cc4", "inverse"),
+    ("#d55e00", "#f0803c", "slow"),
+    ("#56b4e9", "#8fd0f5", "early"),
+    ("#8c6d31", "#c9a86a", "slow_matched"),
+    ("#7570b3", "#a9a4e0", "sam"),
+)
 _DASHES = ((1, 0), (7, 3), (2, 2), (9, 2, 2, 2))
 
 
@@ -44,15 +48,25 @@ class Look:
 
 
 def looks(arms: Iterable[str]) -> list[Look]:
-    """How arms look: a colour, a dash and a title for each."""
+    """How arms look.
+
+    Each has a colour of its own, the first of a strategy that of the strategy; where arms are more
+    than colours, all of a strategy share its colour, and are told apart by their dashes.
+    """
     arms, found = list(arms), list[Look]()
-    colours = arm_colours(arms)
-    for arm in arms:
-        title, colour = arm_title(arm), colours[arm]
+    places = {strategy: place for place, (_, _, strategy) in enumerate(_COLOURS)}
+    strategies = [read_arm(arm).strategy for arm in arms]
+    free = [p for s, p in places.items() if s not in strategies]
+    few, used = len(arms) <= len(_COLOURS), Counter[int]()
+    for order, (arm, strategy) in enumerate(zip(arms, strategies, strict=True)):
+        place = places.get(strategy, order % len(_COLOURS))
+        if few and (used[place] or strategy not in places):
+            place = free.pop(0)
+        title = arm_title(arm)
         title = arm if title in (look.title for look in found) else title
-        used = sum(look.light == colour for look in found)
-        dash = _DASHES[used % len(_DASHES)]
-        found.append(Look(arm, title, colour, _ON_DARK.get(colour, colour), dash))
+        light, dark, _ = _COLOURS[place]
+        found.append(Look(arm, title, light, dark, _DASHES[used[place] % len(_DASHES)]))
+        used[place] += 1
     return found
 
 

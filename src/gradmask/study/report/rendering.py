@@ -29,7 +29,7 @@ def render(page: Page) -> str:
     """
     figures = [figure for section in page.sections for figure in section.figures]
     data = {
-        "figures": {figure.name: _together(figure) for figure in figures},
+        "figures": {figure.name: vars(figure) for figure in figures},
         "themes": {name: theme(page.looks, dark=name == "dark") for name in ("light", "dark")},
         "files": page.files,
     }
@@ -47,19 +47,21 @@ def render(page: Page) -> str:
 
 def to_files(figure: Figure, looks: Sequence[Look]) -> dict[str, str | bytes]:
     """The SVG and the PNG of a figure, on white, by the ends of their names."""
-    spec = _together(figure)
-    spec |= {"params": [*spec.get("params", ()), {"name": "hidden", "value": []}], "padding": 10}
-    config = theme(looks, dark=False) | {"background": "white"}
-    return {
-        "svg": vl_convert.vegalite_to_svg(spec, config=config),
-        "png": vl_convert.vegalite_to_png(spec, config=config, scale=_SCALE),
+    panels = [_still(panel) | {"width": figure.file_width} for panel in figure.panels]
+    spec = {"concat": panels, "columns": figure.columns} if len(panels) > 1 else panels[0]
+    spec |= {
+        "params": [*(spec.get("params") or ()), {"name": "hidden", "value": []}],
+        "padding": 10,
     }
+    config = theme(looks, dark=False) | {"background": "white"}
+    svg = vl_convert.vegalite_to_svg(spec, config=config)
+    return {"svg": svg, "png": vl_convert.svg_to_png(svg, scale=_SCALE)}
 
 
-def _together(figure: Figure) -> Spec:
-    """All panels of a figure in one specification."""
-    panels = [{**panel, "width": figure.file_width} for panel in figure.panels]
-    return {"concat": panels, "columns": figure.columns} if len(panels) > 1 else panels[0]
+def _still(panel: Spec) -> Spec:
+    """A panel without the layers that follow a pointer."""
+    layers = [layer for layer in panel.get("layer", ()) if "params" not in layer]
+    return panel | ({"layer": layers} if layers else {})
 
 
 def theme(looks: Sequence[Look], *, dark: bool) -> dict[str, Any]:
@@ -75,7 +77,8 @@ def theme(looks: Sequence[Look], *, dark: bool) -> dict[str, Any]:
         "axis": labels
         | {"gridColor": line, "domain": False, "tickColor": line, "titleFontWeight": "normal"},
         "legend": {"labelColor": ink, "labelFontSize": 11, "labelLimit": 400, "orient": "top"}
-        | {"columns": 3, "symbolStrokeWidth": 2, "symbolType": "stroke"},
+        | {"columns": 3, "symbolStrokeWidth": 2, "symbolType": "stroke"}
+        | {"symbolOpacity": 1, "symbolSize": 250},
         "title": {"anchor": "start", "color": ink, "fontSize": 13, "fontWeight": 600, "offset": 12}
         | {"subtitleColor": soft, "subtitleFontSize": 11},
         "text": {"color": ink},

@@ -61,7 +61,7 @@ def means_table(studies: Mapping[str, Results], looks: Sequence[Look]) -> Table:
             cells.append(Cell(str(seeds), seeds))
             for key in metrics:
                 if key not in own:
-                    cells.append(Cell("–"))
+                    cells.append(Cell("-"))
                     continue
                 summary = mean_of(results, look.arm, own[key])
                 style = "best" if best[key] == look.arm else ""
@@ -82,7 +82,7 @@ def differences_table(results: Results, looks: Sequence[Look]) -> Table | None:
         cells = [arm_cell(look)]
         for metric, difference in zip(metrics, found, strict=True):
             if difference is None:
-                cells.append(Cell("–"))
+                cells.append(Cell("-"))
                 continue
             style = "best" if difference.shown else "weak"
             text = metric.show(difference.mean, signed=True)
@@ -121,10 +121,10 @@ def _answer(verdict: Verdict, look: Look) -> list[Cell]:
         Cell(verdict.answer, verdict.answer, _STYLES[verdict.outcome]),
     ]
     if difference is None:
-        return [*words, *[Cell("–")] * 6]
+        return [*words, *[Cell("-")] * 6]
 
     def number(value: float | None, text: str) -> Cell:
-        return Cell("–") if value is None else Cell(text, value)
+        return Cell("-") if value is None else Cell(text, value)
 
     return [
         *words,

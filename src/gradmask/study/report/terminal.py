@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +12,7 @@ from gradmask.study.arms import arm_title
 from gradmask.study.metrics import Metric, metrics_of
 from gradmask.study.report.tables import best_arm, mean_of
 from gradmask.study.statistics import Results, arms, divergences
-from gradmask.study.verdicts import Verdict, conclusions, verdicts
+from gradmask.study.verdicts import Verdict, conclusions, correction, verdicts
 
 _ARM_WIDTH = 34  # of the column of arms where room is short; longer titles take more lines
 
@@ -40,6 +39,9 @@ def print_summary(results: Results, console: Console) -> None:
     found = verdicts(results)
     for arm, metric in dict.fromkeys((v.arm, v.metric) for v in found):
         console.print(_answers([v for v in found if (v.arm, v.metric) == (arm, metric)]))
+        console.print()
+    if found:
+        console.print(Text(correction(results), style="dim"))
     for sentence in divergences(results):
         console.print(Text(sentence))
     for sentence in conclusions(results):
@@ -47,26 +49,24 @@ def print_summary(results: Results, console: Console) -> None:
 
 
 def _least_important_first(results: Results, metrics: Sequence[Metric]) -> list[Metric]:
-    """What is judged goes last, and what is chosen by itself or of the training set first."""
+    """What the metric itself chose, then the training set, and last what is judged."""
     judged = metrics_of(results).judged
 
-    def importance(metric: Metric) -> int:
-        if metric in judged:
-            return 3
-        if metric.at == "best" or metric.key.startswith("train_"):
-            return 0 if metric.at == "best" else 1
-        return 2
+    def importance(metric: Metric) -> tuple[bool, bool, bool]:
+        return (metric in judged, metric.at != "best", not metric.key.startswith("train_"))
 
-    return sorted(reversed(metrics), key=importance)
+    return sorted(metrics, key=importance)
 
 
 def _means(results: Results, metrics: Sequence[Metric]) -> Table:
-    table = Table(title="Mean ± standard deviation over seeds", title_justify="left")
+    table = Table(
+        title="Mean ± standard deviation over seeds, at the epochs named", title_justify="left"
+    )
     table.add_column("arm", max_width=_ARM_WIDTH, overflow="fold")
     for metric in metrics:
         unit = " (%)" if metric.percent else ""
-        title = Text(f"{metric.title}{unit}\n{metric.at} epoch")
-        table.add_column(title, justify="right", no_wrap=True)
+        title = metric.title.replace(" ", "\n")
+        table.add_column(Text(f"{title}\n{metric.at}{unit}"), justify="right", no_wrap=True)
     best = {metric: best_arm(results, metric) for metric in metrics}
     for arm in arms(results):
         cells = [
@@ -79,25 +79,30 @@ def _means(results: Results, metrics: Sequence[Metric]) -> Table:
 
 def _answers(found: Sequence[Verdict]) -> Table:
     metric = found[0].metric
-    unit = ", points" if metric.percent else ""
-    title = Text(f"Is the {arm_title(found[0].arm)} ({metric.words}{unit})", style="italic")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("", overflow="fold")
-    table.add_column("answer", overflow="fold")
-    for name in ("difference", "95 % interval", "p", "corrected", "least"):
-        table.add_column(name, justify="right", overflow="fold")
+    unit = ", in points" if metric.percent else ""
+    title = Text(f"{arm_title(found[0].arm)}: {metric.title} of the {metric.at} epoch{unit}")
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("\nis it better than", overflow="fold", min_width=16)
+    table.add_column("\nanswer", overflow="fold")
+    for name in ("difference\n(95 % interval)", "p\n(corrected)", "least\neffect"):
+        table.add_column(name, justify="right", no_wrap=True)
     for verdict in found:
         difference = verdict.difference
-        words = [verdict.question, verdict.answer]
-        if difference is None:
-            table.add_row(*map(Text, words))
-            continue
-        low, high, p = difference.low, difference.high, difference.p
-        numbers = [metric.show(difference.mean, signed=True)]
-        if low is not None and high is not None and p is not None:
-            numbers += [f"{metric.show(low, signed=True)} to {metric.show(high, signed=True)}"]
-            corrected, least = difference.corrected, difference.detectable
-            numbers += [f"{p:.2g}", "" if corrected is None else f"{corrected:.2g}"]
-            numbers += ["" if least is None else metric.show(least)]
-        table.add_row(*map(Text, [*words, *numbers]))
+        question = verdict.question.removeprefix("better than ").removesuffix("?")
+        cells = [question, verdict.answer]
+        if difference is not None:
+            low, high = difference.low, difference.high
+            cells.append(metric.show(difference.mean, signed=True))
+            if low is not None and high is not None:
+                cells[-1] += (
+                    f" ({metric.show(low, signed=True)} to {metric.show(high, signed=True)})"
+                )
+            if difference.corrected is not None and difference.detectable is not None:
+                cells.append(f"{_short(difference.p or 0.0)} ({_short(difference.corrected)})")
+                cells.append(metric.show(difference.detectable))
+        table.add_row(*map(Text, cells))
     return table
+
+
+def _short(p: float) -> str:
+    return f"{p:.2g}" if p >= 0.001 else "<0.001"

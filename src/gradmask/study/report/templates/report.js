@@ -18,8 +18,8 @@ const draw = async () => {
   const config = page.themes[dark.matches ? "dark" : "light"];
   const { legend, ...others } = config;
   for (const box of document.querySelectorAll("[data-chart]")) {
-    const name = box.dataset.chart, spec = page.figures[name];
-    const panel = { ...(spec.concat ?? [spec])[box.dataset.panel], width: "container" };
+    const name = box.dataset.chart;
+    const panel = { ...page.figures[name].panels[box.dataset.panel], width: "container" };
     // The page's own legend stands for those of arms.
     const made = await embed(box, name, panel, { ...others, legend: { ...legend, disable: true } });
     (views[name] ??= {})[box.dataset.panel] = made.view;
@@ -31,8 +31,12 @@ const save = (name, url) => Object.assign(document.createElement("a"), { href: u
 
 const actions = {
   async figure({ figure, kind }) {
+    const { panels, columns, file_width: width } = page.figures[figure];
+    const still = ({ layer, ...panel }) =>  // without the layers that follow a pointer
+      ({ ...panel, ...(layer && { layer: layer.filter((one) => !one.params) }), width });
+    const spec = panels.length > 1 ? { concat: panels.map(still), columns } : still(panels[0]);
     const config = { ...page.themes.light, background: "white" };
-    const { view } = await embed(document.createElement("div"), figure, page.figures[figure], config);
+    const { view } = await embed(document.createElement("div"), figure, { ...spec, padding: 10 }, config);
     save(`${figure}.${kind}`, await view.toImageURL(kind, 2));
   },
   file({ file }) {
