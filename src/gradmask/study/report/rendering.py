@@ -48,7 +48,9 @@ def render(page: Page) -> str:
 def to_files(figure: Figure, looks: Sequence[Look]) -> dict[str, str | bytes]:
     """The SVG and the PNG of a figure, on white, by the ends of their names."""
     panels = [_still(panel) | {"width": figure.file_width} for panel in figure.panels]
-    spec = {"concat": panels, "columns": figure.columns} if len(panels) > 1 else panels[0]
+    spec: dict[str, Any] = (
+        {"concat": panels, "columns": figure.columns} if len(panels) > 1 else panels[0]
+    )
     spec |= {
         "params": [*(spec.get("params") or ()), {"name": "hidden", "value": []}],
         "padding": 10,
