@@ -50,12 +50,6 @@ def load_source(folder, size, **options):
     return replace(source, images=images, test_images=test_images)
 
 
-def load_source(folder, size, **options):
-    source = open_source(Comparison(data=folder, image_size=size, **options))
-    (images, test_images), _ = decode_all(folder, [source.images, source.test_images])
-    return replace(source, images=images, test_images=test_images)
-
-
 def both_ways(folder, size=24, **options):
     """All images and labels, in memory and streamed."""
     stored = stored_source(

@@ -197,8 +197,7 @@ class Comparison:
         check_choice("engine", self.engine, ("ddp", "fsdp"))
         check_choice("precision", self.precision, ("float32", "bf16", "fp16"))
         whole = ("epochs", "evaluate_every", "batch_size", "stem_stride")
-        whole += ("monitor_sources", "monitor_probe", "jobs")
-        for name in whole:
+        for name in (*whole, "monitor_sources", "monitor_probe", "jobs"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
         optional = ("train_size", "test_size", "classes", "image_size", "width", "fisher_samples")

@@ -65,7 +65,10 @@ class Progress:
         self._print(f"Going on with {spec.title}, from its checkpoint.")
 
     def epoch(self, spec: Spec, row: Row) -> None:
-        """An epoch of a run is over."""
+        """An epoch of a run is over; with `share`, only that much of it."""
+        if "share" in row:
+            self.batch(spec, row["epoch"], row["share"])
+            return
         self._advance(spec, 1.0)
         if self.epochs:
             self._bars.advance(self._all)
