@@ -160,7 +160,7 @@ def test_every_image_of_every_epoch_has_a_seed_of_its_own(folder, monkeypatch):
     data = load_images(config, 0)
     seen = []
 
-    def record(images, keys, pin):
+    def record(images, keys, *_):
         seen.extend(seed for batch in keys for _, seed in batch)
         return iter([])
 
