@@ -21,6 +21,8 @@ from gradmask.recipes.audit.run import Audit, run_audit
 from gradmask.recipes.compare import run_comparison
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import load_images
+from gradmask.recipes.results import check_comparison
+from gradmask.recipes.results import check_theorem as check
 from gradmask.recipes.theorem.config import SIZES, TheoremCheck
 from gradmask.recipes.theorem.report import print_theorem, write_theorem
 from gradmask.recipes.theorem.run import FILE, run_theorem
@@ -61,7 +63,7 @@ def audit(folder):
 
 
 def report(folder):
-    results = read_results(folder)
+    results = read_results(folder, check=check_comparison)
     print_summary(results, QUIET)
     write_report(folder, results)
 
@@ -89,7 +91,7 @@ def check_theorem(folder):
 
 
 def report_theorem(folder):
-    results = read_results(folder, FILE)
+    results = read_results(folder, FILE, check)
     print_theorem(results, QUIET)
     write_theorem(folder, results)
 

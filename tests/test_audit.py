@@ -34,6 +34,7 @@ from gradmask.recipes.training.components import new_model
 from gradmask.recipes.training.weights import load_weights, weights_path
 from gradmask.study.folder import run_directory
 from gradmask.study.progress import Progress
+from gradmask.study.spec import Spec
 
 QUIET = Console(quiet=True)
 OPTIONS = {
@@ -284,7 +285,7 @@ def test_losses_are_those_of_the_kept_weights(config, printed):
     losses = []
     for epoch in (1, 2):
         model = new_model(config, data, 1).eval()
-        load_weights(weights_path(run_directory(config.output, "none", 1), epoch), model)
+        load_weights(weights_path(run_directory(config.output, Spec("none", 1)), epoch), model)
         with torch.no_grad():
             losses.append(F.cross_entropy(model(inputs), data.train_labels, reduction="none"))
     options = Audit(config.output, seeds=(1,), probe=40, device="cpu")
@@ -311,9 +312,9 @@ def test_measured_once(config, printed, monkeypatch):
     run_audit(options, QUIET)
     with pytest.raises(AssertionError, match="measured again"):
         run_audit(replace(options, probe=41), QUIET)
-    path = weights_path(run_directory(config.output, "none", 2), 2)
+    path = weights_path(run_directory(config.output, Spec("none", 2)), 2)
     whole = path.read_bytes()
-    path.write_bytes(weights_path(run_directory(config.output, "none", 2), 1).read_bytes())
+    path.write_bytes(weights_path(run_directory(config.output, Spec("none", 2)), 1).read_bytes())
     try:
         with pytest.raises(StateError, match=r"not of the run in results\.json, but of another"):
             run_audit(options, QUIET)  # other weights than the run has kept

@@ -25,7 +25,7 @@ def test_run_and_report(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "Conclusion on the Fisher mask" in printed
     assert str(folder / "report.html") in printed
-    assert "no mask     seed 3:" in printed
+    assert "no mask, seed 3" in printed
     row = next(line for line in printed.splitlines() if line.startswith("│ no mask"))
     assert len(re.findall(r"± \d", row)) == 6
     runs = [(run["arm"], run["seed"]) for run in result(folder)["runs"]]

@@ -9,15 +9,17 @@ import yaml
 from rich.console import Console
 
 from gradmask.errors import GradmaskError, ModelError, OptionError, StateError
-from gradmask.recipes import compare, folder
+from gradmask.recipes import compare
 from gradmask.recipes.catalogue import RECIPES
 from gradmask.recipes.compare import run_comparison
 from gradmask.recipes.config import Comparison
-from gradmask.study.options import to_plain, to_yaml
 from gradmask.recipes.data.images import load_images
 from gradmask.recipes.training import components
 from gradmask.recipes.training import run as train
+from gradmask.study import comparison as engine
+from gradmask.study import folder
 from gradmask.study.folder import read_results
+from gradmask.study.options import to_plain, to_yaml
 from gradmask.study.progress import Progress
 
 
@@ -173,7 +175,7 @@ def test_a_refused_run_leaves_no_folder(config, exists):
 
 def test_what_runs_were_made_with_stays(config, monkeypatch):
     first = run_comparison(config, quiet())
-    monkeypatch.setattr(compare, "environment", lambda _: {"commit": "younger"})
+    monkeypatch.setattr(engine, "environment", lambda _: {"commit": "younger"})
     same = run_comparison(config, quiet())
     assert same["environment"] == first["environment"]
     more = run_comparison(change(config, seeds=(0, 1, 2)), quiet())

@@ -20,10 +20,12 @@ from gradmask.errors import DataError, OptionError, StateError
 from gradmask.recipes.audit.files import write_audit_files
 from gradmask.recipes.audit.report import write_audit_report
 from gradmask.recipes.data import images as images_module
+from gradmask.recipes.results import check_comparison, check_theorem
 from gradmask.recipes.training import run as train
 from gradmask.study.budget import EpochsSpent
 from gradmask.study.folder import check_ours, read_results, run_directory
 from gradmask.study.report.page import print_summary, write_report
+from gradmask.study.spec import Spec
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -67,7 +69,9 @@ def test_a_disk_that_is_full_or_read_only(moment, number, made, tmp_path, monkey
         with pytest.raises(OSError, match=r"No space|Read-only"):
             train_into(folder)
     assert not list(folder.rglob("*.tmp"))
-    assert timeless(train_into(folder)["runs"]) == timeless(read_results(made / "done")["runs"])
+    assert timeless(train_into(folder)["runs"]) == timeless(
+        read_results(made / "done", check=check_comparison)["runs"]
+    )
 
 
 @pytest.mark.parametrize("evil", ["0/../../../victim", "../victim", 10**30, True, None, "0"])
@@ -86,10 +90,10 @@ def test_nothing_that_is_read_becomes_a_path(evil, key, made, tmp_path):
             read(folder)
     assert len(list(tmp_path.rglob("victim/checkpoint.pt"))) == 4
     with pytest.raises(StateError, match="would not lie in"):
-        run_directory(folder, "none/../..", 0)
+        run_directory(folder, Spec("none/../..", 0))
     (folder / "runs" / "inverse-seed0").symlink_to(tmp_path / "victim")
     with pytest.raises(StateError, match="would not lie in"):
-        run_directory(folder, "inverse", 0)
+        run_directory(folder, Spec("inverse", 0))
 
 
 def test_other_data_are_refused(made, tmp_path, monkeypatch):
@@ -141,7 +145,7 @@ def test_a_diverged_arm_does_not_take_others_along(optimizer, tmp_path, monkeypa
     folder = tmp_path / "out"
     options = {"optimizer": optimizer, "epochs": 3, "lr": 0.01, "seeds": (0, 1)}
     train_into(folder, arms=("fisher", "none"), **options)
-    results = read_results(folder)
+    results = read_results(folder, check=check_comparison)
     assert [(r["arm"], len(r["epochs"])) for r in results["runs"]] == [
         *[("fisher", 1)] * 2,
         *[("none", 3)] * 2,
@@ -183,15 +187,15 @@ def test_numbers_that_are_not_finite_do_not_break_a_report(value, which, made, t
 
 @pytest.mark.parametrize("folder", ["cifar100-small", "figure1", "figure2", "table1-cifar100"])
 def test_results_of_earlier_versions_are_read(folder):
-    assert read_results(RESULTS / folder)["runs"]
+    assert read_results(RESULTS / folder, check=check_comparison)["runs"]
     check_ours(RESULTS / folder)
-    assert read_results(RESULTS / "theorem1", "theorem1.json")["runs"]
+    assert read_results(RESULTS / "theorem1", "theorem1.json", check_theorem)["runs"]
 
 
 def test_reports_go_into_folders_of_runs_only(made, tmp_path):
     (tmp_path / "report.html").write_text("mine")
     with pytest.raises(OptionError, match="no run that gradmask made"):
-        write_report(tmp_path, read_results(made / "done"))
+        write_report(tmp_path, read_results(made / "done", check=check_comparison))
     shutil.copy(made / "done" / "results.json", tmp_path)
     with pytest.raises(OptionError, match=r"no config\.yaml of theirs"):
         report(tmp_path)

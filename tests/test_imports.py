@@ -34,16 +34,27 @@ CORE = [
     "mask",
     "__init__",
 ]
-TOP = ["integrations", "experiments", "benchmarks", "cli"]
+TOP = ["study", "integrations", "recipes", "benchmarks", "cli"]
 PUBLIC = ["__init__", "errors", "interrupts", "seeding", "distributed", "loaders"]
-HEAVY = {"torchvision", "sklearn", "datasets", "matplotlib", "scipy", "rich", "jsonargparse"}
+HEAVY = {
+    "distributed",
+    "torchvision",
+    "sklearn",
+    "datasets",
+    "matplotlib",
+    "scipy",
+    "rich",
+    "jsonargparse",
+}
 
 
 def allowed(part):
     if part in CORE:
         return [*CORE[: CORE.index(part)], part]
-    inner = ["fisher", "kernels"] if part == "benchmarks" else []  # whose parts it compares
-    return [*PUBLIC, *inner, *TOP[: TOP.index(part)], part]
+    # Whose parts benchmarks compare; a control hooks the optimizers that a mask would.
+    inner = {"benchmarks": ["fisher", "kernels"], "study": ["attach"]}.get(part, [])
+    others = [top for top in TOP[: TOP.index(part)] if (part, top) != ("recipes", "integrations")]
+    return [*PUBLIC, *inner, *others, part]
 
 
 def modules():

@@ -5,6 +5,7 @@ from rich.console import Console
 
 from gradmask.recipes.compare import run_comparison
 from gradmask.recipes.config import Comparison
+from gradmask.recipes.results import check_comparison
 from gradmask.study.arms import MASKS
 from gradmask.study.arms import STRATEGIES as ALL
 from gradmask.study.folder import read_results
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def results(folder):
-    return read_results(folder)
+    return read_results(folder, check=check_comparison)
 
 
 def test_page_is_self_contained(folder, results):
@@ -77,7 +78,7 @@ def test_wide_parts_of_the_page_can_be_read(folder, results):
 def test_same_results_same_files(folder, results):
     page = write_report(folder, results).read_bytes()
     curves = (folder / "figures" / "curves.svg").read_bytes()
-    assert write_report(folder, read_results(folder)).read_bytes() == page
+    assert write_report(folder, read_results(folder, check=check_comparison)).read_bytes() == page
     assert (folder / "figures" / "curves.svg").read_bytes() == curves
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from gradmask.cli import main
 from gradmask.errors import DataError, OptionError
+from gradmask.recipes.results import check_theorem
 from gradmask.recipes.theorem import run as theorem
 from gradmask.recipes.theorem.config import SIZES, TheoremCheck
 from gradmask.recipes.theorem.numbers import fitted_points, measure, slope, smooth_twin
@@ -333,7 +334,7 @@ def test_a_run_that_diverges_does_not_take_others_along(epoch, tmp_path, monkeyp
     console = Console(record=True, width=200)
     run_theorem(config, console)
     assert re.search(r"mlp, seed 0: .* s, diverged in epoch 2", console.export_text())
-    results = read_results(config.output, "theorem1.json")
+    results = read_results(config.output, "theorem1.json", check_theorem)
     assert [run["model"] for run in results["runs"]] == ["mlp", "small_cnn"]
     assert results["runs"][0]["diverged"]["epoch"] == 2
     assert "measurements" in results["runs"][1]

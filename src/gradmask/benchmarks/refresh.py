@@ -27,6 +27,7 @@ from gradmask.errors import OptionError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.batches import Batches
 from gradmask.recipes.data.images import load_images
+from gradmask.recipes.plots import STYLE, to_svg
 from gradmask.recipes.training.components import resolve_device
 from gradmask.recipes.training.run import Row, train_run
 from gradmask.seeding import seeded_generator
@@ -34,7 +35,7 @@ from gradmask.study.environment import environment
 from gradmask.study.files import remove_temporaries, write_atomically, write_json
 from gradmask.study.folder import has_checkpoint, mark_folder, open_folder, run_directory
 from gradmask.study.options import to_plain
-from gradmask.study.report.figures import STYLE, to_svg
+from gradmask.study.spec import Spec
 
 SIZES = (250, 500, 1000, 2000, 4000, 8000, 16000)
 KEEPS = (0.25, 0.5, 0.75)

@@ -1,4 +1,4 @@
-"""The command line: `gradmask run`, `recipes`, `report`, `audit` and `bench`."""
+"""The command line: `gradmask run`, `study`, `recipes`, `report`, `audit` and `bench`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gradmask import __version__
 from gradmask.cli.bench import add_bench, bench_refresh, run_bench
 from gradmask.cli.ending import end
-from gradmask.cli.options import read_options
+from gradmask.cli.options import read_options, read_study
 from gradmask.cli.parser import Parser, count, count_or_none, usable_path
 from gradmask.cli.terminal import prepare_streams, terminal
 from gradmask.errors import OptionError, check_choice
@@ -22,7 +22,7 @@ from gradmask.interrupts import work_begins
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
     from gradmask.study.statistics import Results
 
-COMMANDS = ("run", "recipes", "report", "audit", "bench")
+COMMANDS = ("run", "study", "recipes", "report", "audit", "bench")
 _TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if debug:
             traceback.print_exc()
-        return end(error, run=words[:1] == ["run"])
+        return end(error, run=words[:1] in (["run"], ["study"]))
 
 
 def _main(words: list[str]) -> int:
@@ -67,6 +67,7 @@ def _main(words: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run a recipe: gradmask run demo", add_help=False)
     run.add_argument("options", nargs=argparse.REMAINDER)
+    commands.add_parser("study", help="compare by a training function: gradmask study module:train")
     commands.add_parser("recipes", help="list the recipes")
     report = commands.add_parser("report", help="build the report of a run again")
     report.add_argument("directory", help="output folder of a run")
@@ -75,6 +76,8 @@ def _main(words: list[str]) -> int:
     # Argparse would take a leading option for its own.
     if words[:1] == ["run"]:
         return _run(words[1:])
+    if words[:1] == ["study"]:
+        return _study(words[1:])
     if words[:2] == ["bench", "refresh"]:
         return bench_refresh(words[2:])
     parsed = parser.parse_args(words)
@@ -101,7 +104,8 @@ def _run(words: list[str]) -> int:
     with joined(cuda=resolve_device(config.device).type == "cuda") as ours:
         try:
             if isinstance(config, Comparison):
-                results = run_comparison(config, Progress(terminal(quiet=not ours.main)))
+                progress = Progress(terminal(quiet=not ours.main), config.epochs)
+                results = run_comparison(config, progress)
                 return _show(config.output, results) if ours.main else 0
             if ours.count > 1:
                 raise OptionError("This recipe runs in one process: start it without torchrun.")
@@ -112,14 +116,30 @@ def _run(words: list[str]) -> int:
             return _TRY_AGAIN if ours.count == 1 else 0  # torchrun takes all others for failures
 
 
+def _study(words: list[str]) -> int:
+    config = read_study(words)
+    from dataclasses import asdict
+
+    from gradmask.study import compare
+    from gradmask.study.processes import joined
+    from gradmask.study.progress import Progress
+
+    sys.path.insert(0, "")  # as `python -m` has it: the function may be in a file here
+    work_begins()
+    with joined(cuda=False) as ours:
+        results = compare(**asdict(config), progress=Progress(terminal(quiet=not ours.main)))
+        return _show(config.output, results) if ours.main else 0
+
+
 def _report(directory: Path) -> int:
+    from gradmask.recipes.results import check_comparison, check_theorem
     from gradmask.recipes.theorem.run import FILE
     from gradmask.study.folder import read_results
 
     work_begins()
     if (directory / FILE).is_file():
-        return _show_theorem(directory, read_results(directory, FILE))
-    return _show(directory, read_results(directory))
+        return _show_theorem(directory, read_results(directory, FILE, check_theorem))
+    return _show(directory, read_results(directory, check=check_comparison))
 
 
 def _show(directory: Path, results: Results) -> int:

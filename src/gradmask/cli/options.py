@@ -1,12 +1,14 @@
-"""The options of `gradmask run`, from the command line and YAML files.
+"""The options of `gradmask run` and `study`, from the command line and YAML files.
 
-They are typed once, in the dataclasses `Comparison` and `TheoremCheck`. jsonargparse was chosen to
-read them because one parser then checks the command line and a YAML file alike, by the same types.
+They are typed once, in the dataclasses `Comparison`, `TheoremCheck` and `StudyOptions`.
+jsonargparse was chosen to read them because one parser then checks the command line and a YAML file
+alike, by the same types.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,10 @@ from gradmask.errors import OptionError, check_choice
 if TYPE_CHECKING:
     from gradmask.recipes.config import Comparison
     from gradmask.recipes.theorem.config import TheoremCheck
+    from gradmask.study import StudyOptions
 
-_LISTS = ("arms", "models", "seeds", "monitor")
+_LISTS = ("arms", "models", "seeds", "monitor", "judge", "front")
+_MAPPINGS = ("sweep", "options", "metrics")  # name=value, of a sweep name=value,value
 
 
 def read_options(words: list[str]) -> Comparison | TheoremCheck:
@@ -33,27 +37,55 @@ def read_options(words: list[str]) -> Comparison | TheoremCheck:
     Raises:
         OptionError: If the recipe or an option is unknown, or a value cannot work.
     """
-    from jsonargparse import ArgumentParser
-
     from gradmask.recipes.catalogue import find_recipe
+
+    named = bool(words) and not words[0].startswith("-")
+    recipe = find_recipe(words[0] if named else "compare")
+    size, words = _size(words[named:])
+    program = f"gradmask run {recipe.name}", recipe.description
+    found: Comparison | TheoremCheck = _read(program, recipe.config(size), words, recipe.sizes)
+    return found
+
+
+def read_study(words: list[str]) -> StudyOptions:
+    """Read the options of `gradmask study`.
+
+    Args:
+        words: What follows `gradmask study`: the training function, then options.
+
+    Returns:
+        The options.
+
+    Raises:
+        OptionError: If there is no function, an option is unknown, or a value cannot work.
+    """
+    from gradmask.study import StudyOptions
+
+    if words and not words[0].startswith("-"):
+        words = ["--train", *words]
+    description = "compare arms by a training function of your own: package.module:function"
+    found: StudyOptions = _read(("gradmask study", description), StudyOptions(), words)
+    if not found.train:
+        raise OptionError("gradmask study needs a training function: package.module:function.")
+    return found
+
+
+def _read(program: tuple[str, str], defaults: Any, words: list[str], sizes: Any = ()) -> Any:
+    """Options of a dataclass, with an object of it as their defaults."""
+    from jsonargparse import ArgumentParser
 
     class Parser(Printing, ArgumentParser):
         def format_help(self, *args: Any, **kwargs: Any) -> str:
             text = super().format_help(*args, **kwargs)
             return re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
 
-    named = bool(words) and not words[0].startswith("-")
-    recipe = find_recipe(words[0] if named else "compare")
-    size, words = _size(words[named:])
-    parser = Parser(
-        prog=f"gradmask run {recipe.name}", description=recipe.description, exit_on_error=False
-    )
+    kind = type(defaults)
+    parser = Parser(prog=program[0], description=program[1], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    if recipe.sizes:
-        parser.add_argument("--size", help=f"preset: {', '.join(recipe.sizes)}")
-    parser.add_class_arguments(recipe.kind)
-    names = [field.name for field in fields(recipe.kind)]
-    defaults = recipe.config(size)
+    if sizes:
+        parser.add_argument("--size", help=f"preset: {', '.join(sizes)}")
+    parser.add_class_arguments(kind)
+    names = [field.name for field in fields(kind)]
     parser.set_defaults({name: getattr(defaults, name) for name in names})
     normal = _normal_form(words, [*names, "config", "print_config", "help"])
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -68,7 +100,7 @@ def read_options(words: list[str]) -> Comparison | TheoremCheck:
         raise OptionError(f"An option cannot be read: {error}") from error
     options = {name: getattr(parsed, name) for name in names}
     options["output"] = usable_path("output", options["output"])
-    return recipe.kind(**options)
+    return kind(**options)
 
 
 def _size(words: list[str]) -> tuple[str | None, list[str]]:
@@ -102,11 +134,34 @@ def _normal_form(words: list[str], known: list[str]) -> list[str]:
                 place += 1
             text = ",".join(items)
             normal.append(f"--{name}={text if text.startswith('[') else f'[{text}]'}")
+        elif name in _MAPPINGS:
+            items = [value] if equals else []
+            while not equals and place < len(words) and not words[place].startswith("--"):
+                items.append(words[place])
+                place += 1
+            normal.append(f"--{name}={_mapping(name, items)}")
         else:
             if name == "output" and (equals or place < len(words)):
                 usable_path(name, value if equals else words[place])
             normal.append(f"--{name}{equals}{value}")
     return normal
+
+
+def _mapping(name: str, items: list[str]) -> str:
+    """`name=value` words as JSON; the values of a sweep are lists."""
+    from gradmask.study.schema import literal
+
+    found: dict[str, Any] = {}
+    for item in items:
+        if item.startswith("{"):  # as jsonargparse wants it
+            return item
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise OptionError(f"{name} {item!r} must be written name=value.")
+        found[key.replace("-", "_")] = (
+            [literal(part) for part in text.split(",")] if name == "sweep" else literal(text)
+        )
+    return json.dumps(found)
 
 
 def _check_file(file: str, names: list[str]) -> None:

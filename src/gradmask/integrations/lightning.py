@@ -24,12 +24,15 @@ from gradmask.integrations.lightning_module import (
 )
 from gradmask.integrations.online import Online, check_online, mask_of
 from gradmask.integrations.schedule import Refresh, Schedule
+from gradmask.integrations.trials import Reporter, mask_options
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _REFUSED = ("deepspeed", "fsdp", "modelparallel", "xla")
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from gradmask.study import Trial
 else:
 
     def _callback() -> type:
@@ -110,6 +113,22 @@ class FisherMaskCallback(Callback):
         self._begun = False
         self._epoch: int | None = None
         self._refreshed = 0
+        self._reporter: Reporter | None = None
+
+    @classmethod
+    def of(cls, trial: Trial, **options: Any) -> FisherMaskCallback:
+        """The callback of a run of a study: with the arm's mask, or what stands in its place.
+
+        What the module logs by the end of each epoch is reported to the study: name it
+        `val_...` and `test_...`. To go on from a checkpoint, keep it in `trial.directory`.
+
+        Args:
+            trial: The run.
+            options: Options of the callback; the arm's own are taken over these.
+        """
+        callback = cls(**mask_options(trial, options))
+        callback._reporter = Reporter(trial)
+        return callback
 
     @property
     def state_key(self) -> str:
@@ -146,7 +165,9 @@ class FisherMaskCallback(Callback):
         if self.mask is None or self.mask.model is not measured or self._state is not None:
             together = {"group": dist.group.WORLD} if trainer.world_size > 1 else {}
             hidden = "a compiled module" if is_compiled(pl_module) else ""
-            made = mask_of(measured, self.keep, self._schedule, together | self.options, hidden)
+            make = FisherMask if self._reporter is None else self._reporter.trial.new_mask
+            options = together | self.options
+            made = mask_of(measured, self.keep, self._schedule, options, hidden, make)
             (self.mask, self._online), self.steps = made, 0
         if self._state is not None:
             self.steps, self._epoch = self._state["steps"], self._state.get("epoch")
@@ -155,6 +176,8 @@ class FisherMaskCallback(Callback):
                 if self._online is not None:
                     self._online.loaded()
             self._state = None
+            if self._reporter is not None:
+                self._reporter.resume(trainer.current_epoch)
         self.mask.unpack = partial(prepared, trainer, pl_module, self.options.get("unpack"))
         for optimizer in optimizers_of(trainer, self.mask):
             self.mask.attach(optimizer)
@@ -209,6 +232,11 @@ class FisherMaskCallback(Callback):
         if self.mask is not None:
             name = "fisher_mask/kept" if self.model is None else f"fisher_mask/kept/{self.model}"
             pl_module.log(name, self.mask.kept_fraction, sync_dist=trainer.world_size > 1)
+        if self._reporter is not None:
+            logged = trainer.callback_metrics.items()
+            metrics = {k: v for k, v in logged if not k.startswith("fisher_mask/")}
+            self._reporter.add(trainer.current_epoch + 1, metrics)
+            self._reporter.save()
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         """Detach the mask, and take off the hooks of a batch that did not end."""
@@ -218,6 +246,7 @@ class FisherMaskCallback(Callback):
         """Detach the mask, and tell if there never was one."""
         self._detach()
         made = self.mask is not None and self.mask.refreshes
+        made = made or (self._reporter is not None and not self._reporter.trial.arm.masks)
         if self.steps and not made and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             mend = "steps=<few>" if self._schedule.online else "refresh='start', fewer steps"
             warnings.warn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,7 +51,12 @@ def check_online(keep: float, every: int, options: Mapping[str, Any], data: Any 
 
 
 def mask_of(
-    model: nn.Module, keep: float, schedule: Schedule, options: Mapping[str, Any], hidden: str = ""
+    model: nn.Module,
+    keep: float,
+    schedule: Schedule,
+    options: Mapping[str, Any],
+    hidden: str = "",
+    make: Callable[..., FisherMask] = FisherMask,
 ) -> tuple[FisherMask, Online | None]:
     """A mask, and what it collects if its schedule says so.
 
@@ -61,18 +66,19 @@ def mask_of(
         schedule: When.
         options: Options of `FisherMask`.
         hidden: What hides the layers from hooks, in words.
+        make: Makes the mask of a model and options.
 
     Raises:
         OptionError: If layers are hidden that would be measured in training.
     """
     if not schedule.online:
-        return FisherMask(model, keep, **options), None
+        return make(model, keep=keep, **options), None
     if hidden:
         raise OptionError(
             f"refresh='online' cannot see the layers of {hidden}: use refresh='epoch', or leave "
             "torch.compile out, and start a process for each GPU (torchrun)."
         )
-    mask = FisherMask(model, keep, refresh="online", every=schedule.every, **options)
+    mask = make(model, keep=keep, refresh="online", every=schedule.every, **options)
     return mask, Online(mask, schedule.every, options.get("group"))
 
 

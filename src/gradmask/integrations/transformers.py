@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
@@ -26,8 +26,12 @@ from gradmask.errors import (
 from gradmask.integrations.first_step import OwnLossNote, is_compiled
 from gradmask.integrations.online import Online, check_online, mask_of
 from gradmask.integrations.schedule import Refresh, Schedule
+from gradmask.integrations.trials import Reporter, mask_options
 from gradmask.loaders import loader_over
 from gradmask.seeding import own_random_state
+
+if TYPE_CHECKING:
+    from gradmask.study import Trial
 
 try:
     from transformers import TrainerCallback
@@ -109,6 +113,28 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         self._begun = self._warned = False
         self._note: OwnLossNote | None = None
         self._record: dict[str, float] = {}
+        self._reporter: Reporter | None = None
+
+    @classmethod
+    def of(cls, trial: Trial, **options: Any) -> FisherMaskCallback:
+        """The callback of a run of a study: with the arm's mask, or what stands in its place.
+
+        What the Trainer evaluates is reported to the study, `eval_...` as `val_...`, and
+        `eval_test_...` (of `eval_dataset={"val": ..., "test": ...}`) as `test_...`. To go on from
+        a checkpoint of the Trainer, let it write to `trial.directory`.
+
+        Args:
+            trial: The run.
+            options: Options of the callback; the arm's own are taken over these.
+        """
+        callback = cls(**mask_options(trial, options))
+        callback._reporter = Reporter(trial)
+        return callback
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Note what was measured, for the study."""
+        if self._reporter is not None:
+            self._reporter.add(float(state.epoch or 0), given.get("metrics") or {})
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes to `trainer_state.json`: the mask's SHA-256, and options."""
@@ -133,9 +159,13 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         hidden = "a compiled model" if args.torch_compile else ""
         hidden = f"a model on {args.n_gpu} GPUs in one process" if args.n_gpu > 1 else hidden
         options = {"group": group, **self.options}
-        self.mask, self._online = mask_of(model, self.keep, self.schedule, options, hidden)
+        make = FisherMask if self._reporter is None else self._reporter.trial.new_mask
+        found = mask_of(model, self.keep, self.schedule, options, hidden, make)
+        self.mask, self._online = found
         if state.global_step > 0:
             self._load(self.mask, args, state, saved)
+            if self._reporter is not None:
+                self._reporter.resume(float(state.epoch or 0))
         self.mask.attach(given["optimizer"])
         if self._online is not None:
             self._online.end()  # until the first step
@@ -206,11 +236,15 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         # A search keeps its checkpoints in folders of its own; no trial goes on from one.
         if sharded or (args.should_save and folder.is_dir()):
             self.mask.save(folder / FILE)
+        if self._reporter is not None and args.should_save:
+            self._reporter.save()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the mask off the optimizer; the masks stay to be read."""
         self._warn_if_never_made("ended", state.global_step)
         self._detach()
+        if self._reporter is not None:
+            self._reporter.flush()
 
     def _check(self, args: Any, state: Any) -> Any:
         """What the state says of this callback, if the callback can be used as it is."""
@@ -299,7 +333,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         return InfluenceMonitor(model, data, **options)
 
     def _warn_if_never_made(self, ends: str, steps: int) -> None:
-        if self.mask is not None and not self.mask.refreshes and not self._warned:
+        masks = self._reporter is None or self._reporter.trial.arm.masks
+        if self.mask is not None and masks and not self.mask.refreshes and not self._warned:
             self._warned = True
             mend = "steps" if self.schedule.online else "refresh"
             number = f", or {mend}=<a number of steps below {steps}>" if steps > 1 else ""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradmask.study.arms import arm_title, controls, parse_arm
+from gradmask.study.arms import arm_title, controls, read_arm
 from gradmask.study.results import without_diverged
 from gradmask.study.statistics import Difference, Results, arms, paired_difference
 
@@ -96,7 +96,7 @@ def findings(results: Results) -> list[Finding]:
             for form in measured:
                 found += [_lower(results, arm, other, form, claim) for claim in EQUATION_8]
     for arm in present:
-        if parse_arm(arm).strategy == "fisher":
+        if read_arm(arm).strategy == "fisher":
             for other in controls(arm, present):
                 found += [_slower_fall(results, arm, other, form) for form in measured]
                 found += [_rise(results, arm, other, claim) for claim in RISES]
@@ -233,11 +233,11 @@ def _rise(results: Results, arm: str, other: str, claim: str) -> Finding:
 
 def _named(arm: str) -> str:
     title = arm_title(arm)
-    return title if parse_arm(arm).strategy == "none" else f"the {title}"
+    return title if read_arm(arm).strategy == "none" else f"the {title}"
 
 
 def _against(claim: str, other: str) -> str:
-    strategy = parse_arm(other).strategy
+    strategy = read_arm(other).strategy
     if strategy == "none":
         return claim
     return claim.replace(" than without", CONTROL.replace("random", strategy.replace("_", " ")))

@@ -30,7 +30,7 @@ from gradmask.recipes.training.components import (
 from gradmask.recipes.training.run import train_run
 from gradmask.study import Diverged
 from gradmask.study.budget import EpochBudget
-from gradmask.study.compare import run_study
+from gradmask.study.comparison import run_study
 from gradmask.study.folder import RESULTS_FILE
 from gradmask.study.processes import processes
 from gradmask.study.progress import Progress
@@ -54,7 +54,6 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
             these are checked before training starts.
         EpochsSpent: If `stop_after` epochs were trained and there is more to do.
     """
-    progress.epochs = progress.epochs or config.epochs
     begin = partial(_begin, progress.console)
     return run_study(config, begin, progress=progress, check=check_comparison)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from gradmask.errors import OptionError, check_choice, check_keep
-from gradmask.study.arms import MASKS, parse_arm
-from gradmask.study.compare import check_different
+from gradmask.study.arms import MASKS, STRATEGIES, parse_arm
+from gradmask.study.comparison import check_different
 from gradmask.study.schema import Wrong, check_types
 
 # What the runs of one comparison may differ in: an arm's options, and values of a sweep. All see
@@ -268,13 +268,18 @@ class Comparison:
             OptionError: If the arm is unknown, or one of its options cannot work.
         """
         arm = parse_arm(name)
+        if arm.strategy not in STRATEGIES:
+            raise OptionError(f"Arm {name!r} is a function: compare it with `gradmask study`.")
         own = {_OWN_NAMES.get(k, k): v for k, v in arm.options.items()}
         changes = {k: v for k, v in own.items() if k not in ("file", "patience")}
         return self._changed(f"arm {name!r}", changes, arms=(arm.strategy,)) if changes else self
 
     def _changed(self, where: str, changes: dict[str, Any], **others: Any) -> Comparison:
-        for name in changes:
+        hints = get_type_hints(Comparison)
+        for name, value in changes.items():
             check_choice(f"option of {where},", name, VARIED)
+            if get_origin(hints[name]) is Literal:
+                check_choice(name, str(value), get_args(hints[name]))
         try:
             check_types(Comparison, changes)
         except Wrong as error:

@@ -6,7 +6,6 @@ An arm is written `strategy[:option=value ...]`, for example `none`, `fisher`, `
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from gradmask.errors import OptionError, check_choice, check_keep
+from gradmask.study.schema import literal
 
 STRATEGIES = {
     "none": "no mask",
@@ -42,6 +42,7 @@ _OWN: dict[str, tuple[tuple[str, ...], type, str]] = {
     "file": (("fixed",), str, "{}"),
     "rho": (("sam",), float, "rho {}"),
 }
+_CHOICES = {"scope": ("gradient", "update"), "kind": ("empirical", "sampled", "exact")}
 _TITLES = {"labels": "{} labels"}
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
@@ -55,7 +56,7 @@ _COLOURS = {
     "slow": "#d55e00",
     "early": "#56b4e9",
 }
-_MORE_COLOURS = ("#d55e00", "#56b4e9", *list(_COLOURS.values())[1:5], "#f0e442")
+_MORE_COLOURS = ("#f0e442", "#8c564b", "#7f7f7f", "#17becf", "#9467bd", *_COLOURS.values())
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,10 @@ def parse_arm(name: str, own: Iterable[str] = ()) -> Arm:
             the wrong type.
     """
     strategy, *parts = name.split(":")
-    if not _is_import(strategy):
-        check_choice("arm", strategy, [*STRATEGIES, *own])
-    elif parts and _NAME.fullmatch(parts[0]):  # package.module:function
-        strategy = f"{strategy}:{parts.pop(0)}"
+    if strategy not in STRATEGIES and parts and _NAME.fullmatch(parts[0]):
+        strategy = f"{strategy}:{parts.pop(0)}"  # package.module:function
     else:
-        raise OptionError(f"Arm {name!r} names a module: write package.module:function.")
+        check_choice("arm", strategy, [*STRATEGIES, *own])
     options: dict[str, Any] = {}
     for part in parts:
         option, equals, text = part.partition("=")
@@ -153,18 +152,14 @@ def parse_arm(name: str, own: Iterable[str] = ()) -> Arm:
     return Arm(name, strategy, options)
 
 
-def _is_import(strategy: str) -> bool:
-    return "." in strategy
-
-
 def _value(name: str, strategy: str, option: str, text: str) -> Any:
     if option not in _OWN or strategy not in STRATEGIES:
-        return _literal(text)
+        return literal(text)
     strategies, kind, _ = _OWN[option]
     if strategy not in strategies:
         raise OptionError(
-            f"Arm {name!r} is {STRATEGIES[strategy]}, so {option} has no meaning there: it is an "
-            f"option of {', '.join(strategies)}."
+            f"Arm {name!r}: {option} has no meaning for {STRATEGIES[strategy]}: it is an option of "
+            f"{', '.join(strategies)}."
         )
     try:
         value = kind(text)
@@ -172,22 +167,11 @@ def _value(name: str, strategy: str, option: str, text: str) -> Any:
         raise OptionError(f"Arm {name!r}: {option}={text!r} is not a number.") from error
     if option == "keep":
         check_keep(value)
+    if option in _CHOICES:
+        check_choice(option, value, _CHOICES[option])
     if option in ("max_samples", "patience") and value < 1:
         raise OptionError(f"Arm {name!r}: {option}={text!r} must be at least 1.")
     return value
-
-
-def _literal(text: str) -> Any:
-    named = {"true": True, "false": False, "none": None}
-    if text.lower() in named:
-        return named[text.lower()]
-    for kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            continue
-        return value if math.isfinite(value) else text
-    return text
 
 
 def arm_title(name: str) -> str:
@@ -216,5 +200,6 @@ def arm_colours(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     plain = {name: _COLOURS[name] for name in names if name in _COLOURS}
     free = [colour for colour in _MORE_COLOURS if colour not in plain.values()]
-    others = (name for name in names if name not in plain)
-    return plain | {name: free[i % len(free)] for i, name in enumerate(others)}
+    others = [name for name in names if name not in plain]
+    chosen = plain | {name: free[i % len(free)] for i, name in enumerate(others)}
+    return {name: chosen[name] for name in names}

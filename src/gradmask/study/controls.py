@@ -63,6 +63,7 @@ class NoMask(_Hooked):
 
     def refresh(self, loader: Iterable[Any] | None = None) -> None:
         """Measure nothing."""
+        self.refreshes += 1
 
     def update(self, fisher: dict[str, Tensor], unused: Collection[str] = ()) -> None:
         """Make no mask."""

@@ -65,6 +65,11 @@ class Metric:
         }
         return f"{self.title[0].upper()}{self.title[1:]} {epochs[self.at]}"
 
+    @property
+    def heading(self) -> str:
+        """Metric, epoch and unit in few words."""
+        return f"{self.title}, {self.at} epoch{' (%)' if self.percent else ''}"
+
     def of(self, rows: Rows) -> float:
         """The number of a run, from the rows of its epochs; NaN if none of them has it."""
         rows = [row for row in rows if self.key in row]
@@ -72,7 +77,8 @@ class Metric:
             return math.nan
         if self.at == "best":
             pick = max if self.higher_is_better else min
-            return float(pick(row[self.key] for row in rows))
+            measured = [row[self.key] for row in rows if not math.isnan(row[self.key])]
+            return float(pick(measured, default=math.nan))
         row = rows[-1] if self.at == "last" else chosen_epoch(rows, self.chooser)
         return float(row[self.key])
 
@@ -124,11 +130,13 @@ class Metrics:
     Attributes:
         shown: Columns of the tables.
         judged: What verdicts rest on.
+        front: The two whose front over a sweep is drawn, or fewer.
         chooser: What chooses an epoch, and the values of a sweep.
     """
 
     shown: tuple[Metric, ...]
     judged: tuple[Metric, ...]
+    front: tuple[Metric, ...]
     chooser: tuple[tuple[str, bool], ...]
 
     @property
@@ -145,7 +153,8 @@ def metrics_of(results: Results) -> Metrics:
 
     An epoch is chosen by `choose`, or the first metric named `val_...` with a known direction. The
     verdicts rest on `judge`, or the first metric named `test_...` of which more is better, at the
-    chosen epoch, and the first of which less is better, at the last.
+    chosen epoch, and the first of which less is better, at the last. A name without an epoch means
+    the chosen one, or without a metric of validation the last.
 
     Args:
         results: Contents of `results.json`.
@@ -176,13 +185,16 @@ def metrics_of(results: Results) -> Metrics:
         elif not key.startswith("val_") or not any(k.startswith("test_") for k in keys):
             shown.append(metric(key, "last"))
     shown.sort(key=lambda m: (not m.key.startswith("test_"), not m.higher_is_better))
-    judged = [
-        metric(key, at)
-        for key, _, at in (name.partition("@") for name in config.get("judge") or ())
-        if key in keys
-    ] or _judged_by_name(shown)
+
+    def named(option: str) -> list[Metric]:
+        parts = [name.partition("@") for name in config.get(option) or ()]
+        usual = "chosen" if chooser else "last"
+        return [metric(key, at or usual) for key, _, at in parts if key in keys]
+
+    judged = named("judge") or _judged_by_name(shown)
     shown += [m for m in judged if m not in shown]
-    return Metrics(tuple(shown), tuple(judged), chooser)
+    front = named("front") or judged[:2]
+    return Metrics(tuple(shown), tuple(judged), tuple(front), chooser)
 
 
 def _common_keys(runs: list[Row]) -> list[str]:
@@ -237,8 +249,9 @@ def check_metrics(choose: str | None, judge: Iterable[str], given: Mapping[str, 
         _, at, epoch = name.partition("@")
         if at:
             check_choice(f"epoch of {name!r},", epoch, EPOCHS)
-    for key in (choose, *(name.partition("@")[0] for name in judge)):
-        if key is not None and direction(key, given) is None:
+    used = [name.partition("@")[0] for name in judge] + ([choose] if choose else [])
+    for key in used:
+        if direction(key, given) is None:
             raise OptionError(
                 f"Whether more of {key!r} is better its name does not say: give "
                 f"metrics={{{key!r}: 'higher'}} or 'lower'."

@@ -25,8 +25,8 @@ class RunOptions(Options, Protocol):
         NOT_RESULTS: Options that may change between visits, because no result depends on them.
     """
 
-    EXTENDABLE: ClassVar
-    NOT_RESULTS: ClassVar
+    EXTENDABLE: ClassVar[Any]
+    NOT_RESULTS: ClassVar[Any]
 
     @property
     def output(self) -> Path:

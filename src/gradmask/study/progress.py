@@ -37,6 +37,7 @@ class Progress:
             disable=not self.console.is_terminal,
         )
         self._runs: dict[Spec, TaskID] = {}
+        self._epochs: dict[Spec, list[int]] = {}  # told so far
         self._begun: dict[Spec, tuple[float, float]] = {}  # first told, and how far
         self._planned = self._finished = self._width = 0
         self._told = time.monotonic()
@@ -69,9 +70,11 @@ class Progress:
         if "share" in row:
             self.batch(spec, row["epoch"], row["share"])
             return
-        self._advance(spec, 1.0)
-        if self.epochs:
-            self._bars.advance(self._all)
+        told = self._epochs.setdefault(spec, [])
+        if row["epoch"] not in told:  # before, by a worker that died
+            told.append(row["epoch"])
+            self._bars.advance(self._all, 1 if self.epochs else 0)
+        self._show(spec)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._told >= EVERY:
             self._told = now
@@ -83,7 +86,7 @@ class Progress:
         """A run is at this share of an epoch, counted from 1; told now and then."""
         now, done = time.monotonic(), epoch - 1 + share
         first = self._begun.setdefault(spec, (now, done))
-        self._advance(spec, share)
+        self._show(spec, share)
         if self.console.is_terminal or now - self._told < EVERY or done <= first[1]:
             return
         self._told = now
@@ -112,12 +115,12 @@ class Progress:
             f"{spec.title:<{self._width}}:  {found}  ({run['seconds']:.1f} s)"
         )
 
-    def _advance(self, spec: Spec, share: float) -> None:
-        """Move a run's bar from the last whole epoch on."""
+    def _show(self, spec: Spec, share: float = 0.0) -> None:
+        """Move a run's bar."""
         if spec not in self._runs:
             self._runs[spec] = self._bars.add_task(spec.title, total=self.epochs, unit="epochs")
-        task = next(task for task in self._bars.tasks if task.id == self._runs[spec])
-        self._bars.update(task.id, completed=task.completed // 1 + share)
+        done = len(self._epochs.get(spec, ())) + share
+        self._bars.update(self._runs[spec], completed=done)
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -91,6 +91,20 @@ def record(
     return checked
 
 
+def literal(text: str) -> Any:
+    """A value as it is written on the command line: a number, true, false or none, else text."""
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        return value if math.isfinite(value) else text
+    return text
+
+
 def check_types(kind: type, options: Mapping[str, Any]) -> None:
     """Check values against the types of a dataclass's fields.
 
@@ -115,6 +129,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in inner
     if origin is tuple:
         return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if hint is Path:  # a folder may have any name; it is escaped where it is shown
         return isinstance(value, str | Path) and "\0" not in str(value)
     if hint is str:

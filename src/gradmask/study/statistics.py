@@ -112,6 +112,8 @@ def best_runs(results: Results, arm: str, metrics: Metrics | None = None) -> dic
         if run is None or validation is None:
             return -math.inf
         found = validation.of(run["epochs"])
+        if math.isnan(found):
+            return -math.inf
         return found if validation.higher_is_better else -found
 
     found = {}

@@ -117,18 +117,34 @@ class Trial:
             the learning rate, and an arm of the user's own is what its function returns.
         """
         function = self._own.get(self.arm.strategy)
-        if function is not None:
-            made = function(self, model, optimizer, **options)
-            mask = made if made is not None else new_mask(_NONE, model).attach(optimizer)
-        else:
-            mask = new_mask(self.arm, model, **{"seed": self.seed, **options}).attach(optimizer)
-        self._mask = mask
-        return mask
+        if function is None:
+            return self.new_mask(model, **options).attach(optimizer)
+        made = function(self, model, optimizer, **options)
+        self._mask = made if made is not None else new_mask(_NONE, model).attach(optimizer)
+        return self._mask
+
+    def new_mask(self, model: nn.Module, **options: Any) -> FisherMask:
+        """The same, yet to be attached to the optimizer; not for arms of the user's own.
+
+        Args:
+            model: The model that is trained.
+            options: Options of `FisherMask`; the arm's own are taken over these.
+
+        Raises:
+            OptionError: If the arm is a function, which needs the optimizer.
+        """
+        if self.arm.strategy in self._own:
+            raise OptionError(
+                f"Arm {self.arm.name!r} is a function of yours, which needs the optimizer: call "
+                "trial.mask(model, optimizer) in a loop of your own."
+            )
+        self._mask = new_mask(self.arm, model, **{"seed": self.seed, **options})
+        return self._mask
 
     def report(self, *, epoch: int, **metrics: Any) -> None:
         """Report what was measured after an epoch.
 
-        Names say what a metric is for (`val_...` chooses an epoch, `test_...` is judged) and whether
+        Names say what a metric is for (`val_...` chooses an epoch, `test_...` is judged) and if
         more is better (`..._accuracy`, `..._loss`), or the study's `metrics` do.
 
         Args:
@@ -222,6 +238,14 @@ class Trial:
         restore_random_states(random_)
         return int(self.rows[-1]["epoch"]) + 1 if self.rows else start
 
+    def forget_after(self, epoch: int) -> None:
+        """Forget reports of later epochs, which are to be trained again."""
+        self.rows = [row for row in self.rows if row["epoch"] <= epoch]
+        self._close()
+        self._log = RunLog(self.directory, START)
+        for row in self.rows:
+            self._log.write(row)
+
     def _saved(self) -> dict[str, Any] | None:
         error: StateError | None = None
         for name in (CHECKPOINT, PREVIOUS):
@@ -294,7 +318,8 @@ def run_trial(
     finally:
         trial._close()
     run["seconds"] = time.perf_counter() - started
-    named = {*trial.arm.others, *spec.values} & trial.options.unread
+    own = () if trial.arm.strategy in arms else trial.arm.others
+    named = {*own, *spec.values} & trial.options.unread
     if named and "diverged" not in run:
         raise OptionError(
             f"{sorted(named)[0]!r} of the run {spec.title} was never looked at by the training "
@@ -339,10 +364,8 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if hasattr(value, "item") and not isinstance(value, Real):  # a number of NumPy
-        value = value.item()
+    if not isinstance(value, Real) and getattr(value, "size", None) is not None:
+        value = value.item() if torch.as_tensor(value).numel() == 1 else value  # of NumPy as well
     if isinstance(value, bool) or not isinstance(value, Real):
         raise OptionError(f"trial.report({name}={value!r}): give a number.")
     return float(value)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gradmask.study.arms import arm_title, controls, read_arm
+from gradmask.study.arms import MASKS, arm_title, controls, read_arm
 from gradmask.study.metrics import Metric, metrics_of
 from gradmask.study.statistics import (
     LEVEL,
+    POWER,
     Difference,
     Results,
     arms,
     corrected,
-    divergences,
     paired_difference,
     values,
 )
@@ -72,31 +72,6 @@ class Verdict:
             return "not shown: one seed"
         return {1: "yes", -1: "no, worse", 0: "not shown"}[self.outcome]
 
-    @property
-    def sentence(self) -> str:
-        """The difference with its interval, and what it shows."""
-        metric, difference = self.metric, self.difference
-        text, other = f"{metric.words}: the {arm_title(self.arm)}", f"against {named(self.control)}"
-        if difference is None:
-            return f"{text} {other}: no seed in common."
-        unit = " points" if metric.percent else ""
-        text = f"{text} is {_show(metric, difference.mean)}{unit} {other}"
-        if self.missing:
-            lacking = ", ".join(map(str, self.missing))
-            return f"{text} on the seeds of both; seeds {lacking} are missing: not compared."
-        if difference.low is None or difference.high is None:
-            return f"{text}, from one seed: no interval, so nothing is shown."
-        low, high = _show(metric, difference.low), _show(metric, difference.high)
-        word = {1: "better", -1: "worse", 0: "no difference shown"}[self.outcome]
-        tested = f"95 % interval {low} to {high}, {difference.n} seeds, p = {difference.p:.2g}"
-        if difference.corrected is not None:
-            tested += f", {difference.corrected:.2g} corrected"
-        text = f"{text} ({tested}): {word}"
-        if not self.outcome and difference.detectable:
-            least = metric.show(difference.detectable)
-            return f"{text}; {least}{unit} is the least that these seeds could have shown."
-        return f"{text}."
-
 
 def verdicts(results: Results) -> list[Verdict]:
     """Compare each arm that is no control with each of its controls.
@@ -107,7 +82,7 @@ def verdicts(results: Results) -> list[Verdict]:
         results: Contents of `results.json`.
 
     Returns:
-        By metric, arm and control.
+        By arm, metric and control.
     """
     present = arms(results)
     pairs = [
@@ -122,9 +97,12 @@ def verdicts(results: Results) -> list[Verdict]:
         for metric, arm, control in pairs
     ]
     run = {arm: {r["seed"] for r in results["runs"] if r["arm"] == arm} for arm in present}
+    missing = [tuple(sorted(run[arm] ^ run[control])) for _, arm, control in pairs]
+    # What is not compared is not tested either, and must not cost the others their level.
+    tested = corrected([None if gone else d for d, gone in zip(found, missing, strict=True)])
     return [
-        Verdict(metric, arm, control, difference, tuple(sorted(run[arm] ^ run[control])))
-        for (metric, arm, control), difference in zip(pairs, corrected(found), strict=True)
+        Verdict(*pair, one or difference, gone)
+        for pair, one, difference, gone in zip(pairs, tested, found, missing, strict=True)
     ]
 
 
@@ -142,15 +120,15 @@ def conclusions(results: Results) -> list[str]:
     for arm in dict.fromkeys(verdict.arm for verdict in found):
         ours = [v for v in found if v.arm == arm]
         if not any(values(results, arm, v.metric) for v in ours):
-            sentences.append(f"Conclusion on the {arm_title(arm)} in this run: it diverged.")
+            sentences.append(f"Conclusion on {named(arm)} in this run: it diverged.")
             continue
         parts = [
             _conclude([v for v in ours if v.metric == metric])
             for metric in dict.fromkeys(v.metric for v in ours)
         ]
-        sentences.append(f"Conclusion on the {arm_title(arm)} in this run: {'; '.join(parts)}.")
+        sentences.append(f"Conclusion on {named(arm)} in this run: {'; '.join(parts)}.")
     if not sentences:
-        return ["Nothing to conclude: the Fisher mask and another arm are both needed."]
+        return ["Nothing to conclude: an arm with a mask and one of its controls are both needed."]
     return sentences
 
 
@@ -163,44 +141,49 @@ def _conclude(ours: list[Verdict]) -> str:
         return f"it makes {name} worse than no mask does"
     if not all(v.outcome > 0 for v in plain):
         return f"it is not shown to change {name} against no mask"
-    gain = f"it improves {name} over no mask" if plain else f"in {name}"
-    worse = [named(v.control) for v in rest if v.outcome < 0]
-    unbeaten = [named(v.control) for v in rest if not v.outcome]
+    better, unbeaten, worse = (
+        [named(v.control) for v in rest if v.outcome == outcome] for outcome in (1, 0, -1)
+    )
+    if not plain:
+        if worse:
+            return f"in {name} it is worse than {listed(worse)}"
+        if unbeaten:
+            return f"in {name} it is not shown to do better than {listed(unbeaten)}"
+        return f"in {name} it is better than {listed(better)}"
+    gain = f"it improves {name} over no mask"
     if worse:
-        return (
-            f"{gain}, but less than {listed(worse)}, so the gain is not one of Fisher information"
-        )
+        return f"{gain}, but less than {listed(worse)}"
     if unbeaten:
         return f"{gain}, but is not shown to do better than {listed(unbeaten)}"
     return f"{gain} and over every control run here" if rest else f"{gain}; no control was run"
 
 
+def unasked(results: Results) -> list[str]:
+    """The main questions that no verdict of a study answers, as its controls were not run."""
+    asked = {read_arm(v.control).strategy for v in verdicts(results)}
+    kinds = (("none",), ("slow", "slow_matched"), ("random", "random_matched"), ("early",))
+    return [QUESTIONS[kind[0]] for kind in kinds if asked and not asked & set(kind)]
+
+
 def correction(results: Results) -> str:
     """Say in one sentence how the verdicts are tested."""
-    number = sum(v.difference is not None for v in verdicts(results))
+    found = [v.difference for v in verdicts(results)]
+    number = sum(d is not None and d.corrected is not None for d in found)
     return (
         f"Student's t over paired seeds; shown is what is below {LEVEL:g} after Holm's correction "
-        f"for all {number} comparisons; intervals and p are before it."
+        f"for all {number} comparisons; intervals and p are before it. The least effect is what "
+        f"so many seeds, spread like these, show in {POWER:.0%} of such studies."
     )
-
-
-def sentences(results: Results) -> list[str]:
-    """One sentence for each arm with runs that diverged, and for each verdict."""
-    return [*divergences(results), *(verdict.sentence for verdict in verdicts(results))]
 
 
 def named(arm: str) -> str:
     """An arm in a sentence."""
     strategy = read_arm(arm).strategy
-    plain = strategy in ("none", "slow", "slow_matched", "early", "sam")
-    return arm_title(arm) if plain else f"the {arm_title(arm)}"
+    masked = strategy in (*MASKS, "fixed")
+    return f"the {arm_title(arm)}" if masked else arm_title(arm)
 
 
 def listed(names: Iterable[str]) -> str:
     """Names in a sentence."""
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def _show(metric: Metric, value: float) -> str:
-    return metric.show(value, signed=True)

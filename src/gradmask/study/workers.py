@@ -8,6 +8,7 @@ address of a scheduler the workers are those of a cluster (Slurm, SSH, Kubernete
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Work = Callable[[Spec, Path, Callable[[Row], None]], Row]
 _TOPIC = "gradmask-epochs"
 _CORES = "GRADMASK_CORES"
+_GUARD = "Workers import the script again: put what it does under `if __name__ == '__main__':`."
 _DEATHS = 3  # of workers at the same run, after which the run is to blame
 
 
@@ -61,7 +63,6 @@ def execute(
         for spec, directory in runs:
             yield spec, work(spec, directory, lambda row, spec=spec: on_epoch(spec, row))  # type: ignore[misc]
         return
-    _check_importable()
     from distributed import KilledWorker, as_completed
 
     with _client(jobs, threads, scheduler) as client:
@@ -83,16 +84,30 @@ def execute(
             future.release()
 
 
-def _check_importable() -> None:
-    main = sys.modules.get("__mp_main__")
-    if main is not None and main is sys.modules.get("__main__"):
-        raise OptionError(
-            "Workers import the script again: put what it does under `if __name__ == '__main__':`."
-        )
+def check_workers(jobs: int, scheduler: str | None) -> None:
+    """Check that there can be workers, before anything is written.
+
+    Raises:
+        OptionError: If a worker is importing the script that asks for workers.
+        ImportError: If dask is not installed.
+    """
+    if jobs == 1 and scheduler is None:
+        return
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise OptionError(_GUARD)
     try:
         import distributed  # noqa: F401
     except ImportError as error:
         raise ImportError("Several jobs need dask: pip install 'gradmask[study]'.") from error
+
+
+def ship_module(function: Callable[..., Any]) -> None:
+    """Let workers on other machines have the module of a function, which they may not have."""
+    import cloudpickle
+
+    module = sys.modules.get(function.__module__)
+    if module is not None and module.__name__ != "__main__":  # that is sent in any case
+        cloudpickle.register_pickle_by_value(module)
 
 
 @contextmanager
@@ -120,7 +135,11 @@ def _client(jobs: int, threads: int | None, scheduler: str | None) -> Iterator[C
             with client:
                 yield client
             return
-        with _local(jobs, threads) as cluster, Client(cluster) as client:
+        try:
+            cluster = _local(jobs, threads)
+        except RuntimeError as error:
+            raise GradmaskError(f"Workers cannot be started ({error}). {_GUARD}") from error
+        with cluster, Client(cluster) as client:
             yield client
 
 

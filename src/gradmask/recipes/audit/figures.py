@@ -14,7 +14,7 @@ from gradmask.recipes.audit.detection import MEAN, MEAN_RANK, Detection, ranking
 from gradmask.recipes.audit.run import Audited
 from gradmask.recipes.audit.scores import FORMS
 from gradmask.recipes.data.sources import in_memory
-from gradmask.study.report.figures import STYLE
+from gradmask.recipes.plots import STYLE
 
 # Okabe and Ito's palette: told apart with any colour vision.
 _BASELINE, _INFLUENCE = "#3b3b3b", "#0072b2"

@@ -15,9 +15,9 @@ from gradmask.recipes.audit.detection import Choice, Detection
 from gradmask.recipes.audit.figures import contact_sheet, draw_detection
 from gradmask.recipes.audit.run import Audited
 from gradmask.recipes.audit.scores import FORMS, Form
+from gradmask.recipes.plots import STYLE, to_svg
 from gradmask.study.files import write_atomically
 from gradmask.study.options import to_yaml
-from gradmask.study.report.figures import STYLE, to_svg
 from gradmask.study.report.page import templates
 from gradmask.study.statistics import Difference, summarise
 

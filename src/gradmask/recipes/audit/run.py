@@ -191,8 +191,9 @@ def _fill_in(options: Audit, results: Results) -> Audit:
     kept = [set(_kept(options, results, seed)) for seed in seeds]
     for seed, epochs in zip(seeds, kept, strict=True):
         if not epochs:
+            directory = run_directory(options.folder, Spec(options.arm, seed))
             raise StateError(
-                f"{run_directory(options.folder, Spec(options.arm, seed))} has no weights: train with "
+                f"{directory} has no weights: train with "
                 "--save-every N, which keeps them after every N epochs."
             )
     common = sorted(set.intersection(*kept))

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gradmask.recipes.plots import STYLE, to_png, to_svg
 from gradmask.recipes.theorem.numbers import KINDS, SMALL_ERROR
 from gradmask.study.files import write_atomically
 from gradmask.study.folder import check_ours
-from gradmask.study.report.figures import STYLE, to_png, to_svg
 from gradmask.study.statistics import Results, left_out, summarise
 
 Row = dict[str, Any]

@@ -1,227 +1,229 @@
-"""Figures of a comparison."""
+"""Figures of a study, as specifications of Vega-Lite."""
 
 from __future__ import annotations
 
-import io
-import re
+from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from gradmask.study.arms import baseline, read_arm
+from gradmask.study.metrics import Metric, metrics_of
+from gradmask.study.report.lines import Series, arm_colour, band_rows, line_panel, short, tooltip
+from gradmask.study.report.parts import Figure, Look, Spec
+from gradmask.study.statistics import Results, best_runs, compare_arms, values
 
-from gradmask.recipes.claims import FORMS, forms, series
-from gradmask.study.arms import arm_colours, arm_title, baseline, parse_arm
-from gradmask.study.results import without_diverged
-from gradmask.study.statistics import (
-    JUDGED,
-    METRICS,
-    Results,
-    arms,
-    compare_arms,
-    values,
-)
-
-STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-}
-_MAX_LABELS = 70
+_TEXT = {"type": "text", "align": "left", "baseline": "bottom", "dy": -9, "fontSize": 12}
 
 
-def draw_all(results: Results) -> dict[str, Figure]:
-    """Draw every figure that the results have data for.
+def curves(studies: Mapping[str, Results], looks: Sequence[Look]) -> Figure | None:
+    """A panel for each metric and study, with the same vertical axis in all studies.
 
     Args:
-        results: Contents of `results.json`.
+        studies: Results by title; of a sweep the runs at the best values are drawn.
+        looks: How arms look.
 
     Returns:
-        `{name: figure}`, in the order of the report; none if all runs diverged.
+        The figure; None if there is nothing to draw.
     """
-    results = without_diverged(results)
-    if not results["runs"]:
-        return {}
-    with mpl.rc_context(STYLE):
-        figures = {"curves": _curves(results), "differences": _differences(results)}
-        figures |= {"influence": _influence(results), "kept": _kept(results)}
-    return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def to_svg(name: str, figure: Figure) -> str:
-    """SVG source of a figure, the same for the same figure; the name keeps its ids apart."""
-    text = io.StringIO()
-    # The salt keeps ids of figures on one page apart, and the same figure the same file.
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    svg = text.getvalue()[text.getvalue().index("<svg") :]
-    used = set(re.findall(r"#([\w-]+)", svg))  # other ids would be double on one page
-    return re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
-
-
-def to_png(figure: Figure) -> bytes:
-    """PNG of a figure at a size for a page or a slide."""
-    data = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(data, format="png", dpi=150, bbox_inches="tight")
-    return data.getvalue()
-
-
-def _series(results: Results, arm: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs, and an array (runs, epochs) of one measurement."""
-    runs = [run["epochs"] for run in results["runs"] if run["arm"] == arm]
-    epochs = np.array([row["epoch"] for row in runs[0]])
-    return epochs, np.array([[row[key] for row in rows] for rows in runs])
-
-
-def _curves(results: Results) -> Figure:
-    """Mean over seeds, with a band of one standard deviation."""
-    panels = [
-        ("test_accuracy", "Test accuracy (%)", 100.0),
-        ("test_loss", "Test loss", 1.0),
-        ("train_loss", "Train loss", 1.0),
-        ("val_accuracy", "Validation accuracy (%)", 100.0),
-    ]
-    if all("memorised" in row for run in results["runs"] for row in run["epochs"]):
-        panels[-1] = ("memorised", "Wrong training labels memorised (%)", 100.0)
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    axes = figure.subplots(2, 2).flat
-    colours = arm_colours(arms(results))
-    for panel, (key, title, scale) in zip(axes, panels, strict=True):
-        for arm in arms(results):
-            epochs, series = _series(results, arm, key)
-            band(panel, epochs, series * scale, colours[arm], arm_title(arm))
-        panel.set_title(title)
-        panel.set_xlabel("epoch")
-        if key == "test_loss":
-            _clip_early_peaks(panel, results)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
-    return figure
-
-
-def band(axes: Axes, x: np.ndarray, series: np.ndarray, colour: str, label: str) -> None:
-    """The mean of several runs (runs, points) as a line, one standard deviation as a band."""
-    mean = series.mean(0)
-    axes.plot(x, mean, color=colour, label=label, linewidth=1.6)
-    if len(series) > 1:
-        std = series.std(0, ddof=1)
-        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-
-
-def _clip_early_peaks(axes: Axes, results: Results) -> None:
-    """A high learning rate makes the first epochs' test loss jump: keep the rest readable."""
-    series = [_series(results, arm, "test_loss")[1] for arm in arms(results)]
-    later = [s[:, s.shape[1] // 5 :] for s in series]
-    low, high = min(s.min() for s in series), max(s.max() for s in later)
-    axes.set_ylim(low - 0.05 * (high - low), min(high * 1.1, 3 * np.median(later[0]) + high / 2))
-
-
-def _differences(results: Results) -> Figure | None:
-    """Each arm against no mask: one dot a seed, the mean and its 95 % interval."""
-    present = arms(results)
-    others = [arm for arm in present if arm != baseline(arm) and baseline(arm) in present]
-    if not others:
-        return None
-    colours = arm_colours(present)
-    figure = Figure(figsize=(10, 0.9 + 0.42 * len(others)), layout="constrained")
-    judged = [metric for metric in METRICS if metric.name in JUDGED]
-    for axes, metric in zip(figure.subplots(1, len(judged), sharey=True), judged, strict=True):
+    metrics: dict[str, Metric] = {}
+    for results in studies.values():
+        found = metrics_of(results)
+        validation = (found.validation,) if found.validation else ()
+        for metric in (*found.shown, *validation):
+            metrics.setdefault(metric.key, metric)
+    panels = []
+    for key, metric in metrics.items():
         scale = 100.0 if metric.percent else 1.0
-        for row, arm in enumerate(others):
-            ours, plain = (values(results, name, metric) for name in (arm, baseline(arm)))
-            dots = [scale * (ours[seed] - plain[seed]) for seed in ours if seed in plain]
-            axes.plot(dots, [row] * len(dots), "o", color=colours[arm], alpha=0.45, markersize=4)
-            difference = compare_arms(results, arm, baseline(arm), metric)
-            if difference is None:
-                continue
-            if difference.low is not None and difference.high is not None:
-                ends = [scale * difference.low, scale * difference.high]
-                axes.plot(ends, [row, row], color=colours[arm], linewidth=2)
-            axes.plot(scale * difference.mean, row, "D", color=colours[arm], markersize=6)
-        axes.axvline(0, color="#777777", linewidth=1)
-        better = "right" if metric.higher_is_better else "left"
-        unit = "Test accuracy (points)" if metric.percent else "Test loss"
-        axes.set_title(f"{unit}: {better} is better")
-        axes.set_yticks(range(len(others)), [arm_title(arm) for arm in others])
-        axes.set_ylim(len(others) - 0.5, -0.5)
-    return figure
+        rows = {
+            name: band_rows(_series(results, key, looks), looks, metric.show, scale=scale)
+            for name, results in studies.items()
+        }
+        domain = _domain([row for found in rows.values() for row in found], metric)
+        for name, found_rows in rows.items():
+            title = f"{metric.title[0].upper()}{metric.title[1:]}{' (%)' if metric.percent else ''}"
+            title = f"{title}: {name}" if len(studies) > 1 else title
+            if found_rows:
+                panels.append(
+                    line_panel(title, found_rows, looks, domain=domain, place=len(panels))
+                )
+    columns = len(studies) if len(studies) > 1 else 2
+    title = "Every metric over the epochs of training"
+    arms = [look.arm for look in looks]
+    return Figure("curves", title, panels, columns, arms) if panels else None
 
 
-def _kept(results: Results) -> Figure | None:
-    """Share of every parameter tensor that the first Fisher mask keeps, epoch by epoch."""
-    masks = [arm for arm in arms(results) if parse_arm(arm).strategy == "fisher"]
-    if not masks:
+def _series(results: Results, key: str, looks: Sequence[Look]) -> dict[str, list[Series]]:
+    return {
+        look.arm: [
+            {row["epoch"]: row[key] for row in run["epochs"] if key in row}
+            for run in best_runs(results, look.arm).values()
+        ]
+        for look in looks
+    }
+
+
+def _domain(rows: Sequence[Mapping[str, Any]], metric: Metric) -> tuple[float, float] | None:
+    """Ends of the axis; without the peaks of a loss in the first fifth of training."""
+    if not rows:
         return None
-    runs = [run["epochs"] for run in results["runs"] if run["arm"] == masks[0]]
-    shares = np.mean([[row["kept_per_parameter"] for row in rows] for rows in runs], axis=0).T
-    names = [f"{name}  ({numel:,})" for name, numel in results["parameters"]]
-    height = 1.2 + 0.19 * min(len(names), _MAX_LABELS)
-    figure = Figure(figsize=(10, height), layout="constrained")
-    axes = figure.subplots()
-    extent = (0.5, shares.shape[1] + 0.5, len(names) - 0.5, -0.5)
-    image = axes.imshow(
-        shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=extent, interpolation="none"
-    )
-    every = -(-len(names) // _MAX_LABELS)
-    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7.5, parse_math=False)
-    axes.grid(visible=False)
-    axes.set_xlabel("epoch")
-    axes.set_title(f"Share of each parameter tensor that learns under the {arm_title(masks[0])}")
-    figure.colorbar(image, ax=axes, label="share kept", fraction=0.03, pad=0.01)
-    return figure
+    low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    if not metric.higher_is_better:
+        start = max(row["epoch"] for row in rows) / 5
+        later = max((row["high"] for row in rows if row["epoch"] > start), default=high)
+        if high - low > 2 * (later - low) > 0:
+            high = later + 0.25 * (later - low)
+    gap = 0.03 * (high - low)
+    return (low - gap, high + gap) if gap else None
 
 
-def _influence(results: Results) -> Figure | None:
-    """Every form measured, the quadratic one per squared gradient norm, and the test loss."""
-    measured = forms(results)
-    if not measured:
+def differences(results: Results, looks: Sequence[Look]) -> Figure | None:
+    """Each arm against no mask: one dot a seed, the mean and its 95 % interval."""
+    present = [look.arm for look in looks]
+    others = [
+        look for look in looks if look.arm != baseline(look.arm) and baseline(look.arm) in present
+    ]
+    panels = []
+    for metric in metrics_of(results).judged:
+        rows = [row for look in others for row in _difference_rows(results, look, metric)]
+        if rows:
+            better = "right" if metric.higher_is_better else "left"
+            unit = " (points)" if metric.percent else ""
+            title = [f"{metric.words}{unit}", f"{better} is better"]
+            panels.append(_difference_panel(title, rows, looks))
+    if not panels:
         return None
-    panels = [(f"{FORMS[form]}, nats", form, "") for form in measured]
-    panels.append(("½ ε² ‖g‖², squared gradient norm", "squared_norm", ""))
-    panels.append((f"{FORMS[measured[0]]} ÷ ½ ε² ‖g‖²", measured[0], "squared_norm"))
-    rows = len(panels) // 2 + 1
-    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
-    colours = arm_colours(arms(results))
-    *axes, last = figure.subplots(rows, 2).flat[: len(panels) + 1]
-    for panel, (title, name, divisor) in zip(axes, panels, strict=True):
-        for arm in arms(results):
-            runs = series(results, arm, name).values()
-            values = np.array([values for _, values in runs])
-            if divisor:
-                norms = series(results, arm, divisor).values()
-                values /= np.array([values for _, values in norms])
-            # The mean and standard deviation of the logarithm, so that a band stays positive.
-            logs = np.log10(np.maximum(values, 1e-300))
-            band(panel, next(iter(runs))[0], logs, colours[arm], arm_title(arm))
-        _powers_of_ten(panel)
-        panel.set_title(title)
-        panel.set_xlabel("epoch")
-    for arm in arms(results):
-        epochs, losses = _series(results, arm, "test_loss")
-        band(last, epochs, losses, colours[arm], arm_title(arm))
-    last.set_title("Test loss")
-    last.set_xlabel("epoch")
-    for spare in figure.axes[len(panels) + 1 :]:
-        spare.remove()
-    handles, labels = last.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
-    return figure
+    return Figure("differences", "Difference of each arm to no mask, for every seed", panels)
 
 
-def _powers_of_ten(axes: Axes) -> None:
-    low, high = axes.get_ylim()
-    step = max(1, round((high - low) / 5))
-    powers = range(int(np.floor(low)), int(np.ceil(high)) + 1, step)
-    axes.set_yticks(list(powers), [f"1e{power}" for power in powers])
+def _difference_rows(results: Results, look: Look, metric: Metric) -> list[dict[str, Any]]:
+    scale = 100.0 if metric.percent else 1.0
+    arm, plain = look.arm, baseline(look.arm)
+    difference = compare_arms(results, arm, plain, metric)
+    if difference is None:
+        return []
+    ours, theirs = values(results, arm, metric), values(results, plain, metric)
+    pairs = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+    rows: list[dict[str, Any]] = [
+        {
+            "arm": look.title,
+            "seed": seed,
+            "dot": short(scale * value),
+            "shown": metric.show(value, signed=True),
+        }
+        for seed, value in pairs.items()
+    ]
+    text = metric.show(difference.mean, signed=True)
+    row = {"arm": look.title, "mean": short(scale * difference.mean)}
+    if difference.low is not None and difference.high is not None:
+        low, high = difference.low, difference.high
+        ends = f"{metric.show(low, signed=True)} to {metric.show(high, signed=True)}"
+        row |= {"low": short(scale * low), "high": short(scale * high), "interval": ends}
+    return [*rows, row | {"shown": text}]
+
+
+def _difference_panel(title: list[str], rows: list[dict[str, Any]], looks: Sequence[Look]) -> Spec:
+    order = list(dict.fromkeys(row["arm"] for row in rows))
+    x = {"type": "quantitative", "title": None, "scale": {"zero": True}, "axis": {"tickCount": 6}}
+    return {
+        "title": {"text": title[0], "subtitle": title[1]},
+        "height": {"step": 42},
+        "data": {"values": rows},
+        "encoding": {
+            "y": {"field": "arm", "type": "nominal", "sort": order, "axis": None},
+            "color": arm_colour(looks) | {"legend": None},
+        },
+        "layer": [
+            {
+                "mark": {"type": "rule", "strokeWidth": 1},
+                "data": {"values": [{"zero": 0}]},
+                "encoding": {"x": x | {"field": "zero"}, "y": None, "color": {"value": "#8a919e"}},
+            },
+            {
+                "mark": _TEXT,
+                "transform": [{"filter": "isValid(datum.mean)"}],
+                "encoding": {"x": {"value": 0}, "text": {"field": "arm"}, "color": None},
+            },
+            {
+                "mark": {"type": "rule", "strokeWidth": 2},
+                "transform": [{"filter": "isValid(datum.low)"}],
+                "encoding": {"x": x | {"field": "low"}, "x2": {"field": "high"}},
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 34, "opacity": 0.45},
+                "transform": [{"filter": "isValid(datum.dot)"}],
+                "encoding": {
+                    "x": x | {"field": "dot"},
+                    "tooltip": tooltip(arm="arm", shown="difference", seed="seed"),
+                },
+            },
+            {
+                "mark": {
+                    "type": "point",
+                    "filled": True,
+                    "size": 90,
+                    "shape": "diamond",
+                    "opacity": 1,
+                },
+                "transform": [{"filter": "isValid(datum.mean)"}],
+                "encoding": {
+                    "x": x | {"field": "mean"},
+                    "tooltip": tooltip(arm="arm", shown="mean", interval="95 % interval"),
+                },
+            },
+        ],
+    }
+
+
+def kept(results: Results, looks: Sequence[Look]) -> Figure | None:
+    """Share of every parameter tensor that learns, epoch by epoch, under each measured mask."""
+    names = [f"{name} ({entries:,})" for name, entries in results.get("parameters", ())]
+    rows, shown = [], []
+    for look in looks:
+        runs = best_runs(results, look.arm).values() if read_arm(look.arm).is_method else ()
+        key = "kept_per_parameter"
+        shares: dict[int, list[list[float]]] = {}
+        for row in (row for run in runs for row in run["epochs"] if key in row):
+            shares.setdefault(row["epoch"], []).append(row[key])
+        lengths = {len(one) for found in shares.values() for one in found}
+        if len(lengths) != 1:
+            continue
+        tensors = lengths.pop()
+        labels = names if len(names) == tensors else [f"tensor {i + 1}" for i in range(tensors)]
+        means = [[mean(column) for column in zip(*found, strict=True)] for found in shares.values()]
+        for place, label in enumerate(labels):
+            line = [round(share[place], 3) for share in means]
+            rows.append({"arm": look.title, "layer": label, "epoch": list(shares), "share": line})
+        shown.append(look.title)
+    if not shown:
+        return None
+    select: dict[str, Any] = {"name": "which", "value": shown[0]}
+    if len(shown) > 1:
+        select["bind"] = {"input": "select", "options": shown, "name": "Arm "}
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    y = {"field": "layer", "type": "nominal", "sort": layers, "title": None}
+    panel: Spec = {
+        "title": {
+            "text": "Share of each parameter tensor that learns",
+            "subtitle": {"expr": "which"},
+        },
+        "height": {"step": max(4, min(14, 900 // len(layers)))},
+        "data": {"values": rows},
+        "params": [select],
+        "transform": [{"filter": "datum.arm == which"}, {"flatten": ["epoch", "share"]}],
+        "mark": "rect",
+        "encoding": {
+            "x": {"field": "epoch", "type": "ordinal", "axis": {"labelAngle": 0}},
+            "y": y | {"axis": {"labelLimit": 260, "labelOverlap": "greedy", "labelFontSize": 10}},
+            "color": {
+                "field": "share",
+                "type": "quantitative",
+                "scale": {"scheme": "viridis", "domain": [0, 1]},
+                "legend": {"title": None, "format": ".0%", "orient": "right"},
+            },
+            "tooltip": [
+                *tooltip(layer="tensor", epoch="epoch"),
+                {"field": "share", "type": "quantitative", "format": ".1%", "title": "share kept"},
+            ],
+        },
+    }
+    return Figure("kept", "Share of each tensor that learns", [panel], 1, file_width=640)

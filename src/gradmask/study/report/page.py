@@ -1,197 +1,216 @@
-"""The report of a comparison: the terminal's table, and one self-contained HTML page."""
+"""The report of a study, and of several side by side: pages and their files."""
 
 from __future__ import annotations
 
-from functools import partial
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from gradmask.recipes.claims import conclusion as claims_conclusion
-from gradmask.recipes.claims import findings
-from gradmask.study.arms import arm_colours, arm_title, baseline, parse_arm
+from gradmask.errors import OptionError
+from gradmask.study.arms import read_arm
 from gradmask.study.files import write_atomically
 from gradmask.study.folder import check_ours
-from gradmask.study.report.figures import draw_all, to_png, to_svg
-from gradmask.study.report.tables import to_csv
-from gradmask.study.statistics import (
-    Metric,
-    Results,
-    arms,
-    available,
-    compare_arms,
-    divergences,
-    summarise,
-    values,
-    verdicts,
-)
+from gradmask.study.metrics import metrics_of
+from gradmask.study.report.figures import curves, differences, kept
+from gradmask.study.report.fronts import front, values_table
+from gradmask.study.report.parts import Figure, Look, Page, Section, looks
+from gradmask.study.report.rendering import render, to_files
+from gradmask.study.report.tables import answers_tables, differences_table, means_table, to_csv
+from gradmask.study.results import without_diverged
+from gradmask.study.statistics import Results, arms, divergences
+from gradmask.study.verdicts import conclusions, correction, unasked
 
-# Columns that a narrow terminal can do without, in this order.
-_LEAST_IMPORTANT = ("best_accuracy", "last_train_loss", "memorised", "last_accuracy")
+_GENERATOR = b'<meta name="generator" content="gradmask">'
 
 
-def write_report(folder: Path, results: Results) -> Path:
+def write_report(
+    folder: Path,
+    results: Results,
+    *,
+    title: str | None = None,
+    subtitle: str | None = None,
+    conclusion: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    sections: Sequence[Section] = (),
+) -> Path:
     """Write `report.html`, the figures as SVG and PNG files, and the numbers as CSV files.
 
     Args:
-        folder: The comparison's output folder.
+        folder: The study's output folder.
         results: Contents of its `results.json`.
+        title: Heading of the page.
+        subtitle: What was trained (default: the training function, arms, seeds).
+        conclusion: What it shows (default: on each arm that is no control, what it is better than).
+        notes: What the metrics are, below their table.
+        sections: More sections, with figures of their own.
 
     Returns:
         Path of the page.
+
+    Raises:
+        OptionError: If the folder holds something else.
     """
     check_ours(folder)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    figures: dict[str, str] = {}
-    for name, figure in draw_all(results).items():
-        figures[name] = to_svg(name, figure)
-        write_atomically(folder / "figures" / f"{name}.svg", figures[name])
-        write_atomically(folder / "figures" / f"{name}.png", to_png(figure))
-    for name, table in to_csv(results).items():
-        write_atomically(folder / f"{name}.csv", table)
-    *sentences, conclusion = verdicts(results)
-    found = findings(results)
-    masked = any(parse_arm(arm).strategy == "fisher" for arm in arms(results))
-    template = templates().get_template("report.html.j2")
-    page = template.render(
-        results=results,
-        config=results["config"],
-        yaml=yaml.safe_dump(results["config"], sort_keys=False, default_flow_style=None),
-        metrics=available(results),
-        rows=_table(results, available(results)),
-        differences=_differences(results),
-        colours=arm_colours(arms(results)),
-        sentences=sentences,
-        conclusion=conclusion if masked or not found else claims_conclusion(found),
-        masked=masked or not found,
-        diverged=divergences(results),
-        findings=found,
-        claims=claims_conclusion(found),
-        monitoring=_monitoring_share(results),
-        figures={name: Markup(svg) for name, svg in figures.items()},
-        minutes=sum(run["seconds"] for run in results["runs"]) / 60,
+    found = looks(arms(results))
+    files = {f"{name}.csv": table for name, table in to_csv(results).items()}
+    page = Page(
+        title or _title(results),
+        subtitle or _subtitle(results),
+        [*(conclusion or conclusions(results)), *divergences(results)],
+        [*_sections(results, found, notes), *sections],
+        found,
+        files,
+        {"Options": _to_yaml(results["config"]), "Environment": _environment(results)},
     )
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for figure in (figure for section in page.sections for figure in section.figures):
+        for kind, contents in to_files(figure, found).items():
+            write_atomically(folder / "figures" / f"{figure.name}.{kind}", contents)
+    for name, contents in files.items():
+        write_atomically(folder / name, contents)
     path = folder / "report.html"
-    write_atomically(path, page)
+    write_atomically(path, render(page))
     return path
 
 
-def templates() -> Environment:
-    """The templates of pages; what they are given is escaped."""
-    return Environment(
-        loader=PackageLoader("gradmask.study.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def print_summary(results: Results, console: Console) -> None:
-    """Print the table of means and the verdicts.
+def write_comparison_report(studies: Mapping[Path, Results], output: Path | None = None) -> Path:
+    """Write one page on several studies, side by side.
 
     Args:
-        results: Contents of `results.json`.
-        console: Where to print.
+        studies: Contents of `results.json` by folder.
+        output: The page (default: `report-with-OTHERS.html` in the first folder).
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        OptionError: If the place holds something else.
     """
-    unlimited = console.options.update(width=1000)
-    metrics, left_out = available(results), []
-    table = _terminal_table(results, metrics)
-    for name in _LEAST_IMPORTANT:
-        if console.measure(table, options=unlimited).maximum > console.width:
-            left_out += [metric for metric in metrics if metric.name == name]
-            table = _terminal_table(results, [m for m in metrics if m not in left_out])
-    console.print(table)
-    if left_out:
-        titles = ", ".join(metric.title for metric in left_out)
-        console.print(f"Left out on this narrow terminal: {titles}.", style="dim")
-    *sentences, conclusion = verdicts(results)
-    gone, found, show = (
-        divergences(results),
-        findings(results),
-        partial(console.print, highlight=False, markup=False),
-    )
-    for sentence in [s for s in sentences if s in gone or "against no mask" in s]:
-        show(sentence)
-    if len(sentences) > len(gone) or not found:
-        show(conclusion, style="bold")
-    if found:
-        show("The paper's claims on influence in these runs:")
-        show(claims_conclusion(found), style="bold")
-
-
-def _monitoring_share(results: Results) -> float:
-    """Time of the influence monitor in that of all runs, in percent."""
-    monitored = [run for run in results["runs"] if "influence" in run]
-    seconds = sum(float(record["seconds"]) for run in monitored for record in run["influence"])
-    return 100 * seconds / max(1e-9, sum(float(run["seconds"]) for run in monitored))
-
-
-def _terminal_table(results: Results, metrics: list[Metric]) -> Table:
-    table = Table(
-        title="Test accuracy in % at the last, chosen and best epoch, losses at the last: "
-        "mean ± std over seeds"
-    )
-    table.add_column("arm", no_wrap=True)
-    for metric in metrics:
-        table.add_column(metric.title.removesuffix(" epoch"), justify="right", no_wrap=True)
-    for row in _table(results, metrics):
-        cells = [Text(c["text"], style="bold" if c["best"] else "") for c in row["cells"]]
-        table.add_row(Text(row["title"]), *cells)
-    return table
-
-
-def _table(results: Results, metrics: list[Metric]) -> list[dict[str, Any]]:
-    """Rows of `mean ± std` texts; the best mean of each column is marked."""
-    best = {m.name: _best(results, m) for m in metrics}
-    return [
-        {
-            "arm": arm,
-            "title": arm_title(arm),
-            "n": len(values(results, arm, metrics[0])),
-            "cells": [
-                {"text": _mean_std(results, arm, m), "best": best[m.name] == arm} for m in metrics
-            ],
-        }
-        for arm in arms(results)
+    first, *others = studies
+    if output is None:
+        check_ours(first)
+        names = "-and-".join(re.sub(r"[^\w.=-]+", "_", p.resolve().name) for p in others)
+        output = first / f"report-with-{names[:120]}.html"
+    elif output.suffix != ".html":
+        raise OptionError(f"output={str(output)!r} must be the name of a page, such as both.html.")
+    elif output.exists() and not _is_ours(output):
+        raise OptionError(f"{output} is no report of ours: choose another --output.")
+    named = dict(zip(_names(list(studies)), studies.values(), strict=True))
+    found = looks(dict.fromkeys(arm for results in named.values() for arm in arms(results)))
+    table = means_table(named, found)
+    note = "Mean ± standard deviation over seeds; bold: the best mean of each study."
+    figure = curves(named, found)
+    sections = [
+        Section("Results", tables=[table], notes=[note]),
+        *([Section("Training", figures=[figure], notes=[_BANDS])] if figure else []),
+        *(
+            Section(name, text=[_subtitle(results), *conclusions(results), *divergences(results)])
+            for name, results in named.items()
+        ),
     ]
+    csv = {f"{name}-{kind}.csv": t for name, r in named.items() for kind, t in to_csv(r).items()}
+    options = {f"Options of {name}": _to_yaml(r["config"]) for name, r in named.items()}
+    subtitle = "Arms are judged within each study only: others may have other data and seeds."
+    page = Page(" and ".join(named), subtitle, [], sections, found, csv, options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, render(page))
+    return output
 
 
-def _best(results: Results, metric: Metric) -> str | None:
-    # The lowest training loss is not a merit here: that is memorisation.
-    if metric.name == "last_train_loss":
-        return None
-    found = {arm: list(values(results, arm, metric).values()) for arm in arms(results)}
-    means = {arm: summarise(numbers).mean for arm, numbers in found.items() if numbers}
-    pick = max if metric.higher_is_better else min
-    return pick(means, key=means.__getitem__, default=None)
+def _is_ours(page: Path) -> bool:
+    with page.open("rb") as file:
+        return _GENERATOR in file.read(1000)
 
 
-def _mean_std(results: Results, arm: str, metric: Metric) -> str:
-    return summarise(list(values(results, arm, metric).values())).show(metric.show)
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Names of folders, or their whole paths where names are alike."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _differences(results: Results) -> list[dict[str, Any]]:
-    """Rows of paired differences to no mask; those whose interval excludes zero are marked."""
-    rows = []
-    for arm in arms(results):
-        cells = []
-        for metric in available(results):
-            difference = compare_arms(results, arm, baseline(arm), metric)
-            if arm == baseline(arm) or difference is None:
-                continue
-            interval = ""
-            if difference.low is not None and difference.high is not None:
-                low, high = (metric.show(x, signed=True) for x in (difference.low, difference.high))
-                interval = f"[{low}, {high}]"
-            mean = metric.show(difference.mean, signed=True)
-            cells.append({"mean": mean, "interval": interval, "shown": difference.shown})
-        if cells:
-            rows.append({"arm": arm, "title": arm_title(arm), "cells": cells})
-    return rows
+_BANDS = (
+    "Lines: mean over the seeds that have the epoch; bands: one standard deviation. Peaks of a "
+    "loss in the first fifth of training may be cut off. Point at a line for its values; choose "
+    "above which arms are shown."
+)
+
+
+def _sections(results: Results, looks: Sequence[Look], notes: Sequence[str]) -> list[Section]:
+    whole = without_diverged(results)
+    found = [_answers(results, looks)]
+    table = means_table({"": results}, looks)
+    note = "Mean ± standard deviation over seeds; bold: the best mean."
+    if any(metric.at == "best" for metric in metrics_of(results).shown):
+        note += " The best epoch is chosen by the metric itself, and therefore too good."
+    found.append(Section("Results", tables=[table], notes=[note, *notes]))
+    difference, against = differences(whole, looks), differences_table(whole, looks)
+    if difference is not None:
+        text = (
+            "A dot for each seed, a diamond for their mean, a line for its 95 % interval (Student's"
+            " t over paired seeds, not corrected for the number of comparisons)."
+        )
+        folded = ("Every metric", [against]) if against is not None else None
+        section = Section("Against no mask", figures=[difference], notes=[text], folded=folded)
+        found.append(section)
+    if (drawn := front(whole, looks)) is not None:
+        found.append(_sweep(results, drawn, looks))
+    if (drawn := curves({"": whole}, looks)) is not None:
+        found.append(Section("Training", figures=[drawn], notes=[_BANDS]))
+    if (drawn := kept(whole, looks)) is not None:
+        text = "Mean over seeds; number of entries in brackets. Before the first refresh all learn."
+        found.append(Section("What the mask keeps", figures=[drawn], notes=[text]))
+    return [section for section in found if section is not None]
+
+
+def _answers(results: Results, looks: Sequence[Look]) -> Section | None:
+    tables = answers_tables(results, looks)
+    notes = [correction(results)]
+    if missing := unasked(results):
+        notes.append(f"Controls were not run that would answer: {', '.join(missing)}")
+    return Section("Is it better?", tables=tables, notes=notes) if tables else None
+
+
+def _sweep(results: Results, figure: Figure, looks: Sequence[Look]) -> Section:
+    validation = metrics_of(results).validation
+    if validation is None:
+        how = "No metric of validation was reported, so the first value stands for every arm."
+    else:
+        how = (
+            f"Everywhere else on this page an arm stands at the value that {validation.title} "
+            "chooses: for each seed by the mean of the other seeds, so that no seed is judged at a "
+            "value which it has chosen itself."
+        )
+    note = "Mean over seeds with one standard deviation; diamonds: values that a seed chose."
+    table = values_table(results, looks)
+    return Section("Over the sweep", text=[how], tables=[table], figures=[figure], notes=[note])
+
+
+def _title(results: Results) -> str:
+    masks = any(read_arm(arm).strategy in ("fisher", "fixed") for arm in arms(results))
+    return "Does the gradient mask help?" if masks else "Comparison of arms"
+
+
+def _subtitle(results: Results) -> str:
+    config = results["config"]
+    seeds = ", ".join(str(seed) for seed in config["seeds"])
+    parts = [str(config.get("train") or config.get("data") or "Study")]
+    parts.append(f"{len(results['runs'])} runs of {len(arms(results))} arms, seeds {seeds}")
+    sweep = config.get("sweep") or {}
+    parts += [f"{name} {', '.join(map(str, values))}" for name, values in sweep.items()]
+    chooser = metrics_of(results).chooser
+    parts += [f"the epoch chosen by {chooser[0][0]}"] if chooser else []
+    return "; ".join(parts) + "."
+
+
+def _to_yaml(config: Mapping[str, object]) -> str:
+    text: str = yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None)
+    return text
+
+
+def _environment(results: Results) -> str:
+    minutes = sum(run["seconds"] for run in results["runs"]) / 60
+    lines = [f"{name}: {value}" for name, value in results.get("environment", {}).items()]
+    lines.append(f"training time: {minutes:.1f} minutes in {len(results['runs'])} runs")
+    return "\n".join(lines)

@@ -7,6 +7,7 @@ from gradmask.recipes.data.images import load_images
 from gradmask.recipes.training.components import new_mask, new_model
 from gradmask.study.arms import STRATEGIES, arm_colours, arm_title, controls, parse_arm
 from gradmask.study.folder import run_directory
+from gradmask.study.spec import Spec
 
 
 def test_an_arm_changes_its_own_options():
@@ -29,9 +30,9 @@ def test_an_arm_changes_its_own_options():
         ("fisher:keep=0", r"keep=0.0 must be in \(0, 1\]"),
         ("fisher:scope=all", "Unknown scope 'all'"),
         ("none:labels=wrong", "Unknown labels 'wrong'"),
-        ("none:keep=0.5", "has no mask, so keep has no meaning"),
-        ("sam:scope=update", "has no mask, so scope has no meaning"),
-        ("fisher:rho=0.1", "is not SAM, so rho has no meaning"),
+        ("none:keep=0.5", "keep has no meaning for no mask: it is an option of fisher"),
+        ("sam:scope=update", "scope has no meaning for SAM"),
+        ("fisher:rho=0.1", "rho has no meaning for Fisher mask"),
         ("sam:rho=0", "rho=0.0 must be positive"),
     ],
 )
@@ -75,7 +76,7 @@ def test_masks_are_judged_against_others_with_the_same_options():
 
 
 def test_every_arm_has_a_folder_of_its_own(tmp_path):
-    assert run_directory(tmp_path, "fisher:keep=0.7", 3).name == "fisher-keep=0.7-seed3"
+    assert run_directory(tmp_path, Spec("fisher:keep=0.7", 3)).name == "fisher-keep=0.7-seed3"
 
 
 def test_random_labels_are_drawn_from_all_classes_once_per_seed():

@@ -37,7 +37,7 @@ from gradmask.study.results import Results, Row, check_results
 from gradmask.study.spec import Spec
 from gradmask.study.statistics import summary_table, value_key
 from gradmask.study.trial import Trial, run_trial
-from gradmask.study.workers import Work, execute
+from gradmask.study.workers import Work, check_workers, execute, ship_module
 
 OPENING = "opening the output folder"
 
@@ -150,7 +150,8 @@ def compare(
         k: tuple(v) if isinstance(v, list | range) else v for k, v in options.items()
     }
     if "sweep" in plain:
-        plain["sweep"] = {k: list(v) for k, v in plain["sweep"].items()}
+        sweep = plain["sweep"].items()
+        plain["sweep"] = {k: list(v) if isinstance(v, range | tuple) else v for k, v in sweep}
     try:
         config = StudyOptions(
             train=name, arms=tuple(arms), seeds=tuple(seeds), output=Path(output), **plain
@@ -159,9 +160,11 @@ def compare(
         raise OptionError(f"compare(): {error}".replace("StudyOptions.__init__() ", "")) from error
     for arm in config.arms:
         found = parse_arm(arm, own=own)
-        if "." in found.strategy:
+        if ":" in found.strategy:
             own[found.strategy] = resolve(found.strategy)[0]
     source = {"source": source_sum(function)}
+    if config.scheduler is not None:
+        ship_module(function)
 
     def begin(config: StudyOptions, results: Results) -> Work:
         before = results.get("source")
@@ -230,6 +233,8 @@ def run_study(
         The contents of `results.json`.
     """
     ours, progress = processes(), progress or Progress()
+    scheduler = getattr(config, "scheduler", None)
+    check_workers(config.jobs, scheduler)
     with ExitStack() as stack:
         opened = partial(open_folder, config, stack, check=check)
         config, results = ours.from_main(opened, OPENING)
