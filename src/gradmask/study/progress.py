@@ -66,7 +66,10 @@ class Progress:
         self._print(f"Going on with {spec.title}, from its checkpoint.")
 
     def epoch(self, spec: Spec, row: Row) -> None:
-        """An epoch of a run is over."""
+        """An epoch of a run is over; with `share`, only that much of it."""
+        if "share" in row:
+            self.batch(spec, row["epoch"], row["share"])
+            return
         told = self._epochs.setdefault(spec, [])
         if row["epoch"] not in told:  # before, by a worker that died
             told.append(row["epoch"])

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData
 from gradmask.recipes.data.sources import Images
-from gradmask.recipes.data.stored import Key, Labelled, StoredImages, decoded
-from gradmask.recipes.data.transforms import augment_batch
+from gradmask.recipes.data.stored import Key, Labelled, StoredImages, View, decoded
+from gradmask.recipes.data.transforms import augment_batch, transform_of
 from gradmask.seeding import derive_seed
 from gradmask.study.processes import ALONE, Processes
 
@@ -152,7 +152,8 @@ def training_batches(
             [(i, derive_seed(*crops, i) if config.augment else None) for i in part]
             for part in (ours.part(batch).tolist() for batch in batches)
         )
-        stored = decoded(images, keys, device.type == "cuda")
+        view = View(config.crop, config.flip, transform_of(config))
+        stored = decoded(images, keys, device.type == "cuda", view)
         for batch, found in zip(places, stored, strict=True):
             yield (
                 prepare(found.to(device, non_blocking=True)),

@@ -122,22 +122,21 @@ def _part(labels: Tensor, size: int | None, part: str) -> Tensor:
 def _in_words(source: Source, labels: list[Tensor], images: Images, sizes: Sizes | None) -> str:
     """How many images there are for what, of which classes and sizes."""
     train, val, test = map(len, labels)
-    held = "held out of the training images" if source.val_labels is None else "of its own"
-    origin = {
-        "test": "",
-        "validation": " (the validation images: there are no others with labels)",
-        "train": " (a fixed fifth of all images: there are no others)",
-    }[source.test_from]
-    if (whole := len(source.test_labels)) != test:
-        origin = f", a part of {whole:,}{origin}"
     counts = labels[0].bincount(minlength=len(source.class_names))
     fewest, most = int(counts.min()), int(counts.max())
     each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    held = "held out of these" if source.val_labels is None else "of the data's own"
+    part = "" if (whole := len(source.test_labels)) == test else f" of {whole:,}"
+    origin = {
+        "test": "",
+        "validation": ", the data's validation images, as no others are for tests",
+        "train": ", out of a fixed fifth of all, as none are for tests",
+    }[source.test_from]
     channels, height, width = images.shape[1:]
     found = "" if sizes is None else _cut_from(sizes, height, width)
     return (
-        f"{len(counts)} classes with {each} images to train on, {train:,} together; {val:,} to "
-        f"validate on, {held}; {test:,} to test on{origin}. Each is {height} x {width} pixels, "
+        f"{len(counts)} classes: {train:,} images to train on ({each} a class), {val:,} {held} to "
+        f"validate on, {test:,}{part} to test on{origin}. Each is {height} x {width} pixels, "
         f"{'grey' if channels == 1 else 'in colour'}{found}."
     )
 
