@@ -30,7 +30,7 @@ from gradmask.study.folder import read_results
 from gradmask.study.progress import Progress
 from gradmask.study.trial import Diverged
 
-CLOCKS = ("seconds", "refresh_seconds")
+CLOCKS = ("seconds", "refresh_seconds", "evaluation_seconds")
 ARMS = ("none", "fisher", "random", "random_matched", "inverse", "sam")
 
 

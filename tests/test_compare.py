@@ -202,9 +202,11 @@ def test_mistakes_are_found_before_anything_is_written(config, changes, message)
 
 
 def test_model_that_cannot_be_measured_is_found_before_training(config, monkeypatch):
-    norm = torch.nn.BatchNorm1d(64, track_running_stats=False)
-    layers = (torch.nn.Flatten(), norm, torch.nn.Linear(64, 10))
-    monkeypatch.setattr(components, "build_model", lambda *_: torch.nn.Sequential(*layers))
+    def build(*_):
+        norm = torch.nn.BatchNorm1d(64, track_running_stats=False)
+        return torch.nn.Sequential(torch.nn.Flatten(), norm, torch.nn.Linear(64, 10))
+
+    monkeypatch.setattr(components, "build_model", build)
     with pytest.raises(ModelError, match=r"Layer '1'.*batch statistics"):
         run_comparison(config, quiet())
     assert not config.output.exists()

@@ -134,7 +134,7 @@ def test_faults_in_the_middle(fault, owner, name, moment, place, monkeypatch, ca
         (TimeoutError("after 600 s"), "after 600 s", 2),
         (RecursionError("deep"), "RecursionError: deep", 1),
         (AssertionError(), "AssertionError", 1),
-        (ImportError("No module named 'rich'"), "pip install 'gradmask.recipes.'", 2),
+        (ImportError("No module named 'rich'"), "pip install 'gradmask.experiments.'", 2),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, Exception) else None,
 )

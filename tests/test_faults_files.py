@@ -97,7 +97,7 @@ def test_nothing_that_is_read_becomes_a_path(evil, key, made, tmp_path):
 
 
 def test_other_data_are_refused(made, tmp_path, monkeypatch):
-    original = images_module.load_source
+    original = images_module.open_source
 
     def other(*args):
         source = original(*args)
@@ -106,7 +106,7 @@ def test_other_data_are_refused(made, tmp_path, monkeypatch):
 
     folder = shutil.copytree(made / "done", tmp_path / "out")
     stopped = shutil.copytree(made / "stopped", tmp_path / "stopped")
-    monkeypatch.setattr(images_module, "load_source", other)
+    monkeypatch.setattr(images_module, "open_source", other)
     for visit in (
         lambda: train_into(folder, seeds=(0, 1)),
         lambda: train_into(folder, arms=("inverse",)),

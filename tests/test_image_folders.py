@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from gradmask.recipes.data import sources
 from gradmask.recipes.data.cache import cache_folder
 from gradmask.recipes.data.folders import image_folder, warn_once
 from gradmask.recipes.data.images import load_images
-from gradmask.recipes.data.sources import load_source, stored_source
+from gradmask.recipes.data.sources import decode_all, open_source, stored_source
 
 CLASSES = ("ant", "bee", "cow")
 RNG = np.random.default_rng(0)
@@ -41,6 +42,12 @@ def folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             picture(seed=i).save(path)
     return tmp_path / "photos"
+
+
+def load_source(folder, size, **options):
+    source = open_source(Comparison(data=folder, image_size=size, **options))
+    (images, test_images), _ = decode_all(folder, [source.images, source.test_images])
+    return replace(source, images=images, test_images=test_images)
 
 
 def both_ways(folder, size=24, **options):

@@ -304,6 +304,8 @@ def test_pages_go_into_folders_of_ours_only(tmp_path):
         write_report(tmp_path, made_up())
     with pytest.raises(OptionError, match="must be the name of a page"):
         write_comparison_report(studies, tmp_path / "mine")
+    with pytest.raises(OptionError, match="two different folders"):
+        write_comparison_report({tmp_path / "b": made_up()})
     (tmp_path / "mine.html").write_text("mine")
     with pytest.raises(OptionError, match="is no report of ours"):
         write_comparison_report(studies, tmp_path / "mine.html")

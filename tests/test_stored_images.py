@@ -160,7 +160,7 @@ def test_every_image_of_every_epoch_has_a_seed_of_its_own(folder, monkeypatch):
     data = load_images(config, 0)
     seen = []
 
-    def record(images, keys, pin):
+    def record(images, keys, *_):
         seen.extend(seed for batch in keys for _, seed in batch)
         return iter([])
 
@@ -206,7 +206,7 @@ def test_a_damaged_file_is_named_in_a_fisher_pass(folder, workers, monkeypatch):
     config = replace(config, output=folder.parent / "out", fisher_samples=None)
     train = stored.StoredImages.cropped
     monkeypatch.setattr(  # the training batches go well
-        stored.StoredImages, "cropped", lambda self, i, seed: train(self, 0, seed)
+        stored.StoredImages, "cropped", lambda self, i, *rest: train(self, 0, *rest)
     )
     with pytest.raises(DataError, match=rf"^Cannot decode {path}: .*true\.$"):
         compare(config)
@@ -233,7 +233,7 @@ def test_a_header_that_claims_too_many_pixels(folder):
         assert len(stored_source(config_of(folder, skip_damaged=True)).images) == 35
 
 
-def die(self, place, seed=None):
+def die(self, place, *_):
     os._exit(1)
 
 
@@ -252,7 +252,7 @@ def test_a_worker_that_cannot_start(folder, monkeypatch):
     images = stored_source(config_of(folder)).images
     monkeypatch.setattr(multiprocessing.Process, "start", start)
     with pytest.raises(DataError, match=r"Cannot allocate memory.*try fewer --workers"):
-        stored.damaged(images)
+        list(stored.damaged(images))
 
 
 def test_other_errors_stay_as_they_are():

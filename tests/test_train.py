@@ -11,10 +11,11 @@ from gradmask.recipes.data.images import load_images
 from gradmask.recipes.data.transforms import channel_statistics, normalize
 from gradmask.recipes.training import components
 from gradmask.recipes.training.components import resolve_device
-from gradmask.recipes.training.run import evaluate, train_run
+from gradmask.recipes.training.evaluation import evaluate
+from gradmask.recipes.training.run import train_run
 from gradmask.seeding import derive_seed, seeded_generator
 
-CLOCKS = ("seconds", "refresh_seconds")
+CLOCKS = ("seconds", "refresh_seconds", "evaluation_seconds")
 
 
 def run(directory, options, arm="fisher", seed=0, **changes):
@@ -145,10 +146,13 @@ def test_evaluation_weighs_every_image_alike():
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
     batches = Batches(images, labels, lambda x: x.float() / 255, size=3)
     assert [len(y) for _, y in batches] == [3, 3, 1]
-    loss, accuracy = evaluate(model, batches)
+    found = evaluate(model, batches, 3)
     logits = model(images.float() / 255)
-    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
-    assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+    right = (logits.argmax(1) == labels).float()
+    assert found.accuracy == pytest.approx(right.mean().item())
+    each = [right[labels == label].mean().item() for label in range(3)]
+    assert found.per_class == pytest.approx(each)
 
 
 def test_device():

@@ -89,9 +89,8 @@ def test_trainer(tmp_path):
 
         def forward(self, inputs, labels=None):
             logits = self.net(inputs)
-            if labels is None:
-                return {"logits": logits}
-            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+            loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+            return transformers.modeling_outputs.SequenceClassifierOutput(loss, logits)
 
     inputs, labels = data()
     rows = [{"inputs": x, "labels": y} for x, y in zip(inputs, labels, strict=True)]

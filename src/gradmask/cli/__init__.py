@@ -69,8 +69,9 @@ def _main(words: list[str]) -> int:
     run.add_argument("options", nargs=argparse.REMAINDER)
     commands.add_parser("study", help="compare by a training function: gradmask study module:train")
     commands.add_parser("recipes", help="list the recipes")
-    report = commands.add_parser("report", help="build the report of a run again")
-    report.add_argument("directory", help="output folder of a run")
+    report = commands.add_parser("report", help="build the report of a run again, or of several")
+    report.add_argument("folders", nargs="+", help="output folders of runs")
+    report.add_argument("--output", help="the page that shows several (beside the first folder)")
     _add_audit(commands)
     add_bench(commands)
     # Argparse would take a leading option for its own.
@@ -87,7 +88,7 @@ def _main(words: list[str]) -> int:
         return run_bench(parsed)
     if parsed.command == "audit":
         return _audit(parsed)
-    return _report(usable_path("directory", parsed.directory))
+    return _report([usable_path("folder", f) for f in parsed.folders], parsed.output)
 
 
 def _run(words: list[str]) -> int:
@@ -131,19 +132,40 @@ def _study(words: list[str]) -> int:
         return _show(config.output, results) if ours.main else 0
 
 
-def _report(directory: Path) -> int:
+def _report(folders: list[Path], output: str | None) -> int:
     from gradmask.recipes.results import check_comparison, check_theorem
     from gradmask.recipes.theorem.run import FILE
     from gradmask.study.folder import read_results
 
     work_begins()
+    if len(folders) > 1:
+        return _show_several(folders, output)
+    if output is not None:
+        raise OptionError("--output is for the page of several folders: leave it out.")
+    (directory,) = folders
     if (directory / FILE).is_file():
         return _show_theorem(directory, read_results(directory, FILE, check_theorem))
     return _show(directory, read_results(directory, check=check_comparison))
 
 
+def _show_several(folders: list[Path], output: str | None) -> int:
+    from gradmask.recipes.results import check_comparison
+    from gradmask.study.folder import read_results
+    from gradmask.study.report import print_summary, write_comparison_report
+
+    console = terminal()
+    studies = {folder: read_results(folder, check=check_comparison) for folder in folders}
+    for folder, results in studies.items():
+        console.print(str(folder), style="bold", soft_wrap=True, highlight=False, markup=False)
+        print_summary(results, console)
+    target = None if output is None else usable_path("output", output)
+    page = write_comparison_report(studies, target)
+    console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
 def _show(directory: Path, results: Results) -> int:
-    from gradmask.study.report.page import print_summary, write_report
+    from gradmask.recipes.report import print_summary, write_report
 
     console = terminal()
     print_summary(results, console)

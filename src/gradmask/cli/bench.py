@@ -72,6 +72,14 @@ def _add_training(kinds: Any) -> None:
         if what == "loop":
             kind.add_argument("--device", default="cpu")
             kind.add_argument("--no-variants", dest="variants", action="store_false")
+    workers = kinds.add_parser("workers", help="runs an hour by several workers, against one")
+    for option, default, text in (
+        ("--jobs", 2, "workers"),
+        ("--runs", 8, "runs of the study"),
+        ("--seconds", 10, "about how long a run takes"),
+        ("--rounds", 3, "studies of each kind"),
+    ):
+        workers.add_argument(option, type=count, default=default, help=text)
     loading = kinds.add_parser("loading", help="decoding JPEGs, against torchvision's pipeline")
     loading.add_argument("--images", type=count, default=512, help="JPEGs to make")
     loading.add_argument("--image-size", type=count, default=224, help="size of the crops")
@@ -89,6 +97,7 @@ def run_bench(parsed: argparse.Namespace) -> int:
     from gradmask.benchmarks.loop import bench_loop, bench_processes
     from gradmask.benchmarks.mask import bench_step, bench_threshold
     from gradmask.benchmarks.online import bench_online
+    from gradmask.benchmarks.workers import bench_workers
     from gradmask.recipes.training.components import resolve_device
 
     benches: dict[str, Callable[..., Any]] = {
@@ -101,6 +110,7 @@ def run_bench(parsed: argparse.Namespace) -> int:
         "loop": bench_loop,
         "processes": bench_processes,
         "loading": bench_loading,
+        "workers": bench_workers,
     }
     if "device" in parsed:
         parsed.device = str(resolve_device(parsed.device))

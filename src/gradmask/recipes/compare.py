@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from gradmask import fisher_diagonal
 from gradmask.errors import GradmaskError, OptionError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.batches import Batches
 from gradmask.recipes.data.images import ImageData, load_images
-from gradmask.recipes.data.transforms import Normalize
+from gradmask.recipes.data.stored import StoredImages
+from gradmask.recipes.data.transforms import Normalize, transform_of
 from gradmask.recipes.identity import check_data, data_sum
 from gradmask.recipes.results import check_comparison
-from gradmask.recipes.training.components import check_together, new_model, resolve_device
+from gradmask.recipes.training.components import (
+    check_model,
+    check_together,
+    new_model,
+    resolve_device,
+)
 from gradmask.recipes.training.run import train_run
 from gradmask.study import Diverged
 from gradmask.study.budget import EpochBudget
@@ -47,15 +54,18 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
             these are checked before training starts.
         EpochsSpent: If `stop_after` epochs were trained and there is more to do.
     """
-    return run_study(config, _begin, progress=progress, check=check_comparison)
+    begin = partial(_begin, progress.console)
+    return run_study(config, begin, progress=progress, check=check_comparison)
 
 
-def _begin(config: Comparison, results: Results) -> Work:
+def _begin(console: Console, config: Comparison, results: Results) -> Work:
     resolve_device(config.device)
     data = load_images(config, config.seeds[0])
+    console.print(data.found, highlight=False, markup=False, soft_wrap=True)
     earlier = results.get("data", {})
     described = _describe(data)
     check_data(earlier.get("sum"), described["sum"], config.output / RESULTS_FILE)
+    _check_transform(config, data)
     _check_processes(config, len(data.train_labels))
     _check_model(config, data)
     results |= {
@@ -83,7 +93,16 @@ def _train(
     data = load_images(config.for_arm(spec.arm), spec.seed)
     check_data(images, data_sum(data), config.output / RESULTS_FILE)
     try:
-        run = train_run(config, data, spec.arm, spec.seed, directory, on_epoch, budget=budget)
+        run = train_run(
+            config,
+            data,
+            spec.arm,
+            spec.seed,
+            directory,
+            on_epoch,
+            budget=budget,
+            on_batch=lambda epoch, share: on_epoch({"epoch": epoch, "share": share}),
+        )
     except Diverged as diverged:  # the others go on
         run = diverged.run
     return run | spec.as_row()
@@ -103,12 +122,23 @@ def _check_processes(config: Comparison, images: int) -> None:
     check_together(config, count)
 
 
+def _check_transform(config: Comparison, data: ImageData) -> None:
+    """Try the user's own transform on an image as training would have it."""
+    transform = transform_of(config)
+    if transform is not None:
+        images, size = data.train_images, data.train_images.shape[-1]
+        if isinstance(images, StoredImages):
+            transform.check(images.whole(0), size)
+        else:
+            transform.check(images[0], size)
+
+
 def _check_model(config: Comparison, data: ImageData) -> None:
     """Measure two images, so that a model that cannot be masked is refused before training."""
     prepare = Normalize.of(data.train_images)
     inputs, labels = next(iter(Batches(data.train_images[:2], data.train_labels[:2], prepare)))
     try:
-        model = new_model(config, data, config.seeds[0])
+        model = check_model(config, data, inputs)
         fisher_diagonal(model, [(inputs, labels)], kind=config.fisher_kind)
     except GradmaskError:
         raise
@@ -121,6 +151,7 @@ def _check_model(config: Comparison, data: ImageData) -> None:
 
 
 def _describe(data: ImageData) -> dict[str, Any]:
+    counts = data.test_labels.bincount(minlength=len(data.class_names))
     return {
         "train": len(data.train_labels),
         "validation": len(data.val_labels),
@@ -128,4 +159,6 @@ def _describe(data: ImageData) -> dict[str, Any]:
         "classes": len(data.class_names),
         "image": list(data.train_images.shape[1:]),
         "sum": data_sum(data),
+        "class_names": [ascii(n)[1:-1] if not n.isprintable() else n for n in data.class_names],
+        "test_majority": int(counts.max()) / len(data.test_labels),
     }

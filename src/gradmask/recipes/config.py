@@ -15,8 +15,18 @@ from gradmask.study.schema import Wrong, check_types
 # What the runs of one comparison may differ in: an arm's options, and values of a sweep. All see
 # the same images.
 VARIED = (
-    *("labels", "augment", "batch_size", "optimizer", "lr", "momentum", "nesterov"),
-    *("weight_decay", "schedule", "keep", "scope", "fisher_kind", "fisher_samples", "rho"),
+    *("labels", "augment", "flip", "crop", "class_weights", "batch_size", "optimizer", "lr"),
+    *(
+        "momentum",
+        "nesterov",
+        "weight_decay",
+        "schedule",
+        "keep",
+        "scope",
+        "fisher_kind",
+        "fisher_samples",
+        "rho",
+    ),
 )
 _OWN_NAMES = {"kind": "fisher_kind", "max_samples": "fisher_samples"}  # as FisherMask has them
 
@@ -27,7 +37,10 @@ class Comparison:
 
     Attributes:
         data: `digits` (embedded), a Hugging Face hub name, a parquet folder or an image folder.
+        labels_csv: File with the columns `file` and `label`, and perhaps `split` (`train`, `val` or
+            `test`): the labels of images that lie in the folder `data` in any order.
         train_size: Take a seeded stratified part of the training images (default: all).
+        test_size: The same of the test images.
         classes: Take a seeded choice of the classes (default: all).
         image_size: Take the middle of each image, of this many pixels (needed when they differ in
             size, and with `streaming`).
@@ -38,9 +51,20 @@ class Comparison:
             (default: the first one ends the run, by name).
         label_noise: Share of training labels replaced by a different class, drawn once per seed.
         labels: `given`, or `random`: every training label drawn from all classes, once per seed.
-        validation: Share of the training images held out to choose an epoch.
-        augment: Random crop with padding and horizontal flip on training batches.
-        model: Model name: `mlp`, `small_cnn`, `cifar_vit`, `cifar_resnet18`, ..., or torchvision's.
+        validation: Share of the training images held out to choose an epoch (default: 0.1, or
+            none where the data have validation images beside test images).
+        augment: Change training images at random: `transform`, or else `crop` and `flip`.
+        crop: Random crop with padding; with `streaming` a random resized crop.
+        flip: Mirror half of the images left to right (never `digits`).
+        transform: Function of your own in place of both, `module:function`: called with each
+            training image, a uint8 tensor (channels, height, width), and returns another.
+        class_weights: `balanced`: the training loss of an image is weighted by images ÷ (classes ·
+            images of its class).
+        model: Model name: `mlp`, `small_cnn`, `cifar_vit`, `cifar_resnet18`, ..., or torchvision's;
+            or a function of your own, `module:function`, called with those of `classes`,
+            `channels` and `image_size` that it takes.
+        weights: File of weights to start from, of `torch.save` or safetensors; a last layer of
+            another number of classes starts at random.
         width: Base width of `mlp`, `small_cnn` and the `cifar_` models (default: theirs).
         stem_stride: Stride of the first convolution of the `cifar_resnet` models.
         arms: The kinds of mask to compare, and what they are to be better than: `none` is training
@@ -51,9 +75,10 @@ class Comparison:
         keep: Share of the parameters that still learn, in (0, 1].
         scope: Mask the `gradient` (equation 10) or freeze the whole `update`.
         fisher_kind: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
-        fisher_samples: Training images in each Fisher pass (default: all).
+        fisher_samples: Training images in each Fisher pass; null for all.
         rho: Radius of the neighbourhood of `sam`.
         epochs: Passes over the training images.
+        evaluate_every: Epochs from one evaluation to the next; the last epoch has one in any case.
         seeds: One run per arm and seed; a seed fixes data, noise, weights and order.
         sweep: Values that every arm is run with, by the name of an option: `lr=0.01,0.03,0.1`.
         batch_size: Images in a training batch.
@@ -103,7 +128,9 @@ class Comparison:
     )
 
     data: str = "digits"
+    labels_csv: str | None = None
     train_size: int | None = None
+    test_size: int | None = None
     classes: int | None = None
     image_size: int | None = None
     streaming: bool = False
@@ -111,18 +138,24 @@ class Comparison:
     skip_damaged: bool = False
     label_noise: float = 0.0
     labels: Literal["given", "random"] = "given"
-    validation: float = 0.1
+    validation: float | None = None
     augment: bool = True
+    crop: bool = True
+    flip: bool = True
+    transform: str | None = None
+    class_weights: Literal["none", "balanced"] = "none"
     model: str = "small_cnn"
+    weights: str | None = None
     width: int | None = None
     stem_stride: int = 1
     arms: tuple[str, ...] = ("none", *MASKS, "slow", "early")
     keep: float = 0.25
     scope: Literal["gradient", "update"] = "gradient"
     fisher_kind: Literal["empirical", "sampled", "exact"] = "empirical"
-    fisher_samples: int | None = None
+    fisher_samples: int | None = 4000
     rho: float = 0.05
     epochs: int = 30
+    evaluate_every: int = 1
     seeds: tuple[int, ...] = (0, 1, 2)
     sweep: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 128
@@ -160,14 +193,15 @@ class Comparison:
         check_keep(self.keep)
         check_choice("scope", self.scope, ("gradient", "update"))
         check_choice("labels", self.labels, ("given", "random"))
+        check_choice("class_weights", self.class_weights, ("none", "balanced"))
         check_choice("engine", self.engine, ("ddp", "fsdp"))
         check_choice("precision", self.precision, ("float32", "bf16", "fp16"))
-        whole = ("epochs", "batch_size", "stem_stride", "monitor_sources", "monitor_probe", "jobs")
-        for name in whole:
+        whole = ("epochs", "evaluate_every", "batch_size", "stem_stride", "jobs")
+        for name in (*whole, "monitor_sources", "monitor_probe"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
-        optional = ("train_size", "classes", "image_size", "width", "fisher_samples", "threads")
-        every = ("monitor_every", "save_every", "checkpoint_every", "stop_after")
+        optional = ("train_size", "test_size", "classes", "image_size", "width", "fisher_samples")
+        every = ("threads", "monitor_every", "save_every", "checkpoint_every", "stop_after")
         for name in (*optional, *every):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -188,7 +222,14 @@ class Comparison:
             raise OptionError(f"label_noise={self.label_noise!r} must be a share in [0, 1].")
         if self.label_noise and self.labels == "random":
             raise OptionError("label_noise has no meaning with labels='random': leave one out.")
-        if not 0.0 < self.validation < 1.0:
+        if self.transform is not None and not (self.augment and self.crop and self.flip):
+            raise OptionError(
+                "transform is used in place of crop and flip, and augment=False leaves all out: "
+                "leave transform out, or these."
+            )
+        if self.labels_csv is not None and self.data == "digits":
+            raise OptionError("labels_csv needs data, the folder that its files lie in.")
+        if self.validation is not None and not 0.0 < self.validation < 1.0:
             raise OptionError(f"validation={self.validation!r} must be a share in (0, 1).")
         for name in ("lr", "rho", "monitor_step"):
             if not 0.0 < getattr(self, name) < math.inf:

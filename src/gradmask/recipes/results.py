@@ -14,7 +14,7 @@ from gradmask.study.schema import Wrong, items, number, optional, record, seed, 
 _LOSSES = ("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
 _DATA = record(
     dict.fromkeys(("train", "validation", "test", "classes"), whole) | {"image": items(whole)},
-    {"sum": text},
+    {"sum": text, "class_names": items(text), "test_majority": number},
 )
 
 
@@ -38,12 +38,16 @@ def check_comparison(found: Any) -> Results:
         raise Wrong("parameters or data are missing")
     _DATA(results["data"])
     config = from_plain(Comparison, results["config"])
-    parameters = len(results["parameters"])
+    parameters, names = len(results["parameters"]), range(results["data"]["classes"])
     times: dict[str, Any] = {}
     for run in results["runs"]:
         rows, where = run["epochs"], f"run of arm {run['arm']!r}, seed {run['seed']}"
-        if any(name not in row for row in rows for name in _LOSSES):
-            raise Wrong(f"{where}: an epoch lacks one of {', '.join(_LOSSES)}")
+        for row in rows:
+            due = row["epoch"] % config.evaluate_every == 0 or row["epoch"] == config.epochs
+            if any(name not in row for name in (_LOSSES if due else _LOSSES[:1])):
+                raise Wrong(f"{where}: an epoch lacks one of {', '.join(_LOSSES)}")
+            if len(row.get("test_accuracy_per_class", names)) != len(names):
+                raise Wrong(f"{where}: test_accuracy_per_class does not fit the classes")
         if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
             raise Wrong(f"{where}: its epochs are not in order")
         arm = parse_arm(run["arm"])

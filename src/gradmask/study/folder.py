@@ -215,9 +215,15 @@ def _held(config: Options, file: str, check: Check) -> tuple[Options, Results]:
     earlier, ours = to_plain(earlier_config), to_plain(config)
     for name, value in ours.items():
         if name not in (*config.EXTENDABLE, *config.NOT_RESULTS) and earlier.get(name) != value:
+            mend = "choose another --output, or delete it"
+            if name == "epochs":
+                mend = (
+                    "a longer or shorter schedule is a new run, as the learning rate follows it "
+                    f"from the start. For a new run {mend}"
+                )
             raise OptionError(
                 f"{folder} holds a different run, with {name}={earlier.get(name)!r}, not "
-                f"{value!r}: choose another --output, or delete it."
+                f"{value!r}: {mend}."
             )
     merged = {name: _merged(earlier[name], ours[name]) for name in config.EXTENDABLE}
     if None in merged.values():

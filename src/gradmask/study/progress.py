@@ -13,7 +13,7 @@ from gradmask.study.metrics import metrics_of
 from gradmask.study.results import Row
 from gradmask.study.spec import Spec
 
-_EVERY = 10.0  # seconds between lines on runs in progress, where there are no bars
+EVERY = 10.0  # seconds between lines on work in progress, where there are no bars
 
 
 class Progress:
@@ -37,7 +37,8 @@ class Progress:
             disable=not self.console.is_terminal,
         )
         self._runs: dict[Spec, TaskID] = {}
-        self._epochs: dict[Spec, int] = {}
+        self._epochs: dict[Spec, list[int]] = {}  # told so far
+        self._begun: dict[Spec, tuple[float, float]] = {}  # first told, and how far
         self._planned = self._finished = self._width = 0
         self._told = time.monotonic()
 
@@ -65,19 +66,36 @@ class Progress:
         self._print(f"Going on with {spec.title}, from its checkpoint.")
 
     def epoch(self, spec: Spec, row: Row) -> None:
-        """An epoch of a run is over."""
-        if spec not in self._runs:
-            self._runs[spec] = self._bars.add_task(spec.title, total=self.epochs, unit="epochs")
-        if row["epoch"] > self._epochs.get(spec, -1):  # not told before, by a worker that died
-            self._epochs[spec] = row["epoch"]
-            self._bars.advance(self._runs[spec])
+        """An epoch of a run is over; with `share`, only that much of it."""
+        if "share" in row:
+            self.batch(spec, row["epoch"], row["share"])
+            return
+        told = self._epochs.setdefault(spec, [])
+        if row["epoch"] not in told:  # before, by a worker that died
+            told.append(row["epoch"])
             self._bars.advance(self._all, 1 if self.epochs else 0)
+        self._show(spec)
         now = time.monotonic()
-        if not self.console.is_terminal and now - self._told >= _EVERY:
+        if not self.console.is_terminal and now - self._told >= EVERY:
             self._told = now
             of = f" of {self.epochs}" if self.epochs else ""
             numbers = numbers_of({**spec.as_row(), "seconds": 0.0, "epochs": [row]})
             self._print(f"{spec.title}: epoch {row['epoch']}{of}:  {numbers}")
+
+    def batch(self, spec: Spec, epoch: int, share: float) -> None:
+        """A run is at this share of an epoch, counted from 1; told now and then."""
+        now, done = time.monotonic(), epoch - 1 + share
+        first = self._begun.setdefault(spec, (now, done))
+        self._show(spec, share)
+        if self.console.is_terminal or now - self._told < EVERY or done <= first[1]:
+            return
+        self._told = now
+        text, left = f"{spec.title}: epoch {epoch}, {share:.0%}", ""
+        if self.epochs:
+            text = f"{spec.title}: epoch {epoch} of {self.epochs}, {share:.0%}"
+            seconds = (now - first[0]) * (self.epochs - done) / (done - first[1])
+            left = f";  about {duration(seconds)} left of this run"
+        self._print(text + left)
 
     def finish(self, run: Row) -> None:
         """A run is over."""
@@ -97,8 +115,22 @@ class Progress:
             f"{spec.title:<{self._width}}:  {found}  ({run['seconds']:.1f} s)"
         )
 
+    def _show(self, spec: Spec, share: float = 0.0) -> None:
+        """Move a run's bar."""
+        if spec not in self._runs:
+            self._runs[spec] = self._bars.add_task(spec.title, total=self.epochs, unit="epochs")
+        done = len(self._epochs.get(spec, ())) + share
+        self._bars.update(self._runs[spec], completed=done)
+
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def numbers_of(run: Row) -> str:

@@ -22,7 +22,13 @@ Results = dict[str, Any]
 Row = dict[str, Any]
 
 _ROW = record(
-    {"epoch": whole}, {"kept_per_parameter": items(number), "weights": text}, others=number
+    {"epoch": whole},
+    {
+        "kept_per_parameter": items(number),
+        "test_accuracy_per_class": items(number),
+        "weights": text,
+    },
+    others=number,
 )
 _RECORD = record({"epoch": number, "seconds": number}, others=number)
 DIVERGED = record({"epoch": whole, "reason": text})

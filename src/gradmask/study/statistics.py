@@ -41,7 +41,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences with its 95 % t-interval; no interval for one seed.
+    """Mean of paired differences with its 95 % t-interval.
+
+    There is no interval for one seed, and for several that differ by the same number: as rare
+    as that is, it says nothing of the spread.
 
     Attributes:
         mean: Mean over seeds.
@@ -189,14 +192,11 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
     if not differences:
         return None
     summary = summarise(differences)
-    if summary.std is None:
-        return Difference(summary.mean, None, None, 1)
+    if summary.std is None or (summary.mean and not summary.std):  # no spread to test by
+        return Difference(summary.mean, None, None, summary.n)
     error = summary.std / math.sqrt(summary.n)
     half = float(stats.t.ppf(1 - LEVEL / 2, summary.n - 1)) * error
-    if error:
-        p = 2 * float(stats.t.sf(abs(summary.mean) / error, summary.n - 1))
-    else:
-        p = 0.0 if summary.mean else 1.0
+    p = 2 * float(stats.t.sf(abs(summary.mean) / error, summary.n - 1)) if error else 1.0
     low, high = summary.mean - half, summary.mean + half
     found = Difference(summary.mean, low, high, summary.n, p)
     return replace(found, detectable=_detectable(found, 1))

@@ -69,7 +69,7 @@ class Verdict:
         if self.difference is None:
             return "unknown: no seed in common"
         if self.difference.low is None:
-            return "not shown: one seed"
+            return f"not shown: {'one seed' if self.difference.n == 1 else 'no spread over seeds'}"
         return {1: "yes", -1: "no, worse", 0: "not shown"}[self.outcome]
 
 

@@ -14,14 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData
 from gradmask.recipes.data.sources import Images
-from gradmask.recipes.data.stored import Key, Labelled, StoredImages, decoded
-from gradmask.recipes.data.transforms import augment_batch
+from gradmask.recipes.data.stored import Key, Labelled, StoredImages, View, decoded
+from gradmask.recipes.data.transforms import augment_batch, transform_of
 from gradmask.seeding import derive_seed
 from gradmask.study.processes import ALONE, Processes
 
 Prepare = Callable[[Tensor], Tensor]
-EVALUATION_BATCH = 1024
-EVALUATION_PIXELS = 1 << 24  # of a channel in a batch, at most
+EVALUATION_BATCH = 1024  # at most
+# Pixels of a channel in a batch, at most. A layer of 64 channels then has 32 MiB on a CPU: what is
+# larger malloc asks the system for each time, whose page faults take as long as the work.
+EVALUATION_PIXELS = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Batches:
         images: uint8 images, NCHW.
         labels: Their labels.
         prepare: Turns uint8 images into the network's inputs.
-        size: Images in a batch (default: 1,024, fewer of large ones).
+        size: Images in a batch (default: as many as take little memory).
         ours: Of every batch, the images of this process among those that measure together.
     """
 
@@ -52,8 +54,8 @@ class Batches:
     @property
     def batch_size(self) -> int:
         """Images in a batch."""
-        pixels = self.images.shape[2:].numel()
-        return self.size or min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // pixels))
+        most = EVALUATION_PIXELS.get(self.labels.device.type, EVALUATION_PIXELS["cuda"])
+        return self.size or min(EVALUATION_BATCH, max(4, most // self.images.shape[2:].numel()))
 
     def _images(self, size: int) -> Iterator[Tensor]:
         if not isinstance(self.images, StoredImages):
@@ -150,7 +152,8 @@ def training_batches(
             [(i, derive_seed(*crops, i) if config.augment else None) for i in part]
             for part in (ours.part(batch).tolist() for batch in batches)
         )
-        stored = decoded(images, keys, device.type == "cuda")
+        view = View(config.crop, config.flip, transform_of(config))
+        stored = decoded(images, keys, device.type == "cuda", view)
         for batch, found in zip(places, stored, strict=True):
             yield (
                 prepare(found.to(device, non_blocking=True)),

@@ -15,12 +15,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from gradmask.errors import DataError, GradmaskWarning
 
-_SPLITS = {
+SPLITS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 _MEND = "Every image must lie in the folder of its class, as train/CLASS/NAME or CLASS/NAME"
 
 
@@ -57,7 +57,7 @@ def image_folder(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{folders['train']} has no label for its images: it holds {len(names) or 'no'} "
             f"folder{'s' * (len(names) != 1)} of classes with images "
-            f"({', '.join(_EXTENSIONS)}). {_MEND}, of two classes at least."
+            f"({', '.join(EXTENSIONS)}). {_MEND}, of two classes at least."
         )
     for split, classes in found.items():
         if not classes and split != "train":
@@ -67,13 +67,13 @@ def image_folder(path: Path) -> dict[str, Any]:
                 f"{folders[split]} has a class that is not in train: {min(unknown)}. Remove it, "
                 "or add images of it to train."
             )
-    return {split: _rows(classes, names) for split, classes in found.items()}
+    return {split: rows_of(classes, names) for split, classes in found.items()}
 
 
 def _splits(path: Path) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for entry in _scan(path):
-        for split, names in _SPLITS.items():
+        for split, names in SPLITS.items():
             if entry.name.lower() in names and os.path.isdir(entry.path):
                 if split in folders:
                     raise DataError(
@@ -140,7 +140,7 @@ class _Lister:
                 if not link or _is_new(os.path.realpath(entry.path), followed):
                     folders.append(entry.path)
                     continue
-            elif not entry.name.lower().endswith(_EXTENSIONS):
+            elif not entry.name.lower().endswith(EXTENSIONS):
                 reason = "no image by its name"
             elif os.path.isfile(entry.path) if link else entry.is_file():
                 files.append(entry.path)
@@ -179,7 +179,16 @@ def _is_new(target: str, followed: list[str]) -> bool:
     return True
 
 
-def _rows(classes: dict[str, list[str]], names: list[str]) -> Any:
+def rows_of(classes: dict[str, list[str]], names: list[str]) -> Any:
+    """A data set of files by class.
+
+    Args:
+        classes: Paths by the name of their class.
+        names: Names of all classes, in the order of their labels.
+
+    Returns:
+        The data set, with the columns `image` and `label`.
+    """
     import datasets
     import pyarrow
 

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from gradmask.errors import DataError
 from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.cache import Sizes
 from gradmask.recipes.data.sources import (
     SPLIT_SEED,
     Images,
     Source,
-    load_source,
-    stored_source,
+    decode_all,
+    open_source,
     stratified,
 )
 from gradmask.seeding import seeded_generator
+
+HELD_OUT = 0.1  # of the training images, where there are no validation images
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,12 @@ class ImageData:
         train_images: Training images.
         train_labels: Training labels, possibly noisy.
         train_clean_labels: Training labels before noise.
-        val_images: Images held out of the training images.
+        val_images: Images to choose an epoch on.
         val_labels: Their labels, always clean.
         test_images: Test images.
         test_labels: Their labels, always clean.
         class_names: Name of each label.
+        found: What was found, in a sentence.
     """
 
     train_images: Images
@@ -44,6 +48,7 @@ class ImageData:
     test_images: Images
     test_labels: Tensor
     class_names: tuple[str, ...]
+    found: str = ""
 
     def to(self, device: torch.device) -> ImageData:
         """The same images and labels on another device; stored images stay where they are."""
@@ -56,10 +61,11 @@ class ImageData:
 def load_images(config: Comparison, seed: int) -> ImageData:
     """Load the images of a comparison and make its choices in order.
 
-    Classes are chosen first, then `train_size` images, then the validation share of those is held
-    out (all with a fixed seed); at last labels of the remaining training images are made noisy,
-    or random, with `seed`. A data set without a test split gives up a fixed stratified 20 % of its
-    images.
+    Classes are chosen first, then `train_size` and `test_size` images, then the validation share of
+    the first is held out, unless the data have validation images of their own (all with a fixed
+    seed); at last labels of the remaining training images are made noisy, or random, with `seed`.
+    A data set without a test split gives up a fixed stratified 20 % of its images. Only images that
+    are chosen are decoded.
 
     Args:
         config: Options of the comparison.
@@ -71,35 +77,75 @@ def load_images(config: Comparison, seed: int) -> ImageData:
     Raises:
         DataError: If the data cannot be found, decoded, or are fewer than asked for.
     """
-    source = (
-        stored_source(config)
-        if config.streaming
-        else load_source(config.data, config.image_size, config.skip_damaged)
-    )
-    source = _choose_classes(source, config.classes)
-    available = len(source.labels)
-    train_size = available if config.train_size is None else config.train_size
-    if train_size > available:
-        raise DataError(f"train_size={train_size} is more than the {available} training images.")
-    chosen, _ = stratified(source.labels, torch.arange(available), train_size)
-    held_out = round(config.validation * train_size)
-    val, train = stratified(source.labels, chosen, held_out)
-    if not len(val) or not len(train):
-        raise DataError(
-            f"validation={config.validation} of {train_size} images leaves {len(train)} images to "
-            f"train on and {len(val)} to validate on: both must be at least 1."
-        )
+    source = _choose_classes(open_source(config), config.classes)
+    chosen = _part(source.labels, config.train_size, "train")
+    test = _part(source.test_labels, config.test_size, "test")
+    test_images, test_labels = source.test_images[test], source.test_labels[test]
+    if source.val_images is not None and source.val_labels is not None:
+        train, val_images, val_labels = chosen, source.val_images, source.val_labels
+    else:
+        share = HELD_OUT if config.validation is None else config.validation
+        val, train = stratified(source.labels, chosen, round(share * len(chosen)))
+        if not len(val) or not len(train):
+            raise DataError(
+                f"validation={share} of {len(chosen)} images leaves {len(train)} images to train "
+                f"on and {len(val)} to validate on: both must be at least 1."
+            )
+        val_images, val_labels = source.images[val], source.labels[val]
+    images: list[Images] = [source.images[train], val_images, test_images]
+    sizes = None
+    if not config.streaming:
+        images[:], sizes = decode_all(config.data, images)
     clean = source.labels[train]
     return ImageData(
-        train_images=source.images[train],
+        train_images=images[0],
         train_labels=_given_labels(config, clean, len(source.class_names), seed),
         train_clean_labels=clean,
-        val_images=source.images[val],
-        val_labels=source.labels[val],
-        test_images=source.test_images,
-        test_labels=source.test_labels,
+        val_images=images[1],
+        val_labels=val_labels,
+        test_images=images[2],
+        test_labels=test_labels,
         class_names=source.class_names,
+        found=_in_words(source, [clean, val_labels, test_labels], images[0], sizes),
     )
+
+
+def _part(labels: Tensor, size: int | None, part: str) -> Tensor:
+    """Places of the images of a split that are used."""
+    available = len(labels)
+    if size is not None and size > available:
+        kind = {"train": "training"}.get(part, part)
+        raise DataError(f"{part}_size={size} is more than the {available} {kind} images.")
+    return stratified(labels, torch.arange(available), available if size is None else size)[0]
+
+
+def _in_words(source: Source, labels: list[Tensor], images: Images, sizes: Sizes | None) -> str:
+    """How many images there are for what, of which classes and sizes."""
+    train, val, test = map(len, labels)
+    counts = labels[0].bincount(minlength=len(source.class_names))
+    fewest, most = int(counts.min()), int(counts.max())
+    each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    held = "held out of these" if source.val_labels is None else "of the data's own"
+    part = "" if (whole := len(source.test_labels)) == test else f" of {whole:,}"
+    origin = {
+        "test": "",
+        "validation": ", the data's validation images, as no others are for tests",
+        "train": ", out of a fixed fifth of all, as none are for tests",
+    }[source.test_from]
+    channels, height, width = images.shape[1:]
+    found = "" if sizes is None else _cut_from(sizes, height, width)
+    return (
+        f"{len(counts)} classes: {train:,} images to train on ({each} a class), {val:,} {held} to "
+        f"validate on, {test:,}{part} to test on{origin}. Each is {height} x {width} pixels, "
+        f"{'grey' if channels == 1 else 'in colour'}{found}."
+    )
+
+
+def _cut_from(sizes: Sizes, height: int, width: int) -> str:
+    smallest, largest = (f"{sizes[i]} x {sizes[i + 1]}" for i in (0, 2))
+    if smallest == largest:
+        return "" if smallest == f"{height} x {width}" else f", cut from {smallest}"
+    return f", cut from {smallest} to {largest}"
 
 
 def _choose_classes(source: Source, classes: int | None) -> Source:
@@ -111,15 +157,14 @@ def _choose_classes(source: Source, classes: int | None) -> Source:
     order = torch.randperm(available, generator=torch.Generator().manual_seed(SPLIT_SEED))
     chosen = order[:classes].sort().values
     new_label = torch.full((available,), -1).scatter(0, chosen, torch.arange(classes))
-    train = new_label[source.labels] >= 0
-    test = new_label[source.test_labels] >= 0
-    return Source(
-        images=source.images[train],
-        labels=new_label[source.labels[train]],
-        test_images=source.test_images[test],
-        test_labels=new_label[source.test_labels[test]],
-        class_names=tuple(source.class_names[label] for label in chosen.tolist()),
-    )
+    changed: dict[str, Any] = {}
+    for part in ("", "test_", "val_"):
+        images, labels = getattr(source, f"{part}images"), getattr(source, f"{part}labels")
+        if images is not None:
+            kept = new_label[labels] >= 0
+            changed |= {f"{part}images": images[kept], f"{part}labels": new_label[labels[kept]]}
+    names = tuple(source.class_names[label] for label in chosen.tolist())
+    return replace(source, class_names=names, **changed)
 
 
 def _given_labels(config: Comparison, clean: Tensor, classes: int, seed: int) -> Tensor:

@@ -11,18 +11,20 @@ from typing import Any
 from gradmask.errors import DataError
 from gradmask.recipes.data.cache import cache_folder
 from gradmask.recipes.data.folders import image_folder, is_utf8
+from gradmask.recipes.data.labels import labelled_images
 
 SPLITS = ("train", "test", "validation")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_SECONDS = 10  # for an answer
 
 
-def open_splits(name: str) -> Any:
+def open_splits(name: str, labels_csv: str | None = None) -> Any:
     """Find a data set.
 
     Args:
         name: A folder of parquet files named `train*` and `test*` (or `validation*`), a folder of
             images by class, or a name on the hub, `owner/name`.
+        labels_csv: File with the labels of images that lie in the folder in any order.
 
     Returns:
         Data sets by split.
@@ -35,12 +37,14 @@ def open_splits(name: str) -> Any:
         raise DataError(f"The name {name!r} is not UTF-8: rename the folder.")
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
+        if labels_csv is not None:
+            return labelled_images(path, Path(os.path.expanduser(labels_csv)))
         parquet = [p for p in sorted(path.glob("*.parquet")) if not p.name.startswith(".")]
         return _parquet(path, parquet) if parquet else image_folder(path)
     missing = f"No folder at {path}; the nearest there is: {_nearest(path)}."
     if os.path.exists(path):
         missing = f"{path} is a file, and must be a folder."
-    if os.path.exists(path) or not _HUB_NAME.fullmatch(name):
+    if labels_csv is not None or os.path.exists(path) or not _HUB_NAME.fullmatch(name):
         raise DataError(
             f"{missing} Data must be a folder, a name on the Hugging Face hub (owner/name) or "
             "'digits'."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from gradmask.errors import DataError, OptionError
 from gradmask.recipes.config import Comparison
-from gradmask.recipes.data.cache import pixels, sound_images
+from gradmask.recipes.data.cache import Sizes, pixels, sound_images
 from gradmask.recipes.data.opening import open_splits
 from gradmask.recipes.data.stored import StoredImages, default_workers
 
@@ -37,6 +38,9 @@ class Source:
         test_images: Test images of the same size.
         test_labels: Their labels.
         class_names: Name of each label.
+        test_from: The split that the test images are of.
+        val_images: Validation images of its own, if they are wanted and not needed to test on.
+        val_labels: Their labels.
     """
 
     images: Images
@@ -44,56 +48,73 @@ class Source:
     test_images: Images
     test_labels: Tensor
     class_names: tuple[str, ...]
+    test_from: str = "test"
+    val_images: Images | None = None
+    val_labels: Tensor | None = None
 
 
-def load_source(name: str, image_size: int | None = None, skip_damaged: bool = False) -> Source:
-    """Load all images of a data set, decoded once and cached.
-
-    The cache lies in `~/.cache/gradmask`, or where the environment variable `GRADMASK_CACHE` says.
-
-    Args:
-        name: `digits`, a folder of parquet files named `train*` and `test*` (or `validation*`), a
-            folder of images by class, or a name on the Hugging Face hub.
-        image_size: Take the middle of each image, of this many pixels.
-        skip_damaged: Leave out images that cannot be decoded.
-
-    Returns:
-        Training and test images, grey if all of them are. Without a test split (or a validation
-        split to use as one), a fixed stratified 20 % of the images.
-
-    Raises:
-        DataError: If the data cannot be found or decoded.
-    """
-    if name == "digits":
-        return _digits(image_size)
-    stored = _source(name, image_size or 0, 0, skip_damaged)
-    both = cast(tuple[StoredImages, StoredImages], (stored.images, stored.test_images))
-    images, test_images = map(pixels, both)
-    if images.shape[2:] != test_images.shape[2:]:
-        raise DataError(
-            f"Images of {name} to train on {tuple(images.shape[2:])} and to test on "
-            f"{tuple(test_images.shape[2:])} differ: give one size for all with --image-size."
-        )
-    if images.shape[1] != test_images.shape[1]:  # one of them is in colour
-        images, test_images = (i.expand(-1, 3, -1, -1) for i in (images, test_images))
-    return replace(stored, images=images, test_images=test_images)
-
-
-def stored_source(config: Comparison) -> Source:
-    """Find all images of a data set, and leave them where they are.
+def open_source(config: Comparison) -> Source:
+    """Find all images of a data set, and leave those of files where they are.
 
     Args:
-        config: Options of the comparison: `data`, `image_size`, `workers` and `skip_damaged`.
+        config: Options of the comparison: `data`, `labels_csv`, `image_size`, `streaming`,
+            `workers` and `skip_damaged`, and `validation` for whether the data's own
+            validation images are wanted.
 
     Returns:
-        Training and test images, as by `load_source`, in RGB.
+        Training, validation and test images. Without a test split these are its validation images,
+        and without those a fixed stratified 20 % of the training images.
 
     Raises:
         DataError: If the data cannot be found.
     """
+    if config.data == "digits":
+        return _digits(config.image_size)
+    if config.streaming:
+        return stored_source(config)
+    own = config.validation is None
+    return _source(
+        config.data, config.image_size or 0, 0, config.skip_damaged, config.labels_csv, own
+    )
+
+
+def stored_source(config: Comparison) -> Source:
+    """The same for images that are decoded by workers, found once for all runs."""
     workers = default_workers() if config.workers is None else config.workers
     assert config.image_size is not None  # checked with the options
-    return _stored_source(config.data, config.image_size, workers, config.skip_damaged)
+    own = config.validation is None
+    return _stored_source(
+        config.data, config.image_size, workers, config.skip_damaged, config.labels_csv, own
+    )
+
+
+def decode_all(name: str, parts: Sequence[Images]) -> tuple[list[Tensor], Sizes | None]:
+    """Decode the parts of a data set, alike in size and colours.
+
+    Args:
+        name: The data set, for messages.
+        parts: Images of each part; those in memory stay as they are.
+
+    Returns:
+        uint8 images of each part, grey if all of them are; and the sizes they had.
+
+    Raises:
+        DataError: If an image cannot be decoded, or they differ in size.
+    """
+    stored = [part for part in parts if isinstance(part, StoredImages)]
+    if not stored:
+        return [in_memory(part) for part in parts], None
+    found = [pixels(part) for part in stored]
+    images, sizes = [tensor for tensor, _ in found], list(zip(*(s for _, s in found), strict=True))
+    shapes = list(dict.fromkeys(tuple(part.shape[2:]) for part in images))
+    if len(shapes) > 1:
+        raise DataError(
+            f"Images of {name} to train, validate and test on differ in size, {shapes[0]} and "
+            f"{shapes[1]}: give one size for all with --image-size."
+        )
+    if len({part.shape[1] for part in images}) > 1:  # some of them are in colour
+        images = [part.expand(-1, 3, -1, -1) for part in images]
+    return images, (min(sizes[0]), min(sizes[1]), max(sizes[2]), max(sizes[3]))
 
 
 def in_memory(images: Images) -> Tensor:
@@ -143,8 +164,10 @@ def _digits(image_size: int | None) -> Source:
     return _with_test_split(images, torch.from_numpy(targets).long(), names)
 
 
-def _source(name: str, size: int, workers: int, skip_damaged: bool) -> Source:
-    splits = open_splits(name)
+def _source(
+    name: str, size: int, workers: int, skip_damaged: bool, labels_csv: str | None, own: bool
+) -> Source:
+    splits = open_splits(name, labels_csv)
     import datasets  # slow to import, and neither digits nor wrong names need it
 
     if "train" not in splits:
@@ -165,10 +188,11 @@ def _source(name: str, size: int, workers: int, skip_damaged: bool) -> Source:
         return stored, labels[stored.indices]
 
     images, labels = part("train")
-    test = next((s for s in ("test", "validation") if _labelled(splits, s, label_column)), None)
-    if test is None:
+    tests = [s for s in ("test", "validation") if _labelled(splits, s, label_column)]
+    if not tests:
         return _with_test_split(images, labels, class_names)
-    return Source(images, labels, *part(test), class_names)
+    validation = part("validation") if own and len(tests) == 2 else (None, None)
+    return Source(images, labels, *part(tests[0]), class_names, tests[0], *validation)
 
 
 _stored_source = lru_cache(maxsize=1)(_source)  # every run of a comparison asks for the same
@@ -205,4 +229,5 @@ def _label_indices(raw: NDArray[Any], known: NDArray[Any], where: str) -> Tensor
 def _with_test_split(images: Images, labels: Tensor, class_names: tuple[str, ...]) -> Source:
     count = len(labels)
     test, train = stratified(labels, torch.arange(count), round(TEST_SHARE * count))
-    return Source(images[train], labels[train], images[test], labels[test], class_names)
+    parts = images[train], labels[train], images[test], labels[test]
+    return Source(*parts, class_names, test_from="train")

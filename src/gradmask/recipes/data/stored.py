@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from gradmask.errors import DataError
 from gradmask.recipes.data.decoding import decode, middle
+from gradmask.recipes.data.own import Transform
 
 MOST_WORKERS = 8  # by default
 Key = tuple[int, int | None]  # place of an image, and the seed of its random crop
@@ -93,17 +94,24 @@ class StoredImages:
         """The middle of one image, for measuring: uint8 (3, size, size)."""
         return _to_tensor(middle(self.open(place), self.size))
 
-    def cropped(self, place: int, seed: int) -> Tensor:
+    def cropped(self, place: int, seed: int, crop: bool = True, flip: bool = True) -> Tensor:
         """A random part of one image, mirrored or not, for training: uint8 (3, size, size)."""
         image = self.open(place)
+        if not crop:
+            image = middle(image, self.size)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # this one only: `torch.manual_seed` is slow
-            return _to_tensor(_random_part(self.size)(image))
+            return _to_tensor(_random_part(self.size if crop else None, flip)(image))
+
+    def whole(self, place: int) -> Tensor:
+        """One image in its own size: uint8 (3, height, width)."""
+        return _to_tensor(self.open(place))
 
 
 @lru_cache
-def _random_part(size: int) -> v2.Transform:
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+def _random_part(size: int | None, flip: bool) -> v2.Transform:
+    parts = [] if size is None else [v2.RandomResizedCrop(size)]
+    return v2.Compose([*parts, v2.RandomHorizontalFlip() if flip else v2.Identity()])
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -130,9 +138,28 @@ class _Views(Dataset[Any]):
         return self.make(self.images, key)
 
 
-def _view(images: StoredImages, key: Key) -> Tensor:
-    place, seed = key
-    return images.centre(place) if seed is None else images.cropped(place, seed)
+@dataclass(frozen=True)
+class View:
+    """What is made of a stored image.
+
+    Attributes:
+        crop: Take a random part in training, or else the middle.
+        flip: Mirror half of the images in training.
+        transform: What is done in place of both.
+    """
+
+    crop: bool = True
+    flip: bool = True
+    transform: Transform | None = None
+
+    def __call__(self, images: StoredImages, key: Key) -> Tensor:
+        """The view of one image; without a seed its middle."""
+        place, seed = key
+        if seed is None:
+            return images.centre(place)
+        if self.transform is not None:
+            return self.transform(images.whole(place), seed, images.size)
+        return images.cropped(place, seed, self.crop, self.flip)
 
 
 def _damage(images: StoredImages, key: Key) -> str:
@@ -191,13 +218,16 @@ def worker_errors() -> Iterator[None]:
         raise _lost(error) from error
 
 
-def decoded(images: StoredImages, batches: Iterable[list[Key]], pin: bool) -> Iterator[Tensor]:
+def decoded(
+    images: StoredImages, batches: Iterable[list[Key]], pin: bool, view: View | None = None
+) -> Iterator[Tensor]:
     """Decode batches of images in the workers.
 
     Args:
         images: The images.
         batches: Which ones; with a seed a random crop, without one the middle.
         pin: Put them where a GPU can fetch them while it computes.
+        view: What is made of those with a seed (default: a random crop, mirrored or not).
 
     Yields:
         uint8 images (N, 3, size, size).
@@ -206,23 +236,22 @@ def decoded(images: StoredImages, batches: Iterable[list[Key]], pin: bool) -> It
         DataError: If an image is damaged, or a worker is lost.
     """
     # Any iterable will do for the sampler.
-    return _in_workers(images, _view, batch_sampler=batches, pin_memory=pin)
+    return _in_workers(images, view or View(), batch_sampler=batches, pin_memory=pin)
 
 
-def damaged(images: StoredImages) -> list[tuple[int, str]]:
+def damaged(images: StoredImages) -> Iterator[tuple[int, str]]:
     """Decode every image once, and find those that are damaged.
 
     Args:
         images: The images.
 
-    Returns:
-        Row and message of each damaged image.
+    Yields:
+        Row and message of each image; none for one that is sound.
     """
     keys: list[Key] = [(place, None) for place in range(len(images))]
     batches = _in_workers(images, _damage, sampler=keys, batch_size=64, collate_fn=_as_list)
     messages = (message for batch in batches for message in batch)
-    rows = zip(images.indices.tolist(), messages, strict=True)
-    return [(row, message) for row, message in rows if message]
+    yield from zip(images.indices.tolist(), messages, strict=True)
 
 
 class Labelled(Dataset[tuple[Any, Tensor]]):

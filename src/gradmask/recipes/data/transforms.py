@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from gradmask.recipes.config import Comparison
+from gradmask.recipes.data.own import Transform
 from gradmask.recipes.data.sources import Images
 from gradmask.recipes.data.stored import StoredImages
 
@@ -133,10 +134,21 @@ def augment_batch(config: Comparison, images: Tensor, generator: torch.Generator
         generator: Source of the random numbers.
 
     Returns:
-        Images of the same shape; the same object if `config.augment` is off.
+        Images of the same shape; the same object if nothing is to be done.
     """
-    if not config.augment:
+    digits = config.data == "digits"  # 8 x 8 pixels, and a mirrored digit is no digit
+    flip = config.flip and not digits
+    if not config.augment or not (config.crop or flip):
         return images
-    if config.data == "digits":  # 8 x 8 pixels, and a mirrored digit is no digit
-        return augment(images, generator, padding=1, flip=False)
-    return augment(images, generator)
+    transform = transform_of(config)
+    if transform is None:
+        padding = (1 if digits else 4) if config.crop else 0
+        return augment(images, generator, padding, flip)
+    seeds = torch.randint(1 << 32, (len(images),), generator=generator).tolist()
+    size = images.shape[-1]
+    return torch.stack([transform(*one, size) for one in zip(images, seeds, strict=True)])
+
+
+def transform_of(config: Comparison) -> Transform | None:
+    """The user's own transform of training images, if there is one."""
+    return None if config.transform is None else Transform(config.transform)

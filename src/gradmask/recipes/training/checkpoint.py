@@ -236,8 +236,9 @@ def _check(
         )
     if not isinstance(state.get("run"), dict) or not state.keys() >= _PARTS:
         raise damaged(path, "it holds no run", mend)
+    described = to_plain(Comparison()) | state["run"]  # what it lacks is younger, and unused there
     for name, expected in run.items():
-        found = state["run"].get(name)
+        found = described.get(name)
         if found != expected:
             raise StateError(
                 f"{path} is of another run, with {name}={found!r}, not {expected!r}: {mend}"

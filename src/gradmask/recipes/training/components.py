@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from gradmask import FisherMask, InfluenceMonitor
 from gradmask.errors import OptionError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData
+from gradmask.recipes.identity import tensors_sum
 from gradmask.recipes.training.models import build_model
 from gradmask.recipes.training.sam import sam_backward
-from gradmask.seeding import derive_seed
+from gradmask.recipes.training.start import start_from
+from gradmask.seeding import derive_seed, own_random_state
 from gradmask.study import controls
 from gradmask.study.arms import parse_arm
 
@@ -36,12 +39,48 @@ def new_model(config: Comparison, data: ImageData, seed: int) -> nn.Module:
         seed: Seed of the weights.
 
     Returns:
-        The network on the CPU; the random state of PyTorch is unchanged.
+        The network on the CPU; the random states of PyTorch, NumPy and Python are unchanged.
     """
     _, channels, size, _ = data.train_images.shape
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights"))
-        return build_model(config, channels, size, len(data.class_names))
+    classes = len(data.class_names)
+    with own_random_state(seed, "weights"):
+        model = build_model(config, channels, size, classes)
+    if config.weights is not None:
+        start_from(Path(config.weights).expanduser(), model, classes)
+    return model
+
+
+def check_model(config: Comparison, data: ImageData, inputs: Tensor) -> nn.Module:
+    """Build the network, and check that it can be compared.
+
+    Args:
+        config: Options of the comparison.
+        data: The images.
+        inputs: A few of them as the network sees them.
+
+    Returns:
+        The network.
+
+    Raises:
+        OptionError: If it does not give a number for each class, or starts otherwise each time.
+    """
+    model, again = (new_model(config, data, config.seeds[0]) for _ in range(2))
+    with torch.no_grad():
+        found = model.eval()(inputs)
+    wanted = (len(inputs), len(data.class_names))
+    if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise OptionError(
+            f"model={config.model!r} must give one number for each of the {wanted[1]} classes, "
+            f"{wanted} for {wanted[0]} images, and gives {shape}."
+        )
+    shared = {id(p) for p in model.parameters()} & {id(p) for p in again.parameters()}
+    if shared or tensors_sum(model.state_dict()) != tensors_sum(again.state_dict()):
+        raise OptionError(
+            f"model={config.model!r} does not start alike each time: build a new network in each "
+            "call, with random numbers of torch, numpy.random or random, which are seeded."
+        )
+    return model.train()
 
 
 def new_mask(config: Comparison, model: nn.Module, arm: str, seed: int) -> FisherMask | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from gradmask.errors import OptionError, check_choice
 from gradmask.recipes.config import Comparison
+from gradmask.recipes.named import named
 
 _RESNETS: dict[str, tuple[type[nn.Module], list[int]]] = {
     "cifar_resnet10": (BasicBlock, [1, 1, 1, 1]),
@@ -41,6 +43,12 @@ def build_model(
         OptionError: If the name is unknown or the model does not take the options given.
     """
     name = config.model
+    if ":" in name:
+        for option in ("width", "stem_stride"):
+            if getattr(config, option) != getattr(Comparison, option):
+                raise OptionError(f"{option} is an option of {', '.join(MODELS)}, not of {name}.")
+        sizes = {"classes": num_classes, "channels": in_channels, "image_size": image_size}
+        return _own_model(name, sizes)
     classifiers = torchvision.models.list_models(module=torchvision.models)
     check_choice("model", name, [*MODELS, *classifiers])
     if name not in _RESNETS and config.stem_stride != 1:
@@ -58,6 +66,30 @@ def build_model(
     block, layers = _RESNETS[name]
     width = config.width or 64
     return CifarResNet(block, layers, in_channels, num_classes, width, config.stem_stride)
+
+
+def _own_model(name: str, sizes: dict[str, int]) -> nn.Module:
+    """A network of the user's own: a function is called with those of the sizes that it takes."""
+    function = named("model", name)
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # of what is compiled
+        parameters = []
+    every = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    given = {k: v for k, v in sizes.items() if every or any(p.name == k for p in parameters)}
+    try:
+        model = function(**given)
+    except Exception as error:  # of the user's code
+        raise OptionError(
+            f"model={name!r} fails ({type(error).__name__}: {error}). It is called with those of "
+            f"{', '.join(f'{k}={v}' for k, v in sizes.items())} that it takes by name; give all "
+            "its other parameters a default."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"model={name!r} must return a torch.nn.Module, and returned {type(model).__name__}."
+        )
+    return model.train()
 
 
 class CifarVit(nn.Module):

@@ -24,6 +24,7 @@ from gradmask.recipes.data.transforms import Normalize
 from gradmask.recipes.training.checkpoint import describe_run, load_run, save_run
 from gradmask.recipes.training.components import autocast, resolve_device
 from gradmask.recipes.training.divergence import check_finite, divergence_named
+from gradmask.recipes.training.evaluation import evaluation
 from gradmask.recipes.training.state import RunState, new_state
 from gradmask.recipes.training.weights import remove_weights, save_weights, weights_path
 from gradmask.seeding import derive_seed
@@ -34,6 +35,7 @@ from gradmask.study.trial import Diverged
 
 Row = dict[str, Any]
 Record = dict[str, float]
+TELL_EVERY = 1.0  # seconds
 
 
 def train_run(
@@ -46,8 +48,9 @@ def train_run(
     observe: Callable[[Row, nn.Module, Batches], None] = lambda *_: None,
     budget: EpochBudget | None = None,
     checkpoints: bool = True,
+    on_batch: Callable[[int, float], None] = lambda *_: None,
 ) -> Row:
-    """Train one network and measure it after each epoch.
+    """Train one network and measure it after each epoch, or every few of them.
 
     All arms of a seed share their initial weights, order of images and augmentation. The mask is
     made after each epoch, from training images without augmentation, for the next one; the first
@@ -69,6 +72,7 @@ def train_run(
             information is measured on them.
         budget: Epochs that may be trained in this visit (default: all).
         checkpoints: Write checkpoints, and go on from one.
+        on_batch: Called now and then within an epoch with its number and the share that is done.
 
     Returns:
         `{"arm", "seed", "seconds", "epochs": [measurements of each epoch]}`, and `"influence"`,
@@ -92,6 +96,7 @@ def train_run(
     train_set = Batches(data.train_images, data.train_labels, prepare, config.batch_size)
     run = new_state(config, data, arm, seed, train_set, steps)
     ours = run.ours
+    balance = class_weights(data) if config.class_weights == "balanced" else None
 
     def save_if_due(now: bool = False) -> None:
         done = (run.epoch - 1) * steps + run.step
@@ -99,11 +104,17 @@ def train_run(
             run.seconds = time.perf_counter() - started
             save_run(directory, described, log.position() if log else START, run)
 
+    told = time.monotonic()
+
     def after_step() -> None:
+        nonlocal told
         if run.monitor is not None:
             write_record(run.monitor.step())
         if run.step < steps:  # the epoch's last is saved at the epoch's end
             save_if_due()
+            if (now := time.monotonic()) - told >= TELL_EVERY:
+                told = now
+                on_batch(run.epoch, run.step / steps)
 
     def write_record(record: Record | None) -> None:
         if record is not None and log:
@@ -144,20 +155,23 @@ def train_run(
             crops = (seed, "crops", run.epoch)
             batches = partial(training_batches, config, data, crops=crops, prepare=prepare)
             row["train_loss"] = train_epoch(
-                run, batches, len(data.train_labels), steps, precision, after_step
+                run, batches, len(data.train_labels), steps, precision, after_step, balance
             )
             row["seconds"] = run.epoch_seconds
             check_finite(row, "train_loss")
             ours.same_buffers(run.model)
-            with precision:
-                row |= _evaluation(data, run.model, partial(Batches, prepare=prepare, ours=ours))
+            last = run.epoch == config.epochs
+            if last or run.epoch % config.evaluate_every == 0:
+                began = time.perf_counter()
+                with precision:
+                    row |= evaluation(data, run.model, partial(Batches, prepare=prepare, ours=ours))
+                row["evaluation_seconds"] = time.perf_counter() - began
             row |= _mask_row(run.mask)  # the mask this epoch was trained with
-            if run.mask is not None and run.epoch < config.epochs:
-                check_finite(row, "val_loss", "test_loss")
+            if run.mask is not None and not last:
+                check_finite(row, *(row.keys() & {"val_loss", "test_loss"}))
                 began = time.perf_counter()
                 run.mask.refresh(fisher_batches(replace(train_set, ours=ours)))
                 row["refresh_seconds"] = time.perf_counter() - began
-            last = run.epoch == config.epochs
             if config.save_every and (run.epoch % config.save_every == 0 or last):
                 weights = run.weights()
                 if ours.main:
@@ -185,6 +199,7 @@ def train_epoch(
     steps: int,
     precision: AbstractContextManager[Any],
     after_step: Callable[[], None],
+    class_weights: Tensor | None = None,
 ) -> float:
     """Train what is left of an epoch.
 
@@ -195,6 +210,7 @@ def train_epoch(
         steps: Optimizer steps in an epoch.
         precision: What the network runs in.
         after_step: Called after each step.
+        class_weights: Weight of the loss of an image by its label (default: 1).
 
     Returns:
         Mean training loss over all of the epoch's batches, as they were trained on.
@@ -210,7 +226,7 @@ def train_epoch(
         # Engines take the mean over the processes, whose parts of a batch may differ in size.
         scale = len(labels) * ours.count / len(batch)
         run.optimizer.zero_grad()
-        loss_of = partial(_loss, run.trained, inputs, labels, scale, precision)
+        loss_of = partial(_loss, run.trained, inputs, labels, scale, precision, class_weights)
         loss = run.backward(run.model, loss_of, run.scaler.scale)
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -231,46 +247,21 @@ def _loss(
     labels: Tensor,
     scale: float,
     precision: AbstractContextManager[Any],
+    weights: Tensor | None,
 ) -> Tensor:
     with precision:
-        loss = F.cross_entropy(model(inputs), labels)
+        logits = model(inputs)
+        if weights is None:
+            loss = F.cross_entropy(logits, labels)
+        else:  # over the number of images, so that no image's weight depends on its batch
+            loss = F.cross_entropy(logits, labels, weights, reduction="sum") / len(labels)
     return loss if scale == 1.0 else loss * scale
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Mean loss and accuracy in eval mode.
-
-    Args:
-        model: The network; it stays in eval mode.
-        batches: What to measure on; perhaps this process's part of it.
-
-    Returns:
-        Mean cross-entropy (nats) and share of right answers over the images.
-    """
-    model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=batches.labels.device)
-    correct = torch.zeros((), dtype=torch.int64, device=batches.labels.device)
-    for inputs, labels in batches:
-        logits = model(inputs)
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-    loss, correct = batches.ours.sum(loss), batches.ours.sum(correct)
-    return loss.item() / len(batches.labels), correct.item() / len(batches.labels)
-
-
-def _evaluation(data: ImageData, model: nn.Module, batches: Callable[..., Batches]) -> Row:
-    """Validation and test, and the share of the wrong labels that were learnt by heart."""
-    row: Row = {}
-    val = batches(data.val_images, data.val_labels)
-    row["val_loss"], row["val_accuracy"] = evaluate(model, val)
-    test = batches(data.test_images, data.test_labels)
-    row["test_loss"], row["test_accuracy"] = evaluate(model, test)
-    wrong = data.train_labels != data.train_clean_labels
-    if wrong.any():
-        noise = batches(data.train_images[wrong], data.train_labels[wrong])
-        _, row["memorised"] = evaluate(model, noise)
-    return row
+def class_weights(data: ImageData) -> Tensor:
+    """For each class, images ÷ (classes · images of the class): its mean over images is 1."""
+    counts = data.train_labels.bincount(minlength=len(data.class_names))
+    return len(data.train_labels) / (len(counts) * counts.clamp_min(1).float())
 
 
 def _mask_row(mask: FisherMask | None) -> Row:

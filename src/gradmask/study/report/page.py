@@ -89,6 +89,8 @@ def write_comparison_report(studies: Mapping[Path, Results], output: Path | None
         OptionError: If the place holds something else.
     """
     first, *others = studies
+    if not others:
+        raise OptionError("Several studies side by side: give two different folders or more.")
     if output is None:
         check_ours(first)
         names = "-and-".join(re.sub(r"[^\w.=-]+", "_", p.resolve().name) for p in others)
