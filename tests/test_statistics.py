@@ -141,14 +141,13 @@ def test_only_what_every_run_has():
 
 def test_a_sweep_is_judged_at_values_that_other_seeds_chose():
     found = made_up(arms=("none",), seeds=3, sweep=(0.001, 0.01, 0.1))
+    scores = {(0, 0.1): 0.9, (1, 0.01): 0.6, (2, 0.01): 0.6}  # by seed and value; others 0.5
     for run in found["runs"]:
-        best = {0: 0.1, 1: 0.01, 2: 0.01}[run["seed"]]
         for one in run["epochs"]:
-            one["val_accuracy"] = 0.9 if run["values"]["lr"] == best else 0.5
-            one["val_accuracy"] += 0.01 if run["values"]["lr"] == 0.001 else 0.0
+            one["val_accuracy"] = scores.get((run["seed"], run["values"]["lr"]), 0.5)
     chosen = {seed: run["values"]["lr"] for seed, run in best_runs(found, "none").items()}
-    # Seed 0 has no say at its own values: the two others chose 0.01; their own others tie.
-    assert chosen[0] == 0.01
+    # By the mean of all seeds 0.1 would be chosen, which only seed 0 is for.
+    assert chosen == {0: 0.01, 1: 0.1, 2: 0.1}
     metric = next(m for m in metrics_of(found).shown if m.name == "test_loss@last")
     run = next(r for r in found["runs"] if r["seed"] == 0 and r["values"]["lr"] == 0.01)
     assert values(found, "none", metric)[0] == run["epochs"][-1]["test_loss"]
