@@ -212,7 +212,11 @@ def kept(results: Results, looks: Sequence[Look]) -> Figure | None:
         "transform": [{"filter": "datum.arm == which"}, {"flatten": ["epoch", "share"]}],
         "mark": "rect",
         "encoding": {
-            "x": {"field": "epoch", "type": "ordinal", "axis": {"labelAngle": 0}},
+            "x": {
+                "field": "epoch",
+                "type": "ordinal",
+                "axis": {"labelAngle": 0, "labelOverlap": True},
+            },
             "y": y | {"axis": {"labelLimit": 260, "labelOverlap": "greedy", "labelFontSize": 10}},
             "color": {
                 "field": "share",
@@ -226,4 +230,6 @@ def kept(results: Results, looks: Sequence[Look]) -> Figure | None:
             ],
         },
     }
-    return Figure("kept", "Share of each tensor that learns", [panel], 1, file_width=640)
+    return Figure(
+        "kept", "Share of each tensor that learns", [panel], 1, file_width=640, least_width=560
+    )

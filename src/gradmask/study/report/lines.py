@@ -87,7 +87,7 @@ def line_panel(
         scale["domain"] = list(domain)
     # Clipped only where something is cut: files of clipped marks take seconds to draw.
     clip = domain is not None and any(row["high"] > domain[1] for row in rows)
-    axis = {"format": ".0e", "tickCount": 5} if log else {"tickCount": 5}
+    axis = {"format": ".0e", "values": _powers(rows)} if log else {"tickCount": 5}
     y = {"field": "mean", "type": "quantitative", "title": None, "scale": scale, "axis": axis}
     colour = arm_colour(looks)
     dashes = {"domain": colour["scale"]["domain"], "range": [list(look.dash) for look in looks]}
@@ -128,6 +128,13 @@ def line_panel(
             },
         ],
     }
+
+
+def _powers(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Powers of ten on a logarithmic axis, about five."""
+    low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0**power for power in range(first, last + 1, max(1, round((last - first) / 5)))]
 
 
 def nearest(name: str) -> Spec:

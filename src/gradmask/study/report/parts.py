@@ -117,6 +117,7 @@ class Figure:
         columns: Panels side by side.
         arms: Arms of its legend, which shows and hides them; none if it needs no legend.
         file_width: Width of a panel in files, in pixels.
+        least_width: Width below which a panel scrolls in the page.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Figure:
     columns: int = 2
     arms: Sequence[str] = ()
     file_width: int = 430
+    least_width: int = 290
 
 
 @dataclass(frozen=True)
