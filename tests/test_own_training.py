@@ -127,7 +127,7 @@ def test_a_last_layer_of_other_classes_starts_at_random(config, tmp_path):
     state = new_model(config, data, 5).state_dict()
     torch.save(state | {"fc3.weight": torch.ones(7, 16), "fc3.bias": torch.ones(7)}, "w.pt")
     with pytest.warns(
-        GradmaskWarning, match=r"than the 10 of the data: fc3\.bias, fc3\.weight kee"
+        GradmaskWarning, match=r"than the 10 of .*: fc3\.bias, fc3\.weight kee"
     ):
         found = new_model(replace(config, weights="w.pt"), data, 0).state_dict()
     start = new_model(config, data, 0).state_dict()
@@ -152,7 +152,7 @@ def test_weights_that_cannot_be_used(config, tmp_path, capsys):
     (tmp_path / "cut.safetensors").write_bytes(b"PK\3\4")
     for name in ("evil.pt", "list.pt", "cut.pt", "cut.safetensors"):
         with pytest.raises(
-            StateError, match=rf"{name} is damaged .*: give weights of this network"
+            StateError, match=rf"{name} is damaged .*: give weights of this"
         ):
             compare(config, weights=name)
     assert "run" not in capsys.readouterr().out.split()
@@ -292,9 +292,10 @@ def test_a_checkpoint_of_an_older_version_goes_on(config, tmp_path, monkeypatch)
         if row["epoch"] == 2:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(run_module, "describe_run", old)
-        train_run(config, data, "none", 0, tmp_path / "cut", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(config, data, "none", 0, tmp_path / "cut", stop)
     with pytest.raises(StateError, match="of another run, with flip=True, not False"):
         train_run(replace(config, flip=False), data, "none", 0, tmp_path / "cut")
     assert measured(train_run(config, data, "none", 0, tmp_path / "cut")) == measured(whole)
@@ -325,10 +326,10 @@ def test_runs_that_have_not_learnt_are_named(config):
         "No mask, 1 of 2 runs, has not learnt: test accuracy is 32.0 % at best, and one answer for "
         "all images would have 30.0 %. Check the labels; try another lr, more epochs or another "
         "model.",
-        "Fisher mask has not learnt: test accuracy is 10.0 % at best, and one answer for all images "
-        "would have 30.0 %. Check the labels; try another lr, more epochs or another model.",
-        "Fisher mask has exploded: a loss of the last epoch is 30, and that of a network that knows "
-        "nothing is 2.30. Try a lower lr.",
+        "Fisher mask has not learnt: test accuracy is 10.0 % at best, and one answer for all "
+        "images would have 30.0 %. Check the labels; try another lr, more epochs or another model.",
+        "Fisher mask has exploded: a loss of the last epoch is 30, and that of a network that "
+        "knows nothing is 2.30. Try a lower lr.",
     ]
     assert not_learnt(results_of(config, **{"none:labels=random": [(0.1, 0.5)]})) == []
     diverged = results_of(config, none=[(0.1, math.nan)])
