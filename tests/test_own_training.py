@@ -116,6 +116,9 @@ def test_weights_to_start_from(config, tmp_path):
         found = new_model(replace(config, weights=name), data, 0).state_dict()
         assert all(torch.equal(found[k], state[k]) for k in state)
     rows = compare(config, weights="w.pt", epochs=1)["runs"][0]["epochs"]
+    torch.save(new_model(config, data, 6).state_dict(), "w.pt")
+    with pytest.raises(StateError, match="has other weights than earlier runs .* began with"):
+        compare(config, weights="w.pt", epochs=1, seeds=(1,))
     assert (
         rows[0]["train_loss"]
         != compare(config, epochs=1, output=tmp_path / "o")["runs"][0]["epochs"][0]["train_loss"]
@@ -126,9 +129,7 @@ def test_a_last_layer_of_other_classes_starts_at_random(config, tmp_path):
     data = load_images(config, 0)
     state = new_model(config, data, 5).state_dict()
     torch.save(state | {"fc3.weight": torch.ones(7, 16), "fc3.bias": torch.ones(7)}, "w.pt")
-    with pytest.warns(
-        GradmaskWarning, match=r"than the 10 of .*: fc3\.bias, fc3\.weight kee"
-    ):
+    with pytest.warns(GradmaskWarning, match=r"than the 10 of .*: fc3\.bias, fc3\.weight kee"):
         found = new_model(replace(config, weights="w.pt"), data, 0).state_dict()
     start = new_model(config, data, 0).state_dict()
     for name in state:
@@ -151,9 +152,7 @@ def test_weights_that_cannot_be_used(config, tmp_path, capsys):
     (tmp_path / "cut.pt").write_bytes(b"PK\3\4")
     (tmp_path / "cut.safetensors").write_bytes(b"PK\3\4")
     for name in ("evil.pt", "list.pt", "cut.pt", "cut.safetensors"):
-        with pytest.raises(
-            StateError, match=rf"{name} is damaged .*: give weights of this"
-        ):
+        with pytest.raises(StateError, match=rf"{name} is damaged .*: give weights of this"):
             compare(config, weights=name)
     assert "run" not in capsys.readouterr().out.split()
     assert not config.output.exists()
@@ -267,6 +266,20 @@ def test_a_longer_schedule_is_a_new_run(config):
     compare(config)
     with pytest.raises(OptionError, match=r"epochs=4, not 9: a longer .* is a new run.*--output"):
         compare(config, epochs=9)
+
+
+def test_switches_on_the_command_line():
+    from gradmask.cli.options import read_options
+
+    config = read_options(["compare", "--no-flip", "--test-size", "9", "--fisher-samples", "null"])
+    assert (config.flip, config.crop, config.test_size, config.fisher_samples) == (
+        False,
+        True,
+        9,
+        None,
+    )
+    with pytest.raises(OptionError, match="Unknown option 'no_model'"):
+        read_options(["--no-model"])
 
 
 def test_options_that_older_folders_lack_have_their_old_meaning():
