@@ -88,7 +88,8 @@ def findings(results: Results) -> list[Finding]:
     results = without_diverged(results)
     measured, present = forms(results), arms(results)
     # A rise an epoch, or from a minimum, is that of every epoch's loss.
-    rises = RISES if results["config"].get("evaluate_every", 1) == 1 else ()
+    every = all("test_loss" in row for run in results["runs"] for row in run["epochs"])
+    rises = RISES if every else ()
     if not measured:
         return []
     found = [_falls(results, arm, form) for form in measured for arm in present]
