@@ -62,7 +62,6 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
 def _begin(console: Console, config: Comparison, results: Results) -> Work:
     resolve_device(config.device)
     data = load_images(config, config.seeds[0])
-    console.print(data.found, highlight=False, markup=False, soft_wrap=True)
     earlier = results.get("data", {})
     described = _describe(data)
     check_data(earlier.get("sum"), described["sum"], config.output / RESULTS_FILE)
@@ -85,6 +84,7 @@ def _begin(console: Console, config: Comparison, results: Results) -> Work:
             if p.requires_grad
         ],
     }
+    console.print(data.found, highlight=False, markup=False, soft_wrap=True)
     return partial(_train, config, described["sum"], EpochBudget(config.stop_after))
 
 
