@@ -30,7 +30,8 @@ def run(arm, seed, rate, *, level=1.0, rise=0.1, norm_rate=0.0):
     """Influence rises to epoch 4 and falls by `rate` from there; test loss rises after epoch 6."""
     epochs = np.arange(EPOCHS + 1)
     wiggle = 1 + WIGGLE[seed]
-    influence = level * wiggle * np.exp(-rate * wiggle * np.abs(epochs - 4))
+    own = 1 + WIGGLE[seed] * (2 if "random" in arm else 1)  # or seeds differ by the same number
+    influence = level * own * np.exp(-rate * wiggle * np.abs(epochs - 4))
     norms = wiggle * np.exp(-norm_rate * epochs)
     losses = [2 - 0.1 * e if e <= 6 else 1.4 + rise * wiggle * (e - 6) for e in epochs[1:]]
     records = [

@@ -165,9 +165,9 @@ def test_a_run_that_diverged_chooses_nothing():
 BASE = [(0.50, 1.00), (0.52, 1.02), (0.48, 0.98)]
 
 
-def shifted(accuracy, loss):
+def shifted(accuracy, loss, spread=0.001):
     """Better or worse than BASE by nearly the same in each seed."""
-    wiggle = (0.0, 0.001, -0.001)
+    wiggle = (0.0, spread, -spread)
     return [(a + accuracy + w, b + loss + w) for (a, b), w in zip(BASE, wiggle, strict=True)]
 
 
@@ -186,11 +186,11 @@ def shifted(accuracy, loss):
             "not shown to do better than the random mask",
         ),
         (
-            {"fisher": shifted(0.1, -0.1), "inverse": shifted(0.2, -0.2)},
+            {"fisher": shifted(0.1, -0.1), "inverse": shifted(0.2, -0.2, 0.002)},
             "improves test loss over no mask, but less than the inverse mask",
         ),
         (
-            {"fisher": shifted(0.1, -0.1), "slow": shifted(0.2, -0.2)},
+            {"fisher": shifted(0.1, -0.1), "slow": shifted(0.2, -0.2, 0.002)},
             "improves test accuracy over no mask, but less than slow training",
         ),
     ],
@@ -202,9 +202,12 @@ def test_conclusion(arms, conclusion):
 @pytest.mark.parametrize(
     ("control", "conclusion"),
     [
-        (shifted(0, 0), "in test accuracy it is better than the random mask"),
-        (shifted(0.1, -0.1), "in test accuracy it is not shown to do better than the random mask"),
-        (shifted(0.2, -0.2), "in test accuracy it is worse than the random mask"),
+        (shifted(0, 0, 0.002), "in test accuracy it is better than the random mask"),
+        (
+            shifted(0.1, -0.1, 0.002),
+            "in test accuracy it is not shown to do better than the random mask",
+        ),
+        (shifted(0.2, -0.2, 0.002), "in test accuracy it is worse than the random mask"),
     ],
 )
 def test_conclusion_without_an_arm_without_a_mask(control, conclusion):

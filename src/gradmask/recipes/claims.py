@@ -260,7 +260,8 @@ def _judge(
     show = (lambda d: f"{math.exp(d):.3g}") if ratio else (lambda d: f"{d:+.4f}")
     value = f"{text} {show(difference.mean)}{' times as high' if ratio else ''}"
     if difference.low is None or difference.high is None:
-        return Finding(claim, f"{value}, from one seed: no interval, so nothing is shown.", 0)
+        seeds = "one seed" if difference.n == 1 else "seeds without spread"
+        return Finding(claim, f"{value}, from {seeds}: no interval, so nothing is shown.", 0)
     outcome = (1 if difference.mean * expected > 0 else -1) if difference.shown else 0
     word = {1: "the claim holds", -1: "the opposite of the claim", 0: "not shown"}[outcome]
     interval = f"95 % interval {show(difference.low)} to {show(difference.high)}"
