@@ -31,11 +31,11 @@ from gradmask.recipes.training.run import train_run
 from gradmask.recipes.training.start import weights_sum
 from gradmask.study import Diverged
 from gradmask.study.budget import EpochBudget
-from gradmask.study.comparison import run_study
 from gradmask.study.folder import RESULTS_FILE
 from gradmask.study.processes import processes
 from gradmask.study.progress import Progress
 from gradmask.study.results import Results, Row
+from gradmask.study.runs import run_study
 from gradmask.study.spec import Spec
 from gradmask.study.workers import Work
 
