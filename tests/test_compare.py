@@ -16,8 +16,8 @@ from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import load_images
 from gradmask.recipes.training import components
 from gradmask.recipes.training import run as train
-from gradmask.study import comparison as engine
 from gradmask.study import folder
+from gradmask.study import runs as engine
 from gradmask.study.folder import read_results
 from gradmask.study.options import to_plain, to_yaml
 from gradmask.study.progress import Progress

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -30,6 +31,36 @@ def derive_seed(*numbers: int | str) -> int:
 def seeded_generator(*numbers: int | str) -> torch.Generator:
     """A CPU generator seeded with `derive_seed(*numbers)`."""
     return torch.Generator().manual_seed(derive_seed(*numbers))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed PyTorch, Python and, if it is imported, NumPy."""
+    torch.manual_seed(derive_seed(seed, "torch"))
+    random.seed(derive_seed(seed, "python"))
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(derive_seed(seed, "numpy"))
+
+
+def random_states() -> dict[str, Any]:
+    """Random states of PyTorch, Python and NumPy, as values that load without pickle."""
+    found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        found["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
+    return found
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Put back what `random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "numpy" in states and "numpy" in sys.modules:
+        name, keys, *rest = states["numpy"]
+        sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradmask.study import StudyOptions
 
 _LISTS = ("arms", "models", "seeds", "monitor", "judge", "front")
+_SWITCHES = ("augment", "crop", "flip")  # --no-flip is --flip=false
 _MAPPINGS = ("sweep", "options", "metrics")  # name=value, of a sweep name=value,value
 
 
@@ -126,6 +127,8 @@ def _normal_form(words: list[str], known: list[str]) -> list[str]:
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
+        if name.removeprefix("no_") in _SWITCHES and name not in known and not equals:
+            name, equals, value = name.removeprefix("no_"), "=", "false"
         check_choice("option", name, known)
         if name in _LISTS:
             items = [value] if equals else []

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from gradmask import fisher_diagonal
-from gradmask.errors import GradmaskError, OptionError
+from gradmask.errors import GradmaskError, OptionError, StateError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.batches import Batches
 from gradmask.recipes.data.images import ImageData, load_images
@@ -28,13 +28,14 @@ from gradmask.recipes.training.components import (
     resolve_device,
 )
 from gradmask.recipes.training.run import train_run
+from gradmask.recipes.training.start import weights_sum
 from gradmask.study import Diverged
 from gradmask.study.budget import EpochBudget
-from gradmask.study.comparison import run_study
 from gradmask.study.folder import RESULTS_FILE
 from gradmask.study.processes import processes
 from gradmask.study.progress import Progress
 from gradmask.study.results import Results, Row
+from gradmask.study.runs import run_study
 from gradmask.study.spec import Spec
 from gradmask.study.workers import Work
 
@@ -61,13 +62,20 @@ def run_comparison(config: Comparison, progress: Progress) -> Results:
 def _begin(console: Console, config: Comparison, results: Results) -> Work:
     resolve_device(config.device)
     data = load_images(config, config.seeds[0])
-    console.print(data.found, highlight=False, markup=False, soft_wrap=True)
     earlier = results.get("data", {})
     described = _describe(data)
     check_data(earlier.get("sum"), described["sum"], config.output / RESULTS_FILE)
     _check_transform(config, data)
+    start = None if config.weights is None else weights_sum(config.weights)
+    if earlier.get("weights", start) != start:
+        raise StateError(
+            f"{config.weights} has other weights than earlier runs in {config.output} began with "
+            f"(sum {start}, not {earlier['weights']}): bring them back, or choose another --output."
+        )
     _check_processes(config, len(data.train_labels))
     _check_model(config, data)
+    if start is not None:
+        described["weights"] = start
     results |= {
         "data": described if "sum" in earlier or not results["runs"] else earlier,
         "parameters": [
@@ -76,6 +84,7 @@ def _begin(console: Console, config: Comparison, results: Results) -> Work:
             if p.requires_grad
         ],
     }
+    console.print(data.found, highlight=False, markup=False, soft_wrap=True)
     return partial(_train, config, described["sum"], EpochBudget(config.stop_after))
 
 

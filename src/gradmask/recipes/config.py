@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from gradmask.errors import OptionError, check_choice, check_keep
 from gradmask.study.arms import MASKS, STRATEGIES, parse_arm
-from gradmask.study.comparison import check_different
+from gradmask.study.options import check_different
 from gradmask.study.schema import Wrong, check_types
 
 # What the runs of one comparison may differ in: an arm's options, and values of a sweep. All see

@@ -14,7 +14,7 @@ from gradmask.study.schema import Wrong, items, number, optional, record, seed, 
 _LOSSES = ("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
 _DATA = record(
     dict.fromkeys(("train", "validation", "test", "classes"), whole) | {"image": items(whole)},
-    {"sum": text, "class_names": items(text), "test_majority": number},
+    {"sum": text, "weights": text, "class_names": items(text), "test_majority": number},
 )
 
 

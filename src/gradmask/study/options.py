@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
 
+from gradmask.errors import OptionError
 from gradmask.study.schema import check_types
 
 
@@ -74,3 +76,9 @@ def from_plain(kind: type[Kind], options: dict[str, Any]) -> Kind:
 def to_yaml(config: Options) -> str:
     """Options as the YAML that `gradmask run RECIPE --config` reads."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
+
+
+def check_different(name: str, values: Sequence[Any]) -> None:
+    """Check that there are values, and none twice."""
+    if not values or len(set(map(repr, values))) < len(values):
+        raise OptionError(f"{name}={list(values)} must be one or more different values.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
@@ -17,7 +15,7 @@ from torch.optim import Optimizer
 
 from gradmask import FisherMask
 from gradmask.errors import DataError, OptionError, StateError
-from gradmask.seeding import derive_seed
+from gradmask.seeding import random_states, restore_random_states, seed_everything
 from gradmask.study.arms import Arm, parse_arm
 from gradmask.study.controls import new_mask
 from gradmask.study.files import atomic_file, damaged, read_tensors
@@ -331,36 +329,6 @@ def run_trial(
             "val_accuracy=..., test_accuracy=...) after each epoch."
         )
     return run
-
-
-def seed_everything(seed: int) -> None:
-    """Seed PyTorch, Python and, if it is imported, NumPy."""
-    torch.manual_seed(derive_seed(seed, "study"))
-    random.seed(derive_seed(seed, "python"))
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(derive_seed(seed, "numpy"))
-
-
-def random_states() -> dict[str, Any]:
-    """Random states of PyTorch, Python and NumPy, as values that load without pickle."""
-    found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        found["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
-    return found
-
-
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` returned."""
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states and "numpy" in sys.modules:
-        name, keys, *rest = states["numpy"]
-        sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
 def _number(name: str, value: Any) -> float:

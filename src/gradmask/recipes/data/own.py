@@ -41,9 +41,10 @@ class Transform:
             OptionError: If the function fails, or returns something else.
         """
         wanted = torch.Size((len(image), size, size))
+        function = self._function  # before: a module may draw as it is imported
         with own_random_state("transform", seed):
             try:
-                found = self._function(image)
+                found = function(image)
             except Exception as error:  # of the user's code
                 raise OptionError(
                     f"transform={self.name!r} fails for an image {_words(image)}: "

@@ -17,6 +17,7 @@ from gradmask.errors import OptionError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData
 from gradmask.recipes.identity import tensors_sum
+from gradmask.recipes.named import named
 from gradmask.recipes.training.models import build_model
 from gradmask.recipes.training.sam import sam_backward
 from gradmask.recipes.training.start import start_from
@@ -43,6 +44,8 @@ def new_model(config: Comparison, data: ImageData, seed: int) -> nn.Module:
     """
     _, channels, size, _ = data.train_images.shape
     classes = len(data.class_names)
+    if ":" in config.model:
+        named("model", config.model)  # first: a module may draw as it is imported
     with own_random_state(seed, "weights"):
         model = build_model(config, channels, size, classes)
     if config.weights is not None:

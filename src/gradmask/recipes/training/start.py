@@ -10,11 +10,17 @@ from torch import Tensor, nn
 
 from gradmask.errors import StateError, first_names
 from gradmask.recipes.data.folders import warn_once
+from gradmask.recipes.identity import tensors_sum
 from gradmask.recipes.training.weights import check_shapes, shapes
 from gradmask.study.files import damaged
 
 _INSIDE = ("state_dict", "model_state_dict", "model")  # where checkpoints have them
 _MEND = "give weights of this network, in safetensors or as torch.save writes a state_dict."
+
+
+def weights_sum(name: str) -> str:
+    """The sum of the weights in a file, by which they are known again."""
+    return tensors_sum(read_start(Path(name).expanduser()))
 
 
 def start_from(path: Path, model: nn.Module, classes: int) -> None:
