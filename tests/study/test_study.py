@@ -94,7 +94,7 @@ def test_arms_of_ones_own(tmp_path):
     results = compare(train, arms, [0], tmp_path, threads=1)
     rows = {arm: run["epochs"] for arm, run in by_arm(results).items()}
     assert rows["half:factor=1"] == rows["none"] != rows["half"]
-    assert {v.arm for v in verdicts(results)} == {"half"}  # the other has options of its own
+    assert {v.arm for v in verdicts(results)} == {"half", "half:factor=1"}
     named = ["none", "training_functions:own_arm", "training_functions:own_arm:factor=1"]
     again = compare(train, named, [0], tmp_path / "named", threads=1)
     assert list(rows.values()) == [run["epochs"] for run in (again["runs"][i] for i in (0, 1, 2))]

@@ -85,7 +85,9 @@ class Arm:
 
     @cached_property
     def others(self) -> dict[str, Any]:
-        """Options of the training function."""
+        """Options of the training function; those of an arm of the user's own are the arm's."""
+        if self.strategy not in STRATEGIES:
+            return {}
         return {name: value for name, value in self.options.items() if name not in _OWN}
 
     @property

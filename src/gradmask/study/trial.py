@@ -96,7 +96,8 @@ class Trial:
         self._own = dict(arms or {})
         self.spec, self.seed, self.directory = spec, spec.seed, directory
         self.arm: Arm = parse_arm(spec.arm, own=self._own)
-        self.options = TrialOptions({**(options or {}), **self.arm.others, **spec.values})
+        changed = self.arm.options if self.arm.strategy in self._own else self.arm.others
+        self.options = TrialOptions({**(options or {}), **changed, **spec.values})
         self.rows: list[Row] = []
         self._on_epoch = on_epoch
         self._mask: FisherMask | None = None
@@ -316,8 +317,7 @@ def run_trial(
     finally:
         trial._close()
     run["seconds"] = time.perf_counter() - started
-    own = () if trial.arm.strategy in arms else trial.arm.others
-    named = {*own, *spec.values} & trial.options.unread
+    named = {*trial.arm.others, *spec.values} & trial.options.unread
     if named and "diverged" not in run:
         raise OptionError(
             f"{sorted(named)[0]!r} of the run {spec.title} was never looked at by the training "

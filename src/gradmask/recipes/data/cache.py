@@ -75,9 +75,9 @@ def show_cache(console: Console, clear: bool = False) -> None:
             whole += size
             if clear:
                 entry.unlink() if entry.is_file() else shutil.rmtree(entry, ignore_errors=True)
-            else:
-                name = f"{part}/{entry.name}"
-                console.print(f"{_bytes(size):>9}  {name}", markup=False, highlight=False)
+            elif entry.suffix != ".lock":
+                line = f"{_bytes(size):>9}  {part}/{entry.name}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
     ending = "removed from" if clear else "in"
     mend = "" if clear or not whole else " `gradmask cache --clear` removes it."
     words = f"{_bytes(whole)} {ending} {root}.{mend}"
