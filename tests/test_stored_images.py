@@ -364,9 +364,9 @@ def test_the_recipe_stops_and_goes_on_with_the_same_bits(folder, tmp_path, monke
     # In the middle of an epoch; what was decoded ahead is lost and decoded again.
     original, count = batches_module.decoded, 0
 
-    def interrupted(images, keys, pin):
+    def interrupted(images, keys, *rest):
         nonlocal count
-        for batch in original(images, keys, pin):
+        for batch in original(images, keys, *rest):
             count += 1
             if count == 3:
                 raise KeyboardInterrupt
