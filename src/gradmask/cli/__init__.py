@@ -1,4 +1,6 @@
-"""The command line: `gradmask run`, `study`, `recipes`, `report`, `audit` and `bench`."""
+"""The command line: `gradmask run`, `study`, `recipes`, `report`, `audit`, `cache` and
+`bench`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from gradmask.interrupts import work_begins
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
     from gradmask.study.statistics import Results
 
-COMMANDS = ("run", "study", "recipes", "report", "audit", "bench")
+COMMANDS = ("run", "study", "recipes", "report", "audit", "cache", "bench")
 _TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
@@ -73,6 +75,8 @@ def _main(words: list[str]) -> int:
     report.add_argument("folders", nargs="+", help="output folders of runs")
     report.add_argument("--output", help="the page that shows several (beside the first folder)")
     _add_audit(commands)
+    cache = commands.add_parser("cache", help="list what is kept of decoded images")
+    cache.add_argument("--clear", action="store_true", help="remove it")
     add_bench(commands)
     # Argparse would take a leading option for its own.
     if words[:1] == ["run"]:
@@ -84,6 +88,11 @@ def _main(words: list[str]) -> int:
     parsed = parser.parse_args(words)
     if parsed.command == "recipes":
         return _recipes()
+    if parsed.command == "cache":
+        from gradmask.recipes.data.cache import show_cache
+
+        show_cache(terminal(), parsed.clear)
+        return 0
     if parsed.command == "bench":
         return run_bench(parsed)
     if parsed.command == "audit":

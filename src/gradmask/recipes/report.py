@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gradmask.recipes.claims import FORMS, conclusion, findings, forms, series
+from gradmask.recipes.learnt import not_learnt
 from gradmask.study import report
 from gradmask.study.report.lines import Series, band_rows, line_panel
 from gradmask.study.report.parts import Figure, Look, Section, looks
@@ -43,7 +44,7 @@ def write_report(folder: Path, results: Results) -> Path:
         results,
         title=None if masked else "What does influence show?",
         subtitle=_subtitle(results),
-        conclusion=[] if masked else conclusion(found).splitlines(),
+        conclusion=not_learnt(results) or ([] if masked else conclusion(found).splitlines()),
         notes=notes,
         sections=influence,
     )
@@ -56,7 +57,10 @@ def print_summary(results: Results, console: Console) -> None:
         results: Contents of `results.json`.
         console: Where to print.
     """
-    report.print_summary(results, console)
+    if "data" not in results:
+        report.print_summary(results, console)
+        return
+    report.print_summary(results, console, not_learnt(results))
     found = findings(results)
     if found:
         console.print(Text(_CLAIMS))

@@ -17,12 +17,13 @@ from gradmask.study.verdicts import Verdict, conclusions, correction, verdicts
 _ARM_WIDTH = 34  # of the column of arms where room is short; longer titles take more lines
 
 
-def print_summary(results: Results, console: Console) -> None:
+def print_summary(results: Results, console: Console, conclusion: Sequence[str] = ()) -> None:
     """Print the table of means, what it answers, and the conclusions.
 
     Args:
         results: Contents of `results.json`.
         console: Where to print.
+        conclusion: What it shows (default: on each arm that is no control, what it is better than).
     """
     metrics = list(metrics_of(results).shown)
     least = _least_important_first(results, metrics)
@@ -44,7 +45,7 @@ def print_summary(results: Results, console: Console) -> None:
         console.print(Text(correction(results), style="dim"))
     for sentence in divergences(results):
         console.print(Text(sentence))
-    for sentence in conclusions(results):
+    for sentence in conclusion or conclusions(results):
         console.print(Text(sentence, style="bold"))
 
 
