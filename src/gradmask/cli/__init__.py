@@ -1,6 +1,4 @@
-"""The command line: `gradmask run`, `study`, `recipes`, `report`, `audit`, `cache` and
-`bench`.
-"""
+"""The command line: `gradmask run`, `study`, `recipes`, `report`, `audit`, `cache`, `bench`."""
 
 from __future__ import annotations
 
