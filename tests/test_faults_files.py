@@ -156,7 +156,6 @@ def test_a_diverged_arm_does_not_take_others_along(optimizer, tmp_path, monkeypa
     print_summary(results, console)
     for text in (page, console.export_text()):
         assert "Fisher mask: 2 of 2 runs diverged" in text
-        assert "Conclusion on the Fisher mask in this run: it diverged." in text
         assert re.search(r"Fisher mask\W.*diverged", text)
     assert not list(folder.rglob("checkpoint*"))
     monkeypatch.setattr(train, "train_epoch", None)  # nothing is left to do

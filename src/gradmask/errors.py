@@ -35,6 +35,10 @@ class DistributedError(GradmaskError, RuntimeError):
     """Another process failed at what this one does with it."""
 
 
+class TrialError(GradmaskError, RuntimeError):
+    """A run of a study failed, or the workers that trained it."""
+
+
 class GradmaskWarning(UserWarning):
     """Something works, but perhaps not as the user expects."""
 

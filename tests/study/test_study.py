@@ -1,5 +1,8 @@
+import contextlib
 import json
+import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import training_functions
 import yaml
 from training_functions import EPOCHS, diverge, own_arm, report_nothing, train
 
-from gradmask.errors import GradmaskWarning, OptionError, StateError
+from gradmask.errors import GradmaskWarning, OptionError, StateError, TrialError
 from gradmask.study import Trial, compare
 from gradmask.study.folder import read_results
 from gradmask.study.metrics import chosen_epoch, metrics_of
@@ -22,7 +25,8 @@ ARMS = ["none", "fisher:keep=0.25", "slow:keep=0.25", "slow_matched:keep=0.25", 
 
 
 def timeless(results):
-    return [{k: v for k, v in run.items() if k != "seconds"} for run in results["runs"]]
+    changing = ("seconds", "source")
+    return [{k: v for k, v in run.items() if k not in changing} for run in results["runs"]]
 
 
 def by_arm(results, seed=0):
@@ -119,7 +123,7 @@ def test_an_interrupted_study_goes_on_to_the_same_bits(studied, tmp_path):
     begun = len(calls)
     file = tmp_path / "out" / "results.json"
     file.write_text(file.read_text().replace('"source": "', '"source": "0'))
-    with pytest.warns(GradmaskWarning, match="has changed"):
+    with pytest.warns(GradmaskWarning, match="have changed"):
         results = compare(interrupted, ARMS, range(3), tmp_path / "out", threads=1)
     assert timeless(results) == timeless(whole)
     arm, seed, epoch = calls[begun - 1]
@@ -155,9 +159,9 @@ def test_values_are_chosen_by_validation_of_the_other_seeds():
 
 
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
-    results = compare(diverge, ["none", "fisher"], range(3), tmp_path)
+    results = compare(diverge, ["none", "early"], range(3), tmp_path)
     gone = [run for run in results["runs"] if "diverged" in run]
-    assert [(run["arm"], run["seed"]) for run in gone] == [("none", 1), ("fisher", 1)]
+    assert [(run["arm"], run["seed"]) for run in gone] == [("none", 1)]  # early was stopped before
     assert gone[0]["diverged"] == {"epoch": 2, "reason": "test_loss is nan"}
     assert len(results["runs"]) == 6
     read_results(tmp_path)
@@ -274,3 +278,110 @@ def test_training_functions_are_found_by_name(tmp_path):
     results = compare(name, ["none"], [0], tmp_path)
     assert results["config"]["train"] == name
     assert training_functions.EPOCHS
+
+
+def test_an_arm_without_effect_is_an_error(tmp_path):
+    def forgetting(trial):
+        trial.report(epoch=0, val_accuracy=0.5)
+
+    def never_refreshing(trial):
+        model = torch.nn.Linear(2, 2)
+        trial.mask(model, torch.optim.SGD(model.parameters(), 0.1))
+        trial.report(epoch=0, val_accuracy=0.5)
+
+    for function, arm, message in (
+        (forgetting, "slow", "never asked for the arm's mask"),
+        (never_refreshing, "fisher", "the mask was never made"),
+        (never_refreshing, "slow_matched", "the mask was never made"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            compare(function, ["none", arm], [0], tmp_path / f"{function.__name__}-{arm}")
+    with pytest.raises(OptionError, match="'sam' is one of `gradmask run`"):
+        compare(train, ["none", "sam"], [0], tmp_path / "sam")
+
+
+def test_what_a_function_does_to_its_process_ends_with_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def meddling(trial):
+        assert torch.get_default_dtype() == torch.float32
+        (tmp_path / f"elsewhere{trial.seed}").mkdir()
+        import os
+
+        os.chdir(tmp_path / f"elsewhere{trial.seed}")
+        torch.set_default_dtype(torch.float64)
+        trial.report(epoch=0, val_accuracy=0.5)
+
+    results = compare(meddling, ["none"], range(2), "out")
+    assert len(results["runs"]) == len(read_results(tmp_path / "out")["runs"]) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), SystemExit(0)])
+def test_a_run_that_fails_is_named_and_the_others_are_kept(error, tmp_path):
+    def failing(trial):
+        if trial.seed == 1:
+            raise error
+        trial.report(epoch=0, val_accuracy=0.5)
+
+    with pytest.raises(TrialError, match=rf"no mask, seed 1: {type(error).__name__}"):
+        compare(failing, ["none"], range(3), tmp_path)
+    assert len(read_results(tmp_path)["runs"]) == 1
+
+
+def test_numbers_that_would_ruin_a_folder(tmp_path):
+    trial = Trial(Spec("none", 0), tmp_path)
+    with pytest.raises(OptionError, match="another name"):
+        trial.report(epoch=0, weights=0.5)
+    with pytest.raises(OptionError, match="too large"):
+        trial.report(epoch=0, number=10**400)
+    for value in (np.float64(1), {"a": [np.zeros(2)]}, tmp_path):
+        with pytest.raises(OptionError, match=r"trial.save.*cannot be kept, as no pickle"):
+            trial.save(value=value)
+    trial.report(epoch=0, test_ppl=math.inf, val_loss=1.0)
+    trial.save(count=3)
+    again = Trial(Spec("none", 0), tmp_path)
+    assert again.resume() == 1
+    assert again.saved == {"count": 3}
+    with pytest.raises(StateError, match="holds no 'mask'"):
+        Trial(Spec("none", 0), tmp_path).resume(mask=torch.nn.Linear(1, 1))
+
+    def overflowing(trial):
+        ppl = math.inf if trial.seed == 1 else 2.0
+        trial.report(epoch=0, val_loss=1.0, test_ppl=ppl)
+
+    assert len(compare(overflowing, ["none"], range(3), tmp_path / "ppl")["runs"]) == 3
+
+
+def test_a_loss_that_is_not_finite_cannot_be_passed_over(tmp_path):
+    def careless(trial):
+        for epoch in range(3):
+            with contextlib.suppress(Exception):
+                trial.report(epoch=epoch, val_loss=math.nan if epoch == 1 else 1.0)
+
+    (run,) = compare(careless, ["none"], [0], tmp_path)["runs"]
+    assert run["diverged"]["epoch"] == 1
+
+
+def test_code_that_changed_is_noticed_each_time(tmp_path):
+    def weighted(trial, w):
+        trial.report(epoch=0, val_loss=float(w))
+
+    compare(partial(weighted, w=1), ["none"], [0], tmp_path)
+    for seeds in (2, 3):
+        with pytest.warns(GradmaskWarning, match="its arguments have changed"):
+            compare(partial(weighted, w=2), ["none"], range(seeds), tmp_path)
+
+
+def test_names_of_any_letters_and_numbers_of_numpy(tmp_path):
+    def reading(trial):
+        trial.report(epoch=0, val_loss=len(str(trial.options["model"])))
+
+    sweep = {"model": ["org/bert base", "x" * 300]}
+    results = compare(reading, ["none"], np.arange(2), tmp_path / "a", sweep=sweep)
+    assert len(results["runs"]) == len(list((tmp_path / "a" / "runs").iterdir())) == 4
+    rates = compare(reading, ["none"], [0], tmp_path / "b", sweep={"model": np.logspace(-2, 0, 3)})
+    assert rates["config"]["sweep"] == {"model": [0.01, 0.1, 1.0]}
+    with pytest.raises(OptionError, match="both set model"):
+        compare(reading, ["none:model=1"], [0], tmp_path / "c", sweep=sweep)
+    with pytest.raises(OptionError, match="would share a folder"):
+        compare(reading, dict.fromkeys(["a", "a:b=1", "a-b=1"], own_arm), [0], tmp_path / "d")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from gradmask.cli.terminal import has_reader, say, settle
-from gradmask.errors import DistributedError, GradmaskError
+from gradmask.errors import DistributedError, GradmaskError, TrialError
 from gradmask.interrupts import LINE
 
 FAILED, WRONG_USE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
@@ -53,7 +53,7 @@ def _ending(error: BaseException) -> tuple[str, int]:
     match error:
         case KeyboardInterrupt():
             return LINE, INTERRUPTED
-        case DistributedError():
+        case DistributedError() | TrialError():
             return f"{prefix} {text}", FAILED
         case GradmaskError():
             return f"{prefix} {text}", WRONG_USE

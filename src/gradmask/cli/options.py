@@ -118,6 +118,7 @@ def _size(words: list[str]) -> tuple[str | None, list[str]]:
 def _normal_form(words: list[str], known: list[str]) -> list[str]:
     """Options as jsonargparse wants them: underscores, lists in brackets; unknown names refused."""
     normal: list[str] = []
+    mappings: dict[str, list[str]] = {}
     place = 0
     while place < len(words):
         word = words[place]
@@ -142,11 +143,12 @@ def _normal_form(words: list[str], known: list[str]) -> list[str]:
             while not equals and place < len(words) and not words[place].startswith("--"):
                 items.append(words[place])
                 place += 1
-            normal.append(f"--{name}={_mapping(name, items)}")
+            mappings.setdefault(name, []).extend(items)
         else:
             if name == "output" and (equals or place < len(words)):
                 usable_path(name, value if equals else words[place])
             normal.append(f"--{name}{equals}{value}")
+    normal += [f"--{name}={_mapping(name, items)}" for name, items in mappings.items()]
     return normal
 
 
@@ -161,7 +163,10 @@ def _mapping(name: str, items: list[str]) -> str:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise OptionError(f"{name} {item!r} must be written name=value.")
-        found[key.replace("-", "_")] = (
+        key = key.replace("-", "_")
+        if key in found:
+            raise OptionError(f"{name} has {key} twice: write {key}=value,value.")
+        found[key] = (
             [literal(part) for part in text.split(",")] if name == "sweep" else literal(text)
         )
     return json.dumps(found)

@@ -238,6 +238,13 @@ class FisherMaskCallback(Callback):
             self._reporter.add(trainer.current_epoch + 1, metrics)
             self._reporter.save()
 
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report what a test after training measured."""
+        if self._reporter is not None:
+            metrics = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("test")}
+            self._reporter.add(trainer.current_epoch, metrics)
+            self._reporter.flush()
+
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         """Detach the mask, and take off the hooks of a batch that did not end."""
         self._detach()

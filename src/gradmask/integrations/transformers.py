@@ -110,7 +110,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         self._online: Online | None = None
         self.sha256 = ""
         self.left_out: list[str] = []
-        self._begun = self._warned = False
+        self._begun = self._warned = self._ended = False
         self._note: OwnLossNote | None = None
         self._record: dict[str, float] = {}
         self._reporter: Reporter | None = None
@@ -135,6 +135,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         """Note what was measured, for the study."""
         if self._reporter is not None:
             self._reporter.add(float(state.epoch or 0), given.get("metrics") or {})
+            if self._ended:
+                self._reporter.flush()
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes to `trainer_state.json`: the mask's SHA-256, and options."""
@@ -169,7 +171,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         self.mask.attach(given["optimizer"])
         if self._online is not None:
             self._online.end()  # until the first step
-        self._begun, self._warned, self._record = False, False, {}
+        self._begun, self._warned, self._ended, self._record = False, False, False, {}
         if self.schedule.at_start(self.mask.refreshes):
             self._refresh(args, state, given["train_dataloader"])
         elif not self.mask.refreshes and self._online is None:
@@ -243,6 +245,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         """Take the mask off the optimizer; the masks stay to be read."""
         self._warn_if_never_made("ended", state.global_step)
         self._detach()
+        self._ended = True
         if self._reporter is not None:
             self._reporter.flush()
 

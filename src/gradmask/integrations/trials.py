@@ -42,9 +42,12 @@ class Reporter:
                 self._found[_plain(name)] = float(value)
 
     def flush(self) -> None:
-        """Report what was measured in the epoch so far."""
+        """Report what was measured in the epoch so far; or later, as of that epoch."""
         found, self._found = self._found, {}
-        if found:
+        rows = self.trial.rows
+        if found and rows and rows[-1]["epoch"] >= self._epoch:
+            self.trial.add_to_last(**found)
+        elif found:
             self.trial.report(epoch=self._epoch, **found)
 
     def save(self) -> None:

@@ -251,6 +251,8 @@ class Comparison:
                 self._changed(f"sweep {name}", {name: value})
         found: dict[str, str] = {}
         for arm in self.arms:
+            if both := parse_arm(arm).options.keys() & self.sweep.keys():
+                raise OptionError(f"Arm {arm!r} and the sweep both set {min(both)}: leave one out.")
             self.for_arm(arm)
             if (same := found.setdefault(parse_arm(arm).title, arm)) != arm:
                 raise OptionError(f"Arms {same!r} and {arm!r} are the same: leave one out.")

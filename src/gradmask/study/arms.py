@@ -99,7 +99,9 @@ class Arm:
         """Whether another arm is judged against this one."""
         if self.others != method.others or self.is_method:
             return False
-        size = self.own.get("keep") == method.own.get("keep")
+        # Of a mask from a file, or an arm of the user's own, the size is known if it is given.
+        told = method.strategy == "fisher" or "keep" in method.own
+        size = told and self.own.get("keep") == method.own.get("keep")
         match self.strategy:
             case "none" | "early" | "sam":
                 return self.strategy != "sam"
@@ -134,7 +136,7 @@ def parse_arm(name: str, own: Iterable[str] = ()) -> Arm:
         option, equals, text = part.partition("=")
         if not equals or not _NAME.fullmatch(option):
             raise OptionError(f"Arm {name!r}: write {part!r} as option=value.")
-        if option not in (*_OWN, *_TITLES) and get_close_matches(option, _OWN, cutoff=0.7):
+        if option not in (*_OWN, *_TITLES) and get_close_matches(option, _OWN, cutoff=0.85):
             check_choice(f"option of arm {name!r},", option, _OWN)
         options[option] = _value(name, strategy, option, text)
     if strategy == "fixed" and "file" not in options:

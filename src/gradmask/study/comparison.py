@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,10 +48,8 @@ class StudyOptions:
     """
 
     EXTENDABLE: ClassVar = ("arms", "seeds", "sweep")
-    NOT_RESULTS: ClassVar = (
-        *("jobs", "threads", "scheduler", "output"),
-        *("choose", "judge", "metrics", "front"),
-    )
+    # What chooses an epoch ends the runs of `early`.
+    NOT_RESULTS: ClassVar = ("jobs", "threads", "scheduler", "output", "judge", "front")
 
     train: str = ""
     arms: tuple[str, ...] = ("none", "fisher", "slow", "random_matched", "early")
@@ -120,38 +119,48 @@ def compare(
         StateError: If the folder holds another study, or a damaged one.
     """
     function, name = resolve(train)
+    if isinstance(arms, str) or isinstance(seeds, str):
+        raise OptionError(f"arms={arms!r} and seeds={seeds!r} must be lists.")
     own = {k: f for k, f in arms.items() if f is not None} if isinstance(arms, Mapping) else {}
-    plain: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list | range) else v for k, v in options.items()
-    }
-    if "sweep" in plain:
-        sweep = plain["sweep"].items()
-        plain["sweep"] = {k: list(v) if isinstance(v, range | tuple) else v for k, v in sweep}
+    plain: dict[str, Any] = dict(options)
+    for key in ("judge", "front"):
+        if key in plain:
+            plain[key] = (plain[key],) if isinstance(plain[key], str) else tuple(plain[key])
+    for key in ("sweep", "options"):
+        if key in plain:
+            plain[key] = {k: _plain(f"{key} {k}", v) for k, v in plain[key].items()}
     try:
         config = StudyOptions(
-            train=name, arms=tuple(arms), seeds=tuple(seeds), output=Path(output), **plain
+            train=name,
+            arms=tuple(arms),
+            seeds=tuple(map(index, seeds)),
+            output=Path(output).expanduser(),
+            **plain,
         )
     except TypeError as error:
         raise OptionError(f"compare(): {error}".replace("StudyOptions.__init__() ", "")) from error
     for arm in config.arms:
         found = parse_arm(arm, own=own)
+        if found.strategy == "sam":
+            raise OptionError("Arm 'sam' is one of `gradmask run`: make it an arm of your own.")
+        if both := found.others.keys() & config.sweep.keys():
+            raise OptionError(f"Arm {arm!r} and the sweep both set {min(both)}: leave one out.")
         if ":" in found.strategy:
             own[found.strategy] = resolve(found.strategy)[0]
-    source = {"source": source_sum(function)}
+    source = source_sum(function)
     if config.scheduler is not None:
         ship_module(function)
 
     def begin(config: StudyOptions, results: Results) -> Work:
-        before = results.get("source")
-        if results["runs"] and before not in (None, source["source"]):
+        if any(run.get("source", source) != source for run in results["runs"]):
             warnings.warn(
-                f"The file of {config.train} has changed since the first runs in {config.output}: "
-                "runs of different code are not comparable. Choose another output to be sure.",
+                f"{config.train}, its file or its arguments have changed since the first runs in "
+                f"{config.output}: runs of different code are not comparable. Choose another "
+                "output to be sure.",
                 GradmaskWarning,
                 stacklevel=2,
             )
-        results |= source
-        return partial(run_trial, function, config.options, own)
+        return partial(run_trial, function, config.options, own, source)
 
     return run_study(config, begin, progress=progress, own=own)
 
@@ -159,8 +168,11 @@ def compare(
 def resolve(train: Callable[..., Any] | str) -> tuple[Callable[..., Any], str]:
     """A function and its name, `package.module:function`."""
     if callable(train):
-        module = getattr(train, "__module__", "") or "__main__"
-        return train, f"{module}:{getattr(train, '__qualname__', type(train).__name__)}"
+        inner: Any = train
+        while isinstance(inner, partial):
+            inner = inner.func
+        module = getattr(inner, "__module__", "") or "__main__"
+        return train, f"{module}:{getattr(inner, '__qualname__', type(inner).__name__)}"
     module, _, attribute = train.partition(":")
     if not module or not attribute:
         raise OptionError(f"train={train!r} must be written package.module:function.")
@@ -175,10 +187,29 @@ def resolve(train: Callable[..., Any] | str) -> tuple[Callable[..., Any], str]:
     return function, train
 
 
-def source_sum(function: Callable[..., Any]) -> str | None:
-    """SHA-256 of the file that a function is in; None if there is none."""
+def source_sum(function: Callable[..., Any]) -> str:
+    """SHA-256 of the file that a function is in, and of arguments that it has already."""
+    digest = hashlib.sha256()
+    while isinstance(function, partial):
+        digest.update(repr((function.args, function.keywords)).encode())
+        function = function.func
+    plain = (int, float, str, bool, type(None))
+    own = getattr(function, "__dict__", {}) if not inspect.isroutine(function) else {}
+    digest.update(repr({k: v for k, v in own.items() if isinstance(v, plain)}).encode())
     try:
-        path = inspect.getsourcefile(inspect.unwrap(function))
-        return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except (TypeError, OSError):
-        return None
+        of = inspect.unwrap(function) if inspect.isroutine(function) else type(function)
+        digest.update(Path(inspect.getsourcefile(of) or "").read_bytes())
+    except (TypeError, OSError):  # typed by hand
+        digest.update(getattr(getattr(function, "__code__", None), "co_code", b""))
+    return digest.hexdigest()
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as files keep it: numbers of NumPy and tensors as Python's."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple | range):
+        return [_plain(name, one) for one in value]
+    if not isinstance(value, int | float | str | bool | dict | None):
+        raise OptionError(f"{name}={value!r} must be a number, a text or a list of these.")
+    return value

@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from gradmask import FisherMask, load_masks
-from gradmask.attach import optimizers_to_hook
+from gradmask.attach import optimizers_to_hook, within
+from gradmask.errors import OptimizerError
 from gradmask.study.arms import Arm
 
 
@@ -88,6 +89,17 @@ class Slow(NoMask):
         super().__init__(model, keep, **options)
         self._rates: dict[int, tuple[Any, Any]] = {}  # as it was, and scaled, by group
 
+    def attach(self, optimizer: Optimizer) -> Slow:
+        """Slow every following step of an optimizer."""
+        groups = [g for each in within(optimizer) for g in getattr(each, "param_groups", ())]
+        if any(group.get("lr") is None for group in groups):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} has no learning rate (lr) of its own to slow: give it "
+                "one, or leave the arm 'slow' out."
+            )
+        super().attach(optimizer)
+        return self
+
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
             known = self._rates.get(id(group))
@@ -123,7 +135,8 @@ class SlowMatched(_Hooked):
         if old:
             shares = self.kept_fractions
             for name, parameter in self._trainable().items():
-                parameter.copy_(torch.lerp(old[name], parameter, shares[name]))
+                if name in old and name in shares:  # or thawed since
+                    parameter.copy_(torch.lerp(old[name], parameter, shares[name]))
 
 
 def new_mask(arm: Arm, model: nn.Module, **options: Any) -> FisherMask:

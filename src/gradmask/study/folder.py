@@ -40,6 +40,7 @@ LOCK = ".lock"
 LOCK_SECONDS = 6  # the workers of a process that was killed end within five
 Options = TypeVar("Options", bound=RunOptions)
 CHECKPOINTS = "checkpoint.*"  # of any engine, in the folder of a run
+_LONGEST = 100
 _RUN_NAME = re.compile(r"[\w.=+-]+-seed-?\d+", re.ASCII)
 
 
@@ -58,7 +59,8 @@ def run_directory(folder: Path, spec: Spec) -> Path:
     """
     values = "".join(f"-{name}={value}" for name, value in spec.values.items())
     plain = spec.arm.replace(":", "-") + values
-    if spec.arm.startswith("fixed:"):  # the name of a file may have any letters
+    odd = not _RUN_NAME.fullmatch(f"{plain}-seed0") or len(plain) > _LONGEST
+    if odd and ".." not in plain:  # names of files, models, ... may have any letters
         digest = hashlib.blake2b(plain.encode(), digest_size=4).hexdigest()
         plain = f"{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', plain)[:60]}-{digest}"
     name = f"{plain}-seed{spec.seed}"
@@ -112,7 +114,7 @@ def check_ours(folder: Path) -> None:
             f"{folder} holds files, but no run that gradmask made: choose another --output, or an "
             "empty folder."
         )
-    if not options.is_file() or not {"data", "seeds", "epochs", "output"} <= _read(options).keys():
+    if not options.is_file() or not {"seeds", "output"} <= _read(options).keys():
         raise OptionError(
             f"{folder} holds results, but no {OPTIONS_FILE} of theirs: choose another folder, or "
             "copy the whole folder of the run."

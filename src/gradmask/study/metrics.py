@@ -107,7 +107,8 @@ def chosen_epoch(rows: Rows, chooser: Iterable[tuple[str, bool]]) -> Row:
         Its row; the last one where no row has the first metric.
     """
     chooser = list(chooser)
-    measured = [row for row in rows if chooser and chooser[0][0] in row]
+    key = chooser[0][0] if chooser else ""
+    measured = [row for row in rows if not math.isnan(row.get(key, math.nan))]
 
     def rank(row: Row) -> tuple[float, ...]:
         values = (row.get(key, math.nan) for key, _ in chooser)

@@ -38,6 +38,7 @@ _RUN = record(
         "values": record({}, others=anything),
         "influence": items(_RECORD),
         "commit": optional(text),
+        "source": text,
         "diverged": DIVERGED,
     },
 )

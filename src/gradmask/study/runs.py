@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ def run_study(
         The contents of `results.json`.
     """
     ours, progress = processes(), progress or Progress()
+    directories: dict[Path, Spec] = {}
+    for spec in every_run(config):
+        other = directories.setdefault(run_directory(config.output, spec), spec)
+        if other is not spec:
+            raise OptionError(f"Runs {other.title!r} and {spec.title!r} would share a folder.")
     scheduler = getattr(config, "scheduler", None)
     check_workers(config.jobs, scheduler)
     with ExitStack() as stack:
@@ -103,17 +109,17 @@ def _train_missing(
 
     derived = [spec for spec in missing if parse_arm(spec.arm, own).baseline in config.arms]
     derived = [spec for spec in derived if _is_early(spec, own)]
-    todo = [(s, run_directory(config.output, s)) for s in missing if s not in derived]
+    todo = [(s, run_directory(config.output, s).absolute()) for s in missing if s not in derived]
     for spec, directory in todo:
         if has_checkpoint(directory):
             progress.resumed(spec)
     scheduler = getattr(config, "scheduler", None)
     limits = {"jobs": config.jobs, "threads": config.threads, "scheduler": scheduler}
     for spec, run in execute(work, todo, progress.epoch, **limits):
-        if "epochs" in run and _is_early(spec, own):
+        if _is_early(spec, own):
             run = early_stopped(run, parse_arm(spec.arm, own), config)
-        _check_reported(config, run)
         record(run)
+        _check_reported(config, run)  # what was trained is kept
     for spec in derived:
         arm = parse_arm(spec.arm, own)
         plain = replace(spec, arm=arm.baseline).as_row()
@@ -131,7 +137,8 @@ def early_stopped(run: Row, arm: Arm, config: Any) -> Row:
     Args:
         run: The run, of all epochs.
         arm: The arm `early`; with `patience=n` training stops once validation has not become better
-            for n epochs.
+            for n epochs. What comes after the epoch that is chosen does not count, nor that it
+            diverged.
         config: Options of the study.
 
     Returns:
@@ -140,9 +147,10 @@ def early_stopped(run: Row, arm: Arm, config: Any) -> Row:
     Raises:
         OptionError: If no metric of validation was reported.
     """
-    if "diverged" in run:
+    if not run["epochs"]:
         return run
-    chooser = metrics_of({"config": to_plain(config), "runs": [run]}).chooser
+    whole = {name: value for name, value in run.items() if name != "diverged"}
+    chooser = metrics_of({"config": to_plain(config), "runs": [whole]}).chooser
     if not chooser:
         raise OptionError(
             f"Arm {arm.name!r} needs a metric of validation: report val_accuracy or val_loss, or "
@@ -151,10 +159,11 @@ def early_stopped(run: Row, arm: Arm, config: Any) -> Row:
     rows, patience = run["epochs"], arm.own.get("patience", math.inf)
     for place in range(len(rows)):
         best = rows.index(chosen_epoch(rows[: place + 1], chooser))
-        if place - best >= patience:
+        if rows[place]["epoch"] - rows[best]["epoch"] >= patience:
             break
     kept = rows[: best + 1]
     stopped = run | {"epochs": kept, "seconds": run["seconds"] * (place + 1) / len(rows)}
+    stopped.pop("diverged", None)
     if "influence" in run:
         records = run["influence"]
         stopped["influence"] = [r for r in records if r["epoch"] <= kept[-1]["epoch"]]
@@ -167,6 +176,13 @@ def _check_reported(config: Any, run: Row) -> None:
         return
     there = {key for row in run["epochs"] for key in row}
     named = [getattr(config, "choose", None), *getattr(config, "judge", ())]
+    named += [*getattr(config, "front", ()), *getattr(config, "metrics", ())]
+    swept = any(len(values) > 1 for values in (getattr(config, "sweep", None) or {}).values())
+    if swept and not metrics_of({"config": to_plain(config), "runs": [run]}).chooser:
+        raise OptionError(
+            "The values of a sweep are chosen by validation: report val_accuracy or val_loss, or "
+            "name another metric with choose."
+        )
     for name in named:
         if name is not None and name.partition("@")[0] not in there:
             raise OptionError(

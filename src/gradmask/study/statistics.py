@@ -6,13 +6,15 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from statistics import mean, stdev
 from typing import Any
 
-from scipy import stats
+import numpy as np
+from scipy import optimize, stats
 
 from gradmask.study.arms import arm_title
-from gradmask.study.metrics import Metric, Metrics, metrics_of
+from gradmask.study.metrics import Metric, Metrics, chosen_epoch, metrics_of
 from gradmask.study.results import Results as Results
 from gradmask.study.results import Row, diverged_at, values_of
 
@@ -108,21 +110,21 @@ def best_runs(results: Results, arm: str, metrics: Metrics | None = None) -> dic
     seeds = list(dict.fromkeys(run["seed"] for run in every))
     if len(tried) <= 1:
         return {seed: run for (_, seed), run in runs.items()}
-    validation = (metrics or metrics_of(results)).validation
+    chooser = (metrics or metrics_of(results)).chooser
 
-    def score(value: str, seed: int) -> float:
+    def scores(value: str, seed: int) -> list[float]:
         run = runs.get((value, seed))
-        if run is None or validation is None:
-            return -math.inf
-        found = validation.of(run["epochs"])
-        if math.isnan(found):
-            return -math.inf
-        return found if validation.higher_is_better else -found
+        row = chosen_epoch(run["epochs"], chooser) if run is not None else {}
+        found = [float(row.get(key, math.nan)) * (1 if up else -1) for key, up in chooser]
+        return [-math.inf if math.isnan(number) else number for number in found]
+
+    def rank(value: str, seeds: list[int]) -> list[float]:
+        return [mean(numbers) for numbers in zip(*(scores(value, s) for s in seeds), strict=True)]
 
     found = {}
     for seed in seeds:
         others = [s for s in seeds if s != seed] or [seed]
-        best = max(tried, key=lambda value: mean(score(value, s) for s in others))
+        best = max(tried, key=partial(rank, seeds=others))
         if (best, seed) in runs:
             found[seed] = runs[best, seed]
     return found
@@ -132,7 +134,7 @@ def values(results: Results, arm: str, metric: Metric) -> dict[int, float]:
     """The metric of every run of an arm that did not diverge, by seed; of a sweep the best runs."""
     runs = best_runs(results, arm)
     found = {seed: metric.of(run["epochs"]) for seed, run in runs.items()}
-    return {seed: value for seed, value in found.items() if not math.isnan(value)}
+    return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
 
 def divergences(results: Results) -> list[str]:
@@ -229,8 +231,30 @@ def _detectable(difference: Difference, comparisons: int) -> float | None:
         return None
     freedom = difference.n - 1
     error = (difference.high - difference.low) / 2 / float(stats.t.ppf(1 - LEVEL / 2, freedom))
-    level = LEVEL / comparisons
-    return error * float(stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(POWER, freedom))
+    return error * detectable_errors(freedom, comparisons)
+
+
+@cache
+def detectable_errors(freedom: int, comparisons: int = 1) -> float:
+    """The difference, in standard errors, that a t-test shows in 80 % of such studies.
+
+    δ of P(|Z + δ| > c · s) = 0.8, with s² = χ²/ν over midpoints of its distribution, since SciPy's
+    noncentral t is NaN far out.
+
+    Args:
+        freedom: Degrees of freedom ν.
+        comparisons: Tests among which it is the first of Holm's steps: c is of level 0.05 / number.
+    """
+    critical = float(stats.t.ppf(1 - LEVEL / comparisons / 2, freedom))
+    spread = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, freedom) / freedom)
+
+    def lacking(shift: float) -> float:
+        shown = stats.norm.cdf(shift - critical * spread) + stats.norm.cdf(
+            -shift - critical * spread
+        )
+        return float(shown.mean()) - POWER
+
+    return float(optimize.brentq(lacking, 0.0, 3 * critical + 10))
 
 
 def compare_arms(results: Results, arm: str, other: str, metric: Metric) -> Difference | None:

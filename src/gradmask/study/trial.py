@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradmask import FisherMask
-from gradmask.errors import DataError, OptionError, StateError
+from gradmask.errors import DataError, GradmaskError, OptionError, StateError, TrialError
 from gradmask.seeding import random_states, restore_random_states, seed_everything
 from gradmask.study.arms import Arm, parse_arm
 from gradmask.study.controls import new_mask
@@ -25,6 +27,8 @@ from gradmask.study.spec import Spec
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 VERSION = 1
+_RESERVED = ("kept_per_parameter", "weights", "test_accuracy_per_class", "share")
+_PLAIN = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class Diverged(DataError):
@@ -82,6 +86,7 @@ class Trial:
         options: Options of the study, over them those of the arm and the values of the sweep.
         directory: The run's own folder, for whatever the function wants to keep.
         rows: What was reported so far.
+        saved: What `resume` found, by name; plain values among it are for the function to use.
     """
 
     def __init__(
@@ -99,6 +104,10 @@ class Trial:
         changed = self.arm.options if self.arm.strategy in self._own else self.arm.others
         self.options = TrialOptions({**(options or {}), **changed, **spec.values})
         self.rows: list[Row] = []
+        self.saved: dict[str, Any] = {}
+        self.seconds = 0.0
+        self._started = time.perf_counter()
+        self._diverged: Diverged | None = None
         self._on_epoch = on_epoch
         self._mask: FisherMask | None = None
         self._log: RunLog | None = None
@@ -163,6 +172,8 @@ class Trial:
             )
         row: Row = {"epoch": epoch}
         for name, value in metrics.items():
+            if name in _RESERVED:
+                raise OptionError(f"trial.report({name}=...): give the metric another name.")
             row[name] = _number(name, value)
         if self._mask is not None and "kept" not in row:
             row["kept"] = float(getattr(self._mask, "kept_fraction", 1.0))
@@ -172,10 +183,11 @@ class Trial:
         gone = [n for n, v in row.items() if "loss" in n and not math.isfinite(v)]
         if gone:
             reason = f"{gone[0]} is {row[gone[0]]}"
-            raise Diverged(
+            self._diverged = Diverged(
                 f"{self.spec.title}: {reason} in epoch {epoch}.",
                 self._run() | {"diverged": {"epoch": epoch, "reason": reason}},
             )
+            raise self._diverged
         self.rows.append(row)
         self._written().write(row)
         self._on_epoch(row)
@@ -191,6 +203,7 @@ class Trial:
             name: part.state_dict() if hasattr(part, "state_dict") else part
             for name, part in parts.items()
         }
+        _check_plain("trial.save", state)
         path = self.directory / CHECKPOINT
         position = list(self._written().position())
         kept = {
@@ -199,6 +212,7 @@ class Trial:
             "rows": self.rows,
             "log": position,
             "random": random_states(),
+            "seconds": self.seconds + time.perf_counter() - self._started,
             "parts": state,
         }
         with atomic_file(path, previous=self.directory / PREVIOUS) as file:
@@ -221,6 +235,12 @@ class Trial:
         if found is None:
             return start
         mend = f"delete the folder {self.directory} to train this run anew."
+        lacking = parts.keys() - found["parts"].keys()
+        if lacking:
+            raise StateError(
+                f"{self.directory / CHECKPOINT} holds no {sorted(lacking)[0]!r}, which was not "
+                f"among what trial.save kept: {mend}"
+            )
         try:
             for name, part in parts.items():
                 if hasattr(part, "load_state_dict"):
@@ -228,6 +248,7 @@ class Trial:
             self.rows = list(found["rows"])
             size, digest = found["log"]
             random_ = found["random"]
+            self.saved, self.seconds = found["parts"], float(found["seconds"])
         except Exception as error:  # of other objects: they raise anything
             raise damaged(self.directory / CHECKPOINT, f"{error!r}", mend) from error
         self._close()
@@ -237,6 +258,14 @@ class Trial:
         restore_random_states(random_)
         return int(self.rows[-1]["epoch"]) + 1 if self.rows else start
 
+    def add_to_last(self, **metrics: Any) -> None:
+        """Add what was measured after the last epoch to its report."""
+        if not self.rows:
+            self.report(epoch=0, **metrics)
+            return
+        self.rows[-1] |= {name: _number(name, value) for name, value in metrics.items()}
+        self.forget_after(self.rows[-1]["epoch"])
+
     def forget_after(self, epoch: int) -> None:
         """Forget reports of later epochs, which are to be trained again."""
         self.rows = [row for row in self.rows if row["epoch"] <= epoch]
@@ -244,6 +273,26 @@ class Trial:
         self._log = RunLog(self.directory, START)
         for row in self.rows:
             self._log.write(row)
+
+    def check_used(self) -> None:
+        """Refuse a run whose arm had no effect.
+
+        Raises:
+            OptionError: If the mask was never asked for, or never made.
+        """
+        if self.arm.strategy in ("none", "early"):
+            return
+        if self._mask is None:
+            raise OptionError(
+                f"{self.spec.title}: the training function never asked for the arm's mask: call "
+                "trial.mask(model, optimizer), or use FisherMaskCallback.of(trial)."
+            )
+        measured = self.arm.masks or self.arm.strategy == "slow_matched"
+        if measured and not getattr(self._mask, "refreshes", 1):
+            raise OptionError(
+                f"{self.spec.title}: the mask was never made, so nothing was masked: call "
+                "mask.refresh(loader) after each epoch."
+            )
 
     def _saved(self) -> dict[str, Any] | None:
         error: StateError | None = None
@@ -285,6 +334,7 @@ def run_trial(
     train: Callable[[Trial], Any],
     options: Mapping[str, Any],
     arms: Mapping[str, Callable[..., Any] | None],
+    source: str,
     spec: Spec,
     directory: Path,
     on_epoch: Callable[[Row], None],
@@ -295,6 +345,7 @@ def run_trial(
         train: The function.
         options: Options of the study.
         arms: Arms of the user's own by name.
+        source: Sum of the function's code, kept with the run.
         spec: The run.
         directory: Its folder.
         on_epoch: Called with each reported row.
@@ -309,20 +360,30 @@ def run_trial(
     directory.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     seed_everything(spec.seed)
+    folder, dtype, threads = Path.cwd(), torch.get_default_dtype(), torch.get_num_threads()
     try:
         train(trial)
-        run = trial._run()
     except Diverged as diverged:
-        run = diverged.run
-    finally:
+        trial._diverged = diverged
+    except GradmaskError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TrialError(f"{spec.title}: {type(error).__name__}: {error}") from error
+    finally:  # the next run begins as this one did
         trial._close()
-    run["seconds"] = time.perf_counter() - started
-    named = {*trial.arm.others, *spec.values} & trial.options.unread
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+    run = trial._run() if trial._diverged is None else trial._diverged.run
+    run |= {"seconds": trial.seconds + time.perf_counter() - started, "source": source}
+    named = {*trial.arm.others, *spec.values, *options} & trial.options.unread
     if named and "diverged" not in run:
         raise OptionError(
             f"{sorted(named)[0]!r} of the run {spec.title} was never looked at by the training "
             "function: read trial.options, or leave it out."
         )
+    if "diverged" not in run:
+        trial.check_used()
     if not run["epochs"] and "diverged" not in run:
         raise OptionError(
             "The training function reported nothing: call trial.report(epoch=..., "
@@ -331,9 +392,29 @@ def run_trial(
     return run
 
 
+def _check_plain(where: str, value: Any) -> None:
+    """Refuse what could be written, but not be read again without pickle."""
+    if isinstance(value, dict):
+        if type(value) not in (dict, OrderedDict):
+            raise OptionError(f"{where}: a {type(value).__name__} cannot be kept: make it a dict.")
+        for name, part in value.items():
+            _check_plain(f"{where}[{name!r}]", part)
+    elif type(value) in (list, tuple, set, torch.Size):
+        for part in value:
+            _check_plain(where, part)
+    elif not isinstance(value, torch.Tensor) and type(value) not in _PLAIN:
+        raise OptionError(
+            f"{where}: a {type(value).__module__}.{type(value).__name__} cannot be kept, as no "
+            "pickle is loaded: make it a number, a text, a tensor, or lists and dicts of these."
+        )
+
+
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, Real) and getattr(value, "size", None) is not None:
         value = value.item() if torch.as_tensor(value).numel() == 1 else value  # of NumPy as well
     if isinstance(value, bool) or not isinstance(value, Real):
         raise OptionError(f"trial.report({name}={value!r}): give a number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise OptionError(f"trial.report({name}=...): the number is too large.") from error

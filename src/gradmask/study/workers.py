@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from gradmask.errors import GradmaskError, OptionError
+from gradmask.errors import GradmaskError, OptionError, TrialError
 from gradmask.study.results import Row
 from gradmask.study.spec import Spec
 
@@ -76,7 +76,7 @@ def execute(
             try:
                 found = future.result()
             except KilledWorker as error:
-                raise GradmaskError(
+                raise TrialError(
                     f"{_DEATHS + 1} workers died at the run {futures[future].title}: out of "
                     "memory, perhaps. Use fewer jobs; all other runs are kept."
                 ) from error
@@ -154,7 +154,8 @@ def _local(jobs: int, threads: int | None) -> Any:
     workers = {}
     for place in range(jobs):
         share = cores[place * len(cores) // jobs : (place + 1) * len(cores) // jobs]
-        environment = {_CORES: ",".join(map(str, share)) if jobs <= len(cores) else ""}
+        quiet = {"DASK_LOGGING__DISTRIBUTED": "critical"}  # of a worker's coming and going
+        environment = quiet | {_CORES: ",".join(map(str, share)) if jobs <= len(cores) else ""}
         if torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
         options = {"nthreads": 1, "env": environment, "host": "127.0.0.1", "dashboard": False}
