@@ -14,7 +14,7 @@ from training_functions import EPOCHS, diverge, own_arm, report_nothing, train
 from gradmask.errors import GradmaskWarning, OptionError, StateError, TrialError
 from gradmask.study import Trial, compare
 from gradmask.study.folder import read_results
-from gradmask.study.metrics import chosen_epoch, metrics_of
+from gradmask.study.metrics import chosen_epoch, metrics_of, unused
 from gradmask.study.spec import Spec
 from gradmask.study.statistics import best_runs, value_key
 from gradmask.study.verdicts import verdicts
@@ -385,3 +385,22 @@ def test_names_of_any_letters_and_numbers_of_numpy(tmp_path):
         compare(reading, ["none:model=1"], [0], tmp_path / "c", sweep=sweep)
     with pytest.raises(OptionError, match="would share a folder"):
         compare(reading, dict.fromkeys(["a", "a:b=1", "a-b=1"], own_arm), [0], tmp_path / "d")
+
+
+def test_tests_that_are_not_compared_are_named(tmp_path):
+    def testing(trial):
+        for epoch in range(3):
+            last = {"test_accuracy": 0.5, "test_f1": 0.5} if epoch == 2 else {}
+            if trial.seed:
+                last.pop("test_f1", None)
+            trial.report(epoch=epoch, val_accuracy=0.5 - epoch / 10, **last)
+
+    results = compare(testing, ["none", "early"], range(2), tmp_path / "a")
+    assert [m.key for m in metrics_of(results).judged] == ["test_accuracy"]
+    assert unused(results) == ["test_f1 is not in every run, so it is not compared."]
+
+    def validating(trial):
+        trial.report(epoch=0, val_accuracy=0.5)
+
+    (sentence,) = unused(compare(validating, ["none"], [0], tmp_path / "b"))
+    assert "what is judged is validation" in sentence

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gradmask.errors import OptionError, check_choice
+from gradmask.study.arms import read_arm
 from gradmask.study.results import Results, Row, without_diverged
 
 Rows = list[Row]
@@ -198,8 +199,33 @@ def metrics_of(results: Results) -> Metrics:
     return Metrics(tuple(shown), tuple(judged), tuple(front), validation, chooser)
 
 
+def unused(results: Results) -> list[str]:
+    """Say which tests that were reported are not compared, and if validation is judged instead."""
+    runs = without_diverged(results)["runs"]
+    there = dict.fromkeys(key for run in runs for row in run["epochs"] for key in row)
+    common = _common_keys(runs)
+    lost = [key for key in there if key.startswith("test_") and key not in (*common, *_NO_METRICS)]
+    lost = [key for key in lost if not key.endswith("_per_class")]
+    sentences = [f"{key} is not in every run, so it is not compared." for key in lost]
+    judged = metrics_of(results).judged
+    if (
+        judged
+        and not any(m.key.startswith("test_") for m in judged)
+        and judged[0].key in (key for key, _ in metrics_of(results).chooser)
+    ):
+        sentences.append(
+            "No test_... metric is in every run: what is judged is validation, on which the epochs "
+            "were chosen, which is too good."
+        )
+    return sentences
+
+
 def _common_keys(runs: list[Row]) -> list[str]:
-    """Metrics that every run has in some epoch, in the order of the first run."""
+    """Metrics that every run has in some epoch, in the order of the first run.
+
+    Of `early`, whose last epochs are cut off, only if there is nothing else.
+    """
+    runs = [run for run in runs if read_arm(run["arm"]).strategy != "early"] or runs
     found = [
         dict.fromkeys(
             key

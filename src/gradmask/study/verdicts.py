@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gradmask.study.arms import MASKS, arm_title, controls, read_arm
-from gradmask.study.metrics import Metric, metrics_of
+from gradmask.study.metrics import Metric, metrics_of, unused
 from gradmask.study.statistics import (
     LEVEL,
     POWER,
@@ -14,6 +14,7 @@ from gradmask.study.statistics import (
     Results,
     arms,
     corrected,
+    divergences,
     paired_difference,
     values,
 )
@@ -163,6 +164,11 @@ def unasked(results: Results) -> list[str]:
     asked = {read_arm(v.control).strategy for v in verdicts(results)}
     kinds = (("none",), ("slow", "slow_matched"), ("random", "random_matched"), ("early",))
     return [QUESTIONS[kind[0]] for kind in kinds if asked and not asked & set(kind)]
+
+
+def remarks(results: Results) -> list[str]:
+    """What is left out of the comparisons, and why: runs that diverged, tests that some lack."""
+    return [*divergences(results), *unused(results)]
 
 
 def correction(results: Results) -> str:

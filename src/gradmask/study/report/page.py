@@ -12,15 +12,15 @@ from gradmask.errors import OptionError
 from gradmask.study.arms import read_arm
 from gradmask.study.files import write_atomically
 from gradmask.study.folder import check_ours
-from gradmask.study.metrics import metrics_of
+from gradmask.study.metrics import metrics_of, unused
 from gradmask.study.report.figures import curves, differences, kept
 from gradmask.study.report.fronts import front, values_table
 from gradmask.study.report.parts import Figure, Look, Page, Section, looks
 from gradmask.study.report.rendering import render, to_files
 from gradmask.study.report.tables import answers_tables, differences_table, means_table, to_csv
 from gradmask.study.results import without_diverged
-from gradmask.study.statistics import Results, arms, divergences
-from gradmask.study.verdicts import conclusions, correction, unasked
+from gradmask.study.statistics import Results, arms
+from gradmask.study.verdicts import conclusions, correction, remarks, unasked
 
 _GENERATOR = b'<meta name="generator" content="gradmask">'
 
@@ -58,7 +58,7 @@ def write_report(
     page = Page(
         title or _title(results),
         subtitle or _subtitle(results),
-        [*(conclusion or conclusions(results)), *divergences(results)],
+        [*(conclusion or conclusions(results)), *remarks(results)],
         [*_sections(results, found, notes), *sections],
         found,
         files,
@@ -108,7 +108,15 @@ def write_comparison_report(studies: Mapping[Path, Results], output: Path | None
         Section("Results", tables=[table], notes=[note]),
         *([Section("Training", figures=[figure], notes=[_BANDS])] if figure else []),
         *(
-            Section(name, text=[_subtitle(results), *conclusions(results), *divergences(results)])
+            Section(
+                name,
+                text=[
+                    _subtitle(results),
+                    *conclusions(results),
+                    *divergences(results),
+                    *unused(results),
+                ],
+            )
             for name, results in named.items()
         ),
     ]

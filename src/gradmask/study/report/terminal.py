@@ -11,8 +11,8 @@ from rich.text import Text
 from gradmask.study.arms import arm_title
 from gradmask.study.metrics import Metric, metrics_of
 from gradmask.study.report.tables import best_arm, mean_of
-from gradmask.study.statistics import Results, arms, divergences
-from gradmask.study.verdicts import Verdict, conclusions, correction, verdicts
+from gradmask.study.statistics import Results, arms
+from gradmask.study.verdicts import Verdict, conclusions, correction, remarks, verdicts
 
 _ARM_WIDTH = 34  # of the column of arms where room is short; longer titles take more lines
 
@@ -43,7 +43,7 @@ def print_summary(results: Results, console: Console, conclusion: Sequence[str] 
         console.print()
     if found:
         console.print(Text(correction(results), style="dim"))
-    for sentence in divergences(results):
+    for sentence in remarks(results):
         console.print(Text(sentence))
     for sentence in conclusion or conclusions(results):
         console.print(Text(sentence, style="bold"))
