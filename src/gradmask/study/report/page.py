@@ -12,7 +12,7 @@ from gradmask.errors import OptionError
 from gradmask.study.arms import read_arm
 from gradmask.study.files import write_atomically
 from gradmask.study.folder import check_ours
-from gradmask.study.metrics import metrics_of, unused
+from gradmask.study.metrics import metrics_of
 from gradmask.study.report.figures import curves, differences, kept
 from gradmask.study.report.fronts import front, values_table
 from gradmask.study.report.parts import Figure, Look, Page, Section, looks
@@ -113,8 +113,7 @@ def write_comparison_report(studies: Mapping[Path, Results], output: Path | None
                 text=[
                     _subtitle(results),
                     *conclusions(results),
-                    *divergences(results),
-                    *unused(results),
+                    *remarks(results),
                 ],
             )
             for name, results in named.items()
