@@ -57,6 +57,7 @@ def cells(table, column):
     return [cell.removesuffix(" *") for cell in table.columns[column].cells]
 
 
+@pytest.mark.slow
 def test_fisher():
     table = bench_fisher("small_cnn", batch_size=16, batches=1, rounds=1, peers=False)
     assert cells(table, 0) == ["plain forward + backward", "gradmask"]

@@ -206,6 +206,7 @@ def check_in_shards(rank, world):
         assert_near({name: value.full_tensor() for name, value in found.items()}, expected)
 
 
+@pytest.mark.slow
 def test_in_shards(tmp_path):
     run_processes(check_in_shards, 2, tmp_path)
 

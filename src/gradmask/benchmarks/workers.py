@@ -12,6 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from gradmask.study import Trial, compare
+from gradmask.study.progress import Progress
+from gradmask.study.results import Row
 from gradmask.study.spec import Spec
 
 
@@ -48,6 +50,18 @@ def _product() -> None:
         matrix = matrix @ matrix / 256
 
 
+class Finishes(Progress):
+    """Notes when runs end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def finish(self, run: Row) -> None:
+        """A run is over."""
+        self.times.append(time.perf_counter())
+
+
 def bench_workers(*, jobs: int = 2, runs: int = 8, seconds: float = 10.0, rounds: int = 3) -> Table:
     """Time a study of equal runs by one worker and by several, each with one thread.
 
@@ -58,29 +72,32 @@ def bench_workers(*, jobs: int = 2, runs: int = 8, seconds: float = 10.0, rounds
         rounds: Studies of each kind, in turn.
 
     Returns:
-        Table: runs an hour (median), start of the workers included, and as a multiple of one
-        worker's; then the share of a run that is the study's, against the function alone.
+        Table of medians: runs an hour once the first have ended, as a multiple of one worker's, and
+        with the start of the workers; what a run takes longer than the function alone.
     """
     work = Work(seconds, epochs=10)
-    found: dict[int, list[float]] = {1: [], jobs: []}
+    steady: dict[int, list[float]] = {1: [], jobs: []}
+    whole: dict[int, list[float]] = {1: [], jobs: []}
     alone = []
     for _ in range(rounds):
         started = time.perf_counter()
         with TemporaryDirectory() as folder:
-            trial = Trial(Spec("none", 0), Path(folder))
-            work(trial)
+            work(Trial(Spec("none", 0), Path(folder)))
         alone.append(time.perf_counter() - started)
-        for count, speeds in found.items():
-            started = time.perf_counter()
+        for count in steady:
+            finishes, started = Finishes(), time.perf_counter()
             with TemporaryDirectory() as folder:
-                compare(work, ["none"], range(runs), Path(folder) / "out", jobs=count, threads=1)
-            speeds.append(runs / (time.perf_counter() - started) * 3600)
-    base, single = median(found[1]), median(alone)
-    table = Table(title=f"{runs} runs of {single:.1f} s, one thread a worker")
-    for title in ("workers", "runs an hour", "÷ one worker", "the study's, s a run"):
+                out, options = Path(folder) / "out", {"jobs": count, "threads": 1}
+                compare(work, ["none"], range(runs), out, progress=finishes, **options)
+            times = finishes.times
+            whole[count].append(3600 * runs / (time.perf_counter() - started))
+            steady[count].append(3600 * (runs - count) / (times[-1] - times[count - 1]))
+    table = Table(title=f"{runs} runs of {median(alone):.1f} s, one thread a worker")
+    for title in ("workers", "runs an hour", "÷ one worker", "with the start", "s more a run"):
         table.add_column(title, justify="right")
-    for count, speeds in found.items():
-        speed = median(speeds)
-        cost = f"{3600 / speed - single:.3f}" if count == 1 else ""
-        table.add_row(str(count), f"{speed:.0f}", f"{speed / base:.2f}", cost)
+    for count, speeds in steady.items():
+        speed, start = median(speeds), median(whole[count])
+        ratio, first = speed / median(steady[1]), start / median(whole[1])
+        more = f"{3600 / speed - median(alone):.3f}" if count == 1 else ""
+        table.add_row(str(count), f"{speed:.0f}", f"{ratio:.2f}", f"{first:.2f}", more)
     return table

@@ -116,6 +116,10 @@ def _client(jobs: int, threads: int | None, scheduler: str | None) -> Iterator[C
     from distributed import Client
 
     settings = {
+        # Without dask's own MALLOC_TRIM_THRESHOLD_, by which every tensor's memory goes back to the
+        # system at once: training took twice as long. Quiet: a worker's coming and going.
+        "distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "critical"},
+        "distributed.worker.profile.enabled": False,
         "distributed.worker.daemon": False,  # runs may start data loaders
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.worker.memory.target": False,
@@ -154,8 +158,7 @@ def _local(jobs: int, threads: int | None) -> Any:
     workers = {}
     for place in range(jobs):
         share = cores[place * len(cores) // jobs : (place + 1) * len(cores) // jobs]
-        quiet = {"DASK_LOGGING__DISTRIBUTED": "critical"}  # of a worker's coming and going
-        environment = quiet | {_CORES: ",".join(map(str, share)) if jobs <= len(cores) else ""}
+        environment = {_CORES: ",".join(map(str, share)) if jobs <= len(cores) else ""}
         if torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
         options = {"nthreads": 1, "env": environment, "host": "127.0.0.1", "dashboard": False}
