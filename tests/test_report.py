@@ -219,7 +219,7 @@ def test_results_of_earlier_versions_have_a_report(folder, tmp_path):
     found = [text for _, text in cells(page)]
     for arm, metrics in results["summary"].items():
         assert arm_title(arm) in found
-        loss = metrics["last_test_loss"]
+        loss = metrics.get("last_test_loss") or metrics["test_loss@last"]
         assert f"{loss['mean']:.3f} ± {loss['std']:.3f}" in found
     assert f"{results['data']['train']} training" in page
     claims = any("influence" in run for run in results["runs"])

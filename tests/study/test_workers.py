@@ -27,7 +27,7 @@ def timeless(runs):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    output = tmp_path_factory.mktemp("alone")
+    output = tmp_path_factory.mktemp("one-worker")
     return timeless(compare(train, ARMS, range(3), output, threads=1)["runs"])
 
 
