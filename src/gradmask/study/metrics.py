@@ -207,12 +207,10 @@ def unused(results: Results) -> list[str]:
     lost = [key for key in there if key.startswith("test_") and key not in (*common, *_NO_METRICS)]
     lost = [key for key in lost if not key.endswith("_per_class")]
     sentences = [f"{key} is not in every run, so it is not compared." for key in lost]
-    judged = metrics_of(results).judged
-    if (
-        judged
-        and not any(m.key.startswith("test_") for m in judged)
-        and judged[0].key in (key for key, _ in metrics_of(results).chooser)
-    ):
+    metrics = metrics_of(results)
+    judged = [metric.key for metric in metrics.judged]
+    tested = any(key.startswith("test_") for key in judged)
+    if judged and not tested and judged[0] in dict(metrics.chooser):
         sentences.append(
             "No test_... metric is in every run: what is judged is validation, on which the epochs "
             "were chosen, which is too good."

@@ -105,12 +105,16 @@ class Trial:
         self.options = TrialOptions({**(options or {}), **changed, **spec.values})
         self.rows: list[Row] = []
         self.saved: dict[str, Any] = {}
-        self.seconds = 0.0
         self._started = time.perf_counter()
         self._diverged: Diverged | None = None
         self._on_epoch = on_epoch
         self._mask: FisherMask | None = None
         self._log: RunLog | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run has taken, in earlier visits as far as they were saved."""
+        return time.perf_counter() - self._started
 
     def mask(self, model: nn.Module, optimizer: Optimizer, **options: Any) -> FisherMask:
         """The arm's mask, attached to the optimizer; or what stands in its place.
@@ -212,7 +216,7 @@ class Trial:
             "rows": self.rows,
             "log": position,
             "random": random_states(),
-            "seconds": self.seconds + time.perf_counter() - self._started,
+            "seconds": self.seconds,
             "parts": state,
         }
         with atomic_file(path, previous=self.directory / PREVIOUS) as file:
@@ -248,7 +252,8 @@ class Trial:
             self.rows = list(found["rows"])
             size, digest = found["log"]
             random_ = found["random"]
-            self.saved, self.seconds = found["parts"], float(found["seconds"])
+            self.saved = found["parts"]
+            self._started -= float(found["seconds"])
         except Exception as error:  # of other objects: they raise anything
             raise damaged(self.directory / CHECKPOINT, f"{error!r}", mend) from error
         self._close()
@@ -358,7 +363,6 @@ def run_trial(
     """
     trial = Trial(spec, directory, options=options, arms=arms, on_epoch=on_epoch)
     directory.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
     seed_everything(spec.seed)
     folder, dtype, threads = Path.cwd(), torch.get_default_dtype(), torch.get_num_threads()
     try:
@@ -375,7 +379,7 @@ def run_trial(
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
     run = trial._run() if trial._diverged is None else trial._diverged.run
-    run |= {"seconds": trial.seconds + time.perf_counter() - started, "source": source}
+    run |= {"seconds": trial.seconds, "source": source}
     named = {*trial.arm.others, *spec.values, *options} & trial.options.unread
     if named and "diverged" not in run:
         raise OptionError(

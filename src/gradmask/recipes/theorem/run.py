@@ -24,10 +24,11 @@ from gradmask.recipes.training.run import Row, train_run
 from gradmask.seeding import seeded_generator
 from gradmask.study.budget import EpochBudget
 from gradmask.study.environment import environment
-from gradmask.study.files import remove_temporaries, write_atomically, write_json
-from gradmask.study.folder import mark_folder, open_folder, remove_checkpoints, run_directory
-from gradmask.study.options import to_plain, to_yaml
+from gradmask.study.files import write_json
+from gradmask.study.folder import open_folder, remove_checkpoints, run_directory
+from gradmask.study.options import to_plain
 from gradmask.study.results import Results
+from gradmask.study.runs import begin_folder
 from gradmask.study.spec import Spec
 from gradmask.study.trial import Diverged
 
@@ -66,9 +67,7 @@ def _run_missing(config: TheoremCheck, results: Results, console: Console) -> Re
     device, budget = resolve_device(config.device), EpochBudget(config.stop_after)
     described = {"sum": _check(config)}
     check_data(results.get("data", described)["sum"], described["sum"], config.output / FILE)
-    mark_folder(config.output)
-    remove_temporaries(config.output)
-    write_atomically(config.output / "config.yaml", to_yaml(config))
+    begin_folder(config)
     results["config"] = to_plain(config)
     if "data" in results or not results["runs"]:  # an earlier version wrote no sum
         results["data"] = described
