@@ -34,7 +34,7 @@ CORE = [
     "mask",
     "__init__",
 ]
-TOP = ["study", "integrations", "recipes", "benchmarks", "cli"]
+TOP = ["study", "audit", "integrations", "recipes", "benchmarks", "cli"]
 PUBLIC = ["__init__", "errors", "interrupts", "seeding", "distributed", "loaders"]
 HEAVY = {
     "distributed",
@@ -52,7 +52,12 @@ def allowed(part):
     if part in CORE:
         return [*CORE[: CORE.index(part)], part]
     # Whose parts benchmarks compare; a control hooks the optimizers that a mask would.
-    inner = {"benchmarks": ["fisher", "kernels"], "study": ["attach"]}.get(part, [])
+    # An audit measures gradients as they are measured.
+    inner = {
+        "benchmarks": ["fisher", "kernels"],
+        "study": ["attach"],
+        "audit": ["measuring"],
+    }.get(part, [])
     others = [top for top in TOP[: TOP.index(part)] if (part, top) != ("recipes", "integrations")]
     return [*PUBLIC, *inner, *others, part]
 

@@ -29,12 +29,14 @@ from gradmask.recipes.training.state import RunState, new_state
 from gradmask.recipes.training.weights import remove_weights, save_weights, weights_path
 from gradmask.seeding import derive_seed
 from gradmask.study.budget import EpochBudget
+from gradmask.study.files import keep
 from gradmask.study.folder import remove_checkpoints
 from gradmask.study.log import START, RunLog
 from gradmask.study.trial import Diverged
 
 Row = dict[str, Any]
 Record = dict[str, float]
+DYNAMICS = "dynamics.pt"  # in the folder of a run
 TELL_EVERY = 1.0  # seconds
 
 
@@ -64,8 +66,8 @@ def train_run(
         data: Images of this arm and seed.
         arm: The arm; its options are taken over those of the comparison.
         seed: Seed of the run.
-        directory: Folder of this run: `metrics.jsonl`, TensorBoard events and checkpoints are
-            written there.
+        directory: Folder of this run: `metrics.jsonl`, TensorBoard events, checkpoints and, at the
+            end, the state of `gradmask.audit.Dynamics` are written there.
         on_epoch: Called with each epoch's measurements, those of earlier visits first.
         observe: Called after each epoch of this visit, the last one in any case, with its
             measurements, to which it may add, the network, and the training images as the Fisher
@@ -185,6 +187,9 @@ def train_run(
             if not last:
                 save_if_due(now=budget.spent)
             on_epoch(row)
+    run.dynamics.gather()
+    if ours.main:
+        keep(directory / DYNAMICS, described, run.dynamics.state_dict())
     seconds = time.perf_counter() - started
     result: Row = {"arm": arm, "seed": seed, "seconds": seconds, "epochs": run.rows}
     if run.monitor is not None:
@@ -226,8 +231,10 @@ def train_epoch(
         # Engines take the mean over the processes, whose parts of a batch may differ in size.
         scale = len(labels) * ours.count / len(batch)
         run.optimizer.zero_grad()
-        loss_of = partial(_loss, run.trained, inputs, labels, scale, precision, class_weights)
+        seen: list[Tensor] = []
+        loss_of = partial(_loss, run.trained, inputs, labels, scale, precision, class_weights, seen)
         loss = run.backward(run.model, loss_of, run.scaler.scale)
+        run.dynamics.update(ours.part(batch), seen[0], labels)  # of `sam` at its own weights
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.schedule.step()
@@ -248,9 +255,11 @@ def _loss(
     scale: float,
     precision: AbstractContextManager[Any],
     weights: Tensor | None,
+    seen: list[Tensor],
 ) -> Tensor:
     with precision:
         logits = model(inputs)
+        seen.append(logits.detach())
         if weights is None:
             loss = F.cross_entropy(logits, labels)
         else:  # over the number of images, so that no image's weight depends on its batch

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gradmask import FisherMask, InfluenceMonitor
+from gradmask.audit import Dynamics
 from gradmask.distributed import is_sharded
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData
@@ -35,7 +36,7 @@ from gradmask.seeding import seeded_generator
 from gradmask.study import processes
 from gradmask.study.processes import Processes
 
-_PARTS = ("model", "optimizer", "schedule", "scaler", "mask", "monitor")
+_PARTS = ("model", "optimizer", "schedule", "scaler", "mask", "monitor", "dynamics")
 _IN_SHARDS = ("model", "optimizer", "mask")  # with `fully_shard`
 _GENERATORS = ("order", "augmentation")
 _VALUES = ("lr", "epoch", "step", "rows", "seconds", "epoch_seconds")
@@ -54,6 +55,7 @@ class RunState:
         scaler: Loss scaling, which does nothing but for `fp16`.
         mask: The mask, if the arm has one.
         monitor: The influence monitor, if there is one.
+        dynamics: What training says of each of its images.
         order: Generator of the images' order; during an epoch it stays as at the epoch's start.
         augmentation: Generator of the augmentation.
         backward: Makes the gradients.
@@ -74,6 +76,7 @@ class RunState:
     scaler: torch.amp.GradScaler
     mask: FisherMask | None
     monitor: InfluenceMonitor | None
+    dynamics: Dynamics
     order: torch.Generator
     augmentation: torch.Generator
     backward: Backward
@@ -103,6 +106,7 @@ class RunState:
 
         Every process must call it. Without what is in shards, which `shards` gives.
         """
+        self.dynamics.gather()
         names = [name for name in _PARTS if not (self.in_shards and name in _IN_SHARDS)]
         parts = {name: getattr(self, name) for name in names}
         state = {name: p.state_dict() for name, p in parts.items() if p is not None}
@@ -229,6 +233,7 @@ def new_state(
         scaler=new_scaler(config, device),
         mask=mask,
         monitor=new_monitor(config, model, train_set, seed, steps),
+        dynamics=Dynamics(len(data.train_labels)),
         order=seeded_generator(seed, "order"),
         augmentation=seeded_generator(seed, "augmentation"),
         backward=new_backward(config, arm),

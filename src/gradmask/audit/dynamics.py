@@ -1,0 +1,252 @@
+"""What training itself says of each sample, at no pass of its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from gradmask.audit.accumulate import add_visits, margin_halves, moved, new_state
+from gradmask.audit.gather import gather_visits
+from gradmask.audit.visits import IGNORED, REFUSED, Layout, Visits, measure_visits
+from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
+
+
+class Dynamics:
+    """Follows every training sample by the logits that training has anyway.
+
+    A visit is one look of training at a sample: in the usual loop, one an epoch. With logits z, the
+    given label y and p = softmax(z), a visit has the margin m = z_y − max_{k≠y} z_k and the loss
+    −log p_y. Of all visits a few sums are kept: 80 bytes a sample, on the device of the logits,
+    without a pass and without waiting for the device. `scores` lists what comes of them.
+
+    A sample with several labels (a sequence) counts by their mean, unless `positions` gives each
+    label a row of its own. Visits whose logits are not finite, and samples and labels without a
+    label (`ignore_index`), count for nothing.
+
+    Example:
+        ```python
+        dynamics = Dynamics(len(dataset))
+        for ids, inputs, targets in loader:     # Indexed(dataset) yields ids as well
+            logits = model(inputs)
+            dynamics.update(ids, logits, targets)
+            ...
+        dynamics.scores()["area_under_margin"]
+        ```
+
+    On many processes every rank updates with its own samples, and all ranks call `gather` at the
+    end of each epoch: then every rank has the sums that one process would have.
+
+    Args:
+        samples: Number of training samples; ids are from 0 to `samples` - 1.
+        positions: Labels that each sample has at most, to follow each (tokens, or labels of
+            `multilabel`); scores then have the shape (samples, positions).
+        multilabel: Each class is a label of its own: targets of zeros and ones, of the logits'
+            shape (samples, labels).
+        class_dim: Dimension of the classes in the logits (default: 1 or the last, by the shapes).
+        ignore_index: The label of what has none.
+        group: Ranks that train together (default: all, if processes run).
+
+    Raises:
+        OptionError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        *,
+        positions: int | None = None,
+        multilabel: bool = False,
+        class_dim: int | None = None,
+        ignore_index: int = IGNORED,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        for name, value in {"samples": samples, "positions": positions}.items():
+            if value is not None and not (isinstance(value, Integral) and value >= 1):
+                raise OptionError(f"{name}={value!r} must be a whole number, at least 1.")
+        self.samples, self.group = int(samples), group
+        self._layout = Layout(self.samples, positions, multilabel, class_dim, ignore_index)
+        self._state = new_state(self.samples * (positions or 1), torch.device("cpu"))
+        self._waiting: list[Visits] = []  # of many processes, until they are gathered
+        self._left_out = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    @torch.no_grad()
+    def update(self, ids: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Note one batch, as it was trained.
+
+        Args:
+            ids: Numbers of the batch's samples, whole, shape (samples,).
+            logits: The model's outputs before the softmax: (samples, classes), (samples, classes,
+                ...) or (samples, ..., classes); with one logit a label, the targets' shape.
+            targets: The given labels, of shape (samples, ...). Of a causal language model, pass
+                `logits[:, :-1]` and `labels[:, 1:]`.
+
+        Raises:
+            DataError: If shapes, ids or labels do not fit. (On a GPU, ids and labels are not looked
+                at, which would wait for it: those out of range count for nothing.)
+        """
+        self._check(ids, logits, targets)
+        device = logits.device
+        if self._left_out.device != device:
+            self._state = moved(self._state, device)
+            self._left_out = self._left_out.to(device)
+        visits = measure_visits(ids, logits, targets, self._layout)
+        if self._ranks() > 1:
+            self._waiting.append(visits)
+        else:
+            self._add(visits)
+
+    def gather(self) -> None:
+        """Take up what all ranks have noted: called by all of them, at the end of each epoch.
+
+        Updates are taken up in their order, and each in that of the ranks. Does nothing in one
+        process.
+        """
+        if self._ranks() > 1:
+            for visits in gather_visits(self._waiting, self._left_out.device, self.group):
+                self._add(visits)
+            self._waiting.clear()
+
+    def scores(self) -> dict[str, Tensor]:
+        """The scores of every sample so far, by the names of `SCORES`.
+
+        Returns:
+            Tensors on the CPU of shape (samples,) or (samples, positions), float64; NaN for samples
+            that training has not visited, and for halves of a single visit.
+
+        Raises:
+            StateError: If ranks have noted what has not been gathered.
+        """
+        self._check_gathered("scores()")
+        state = {name: value[:-1].cpu() for name, value in self._state.items()}
+        visits, forgotten, last_wrong, _ = state["counts"].double().unbind(1)
+        n = torch.where(visits > 0, visits, torch.nan)
+        loss, wrong = (state["sums"].double() / n[:, None]).unbind(1)
+        mean, mean_square = (state["probability"].double() / n[:, None]).unbind(1)
+        early, late = margin_halves(state)
+        half = torch.where(visits > 1, visits / 2, torch.nan)
+        found = {
+            "area_under_margin": (early + late) / n,
+            "cumulative_loss": loss,
+            "mean_probability": mean,
+            "wrong_share": wrong,
+            "forgetting_events": forgotten + 0 * n,
+            "learning_time": last_wrong + 1 + 0 * n,
+            "variability": (mean_square - mean.square()).clamp_min(0).sqrt(),
+            "early_margin": early / half,
+            "late_margin": late / half,
+            "visits": visits,
+        }
+        if outside := int(self._left_out):
+            warnings.warn(
+                f"{outside} visits had an id outside 0 to {self.samples - 1} or logits that are "
+                "not finite, and were left out.",
+                GradmaskWarning,
+                stacklevel=2,
+            )
+        return {name: self._shaped(value) for name, value in found.items()}
+
+    def suggestions(self) -> tuple[Tensor, Tensor]:
+        """The class that training took each sample for, other than its label.
+
+        It leads a vote in which each visit votes for the most probable other class with that
+        class's probability q when the given label is excluded (a majority vote in constant memory:
+        Boyer and Moore, 1981).
+
+        Returns:
+            The class of each sample (-1 for none: no visit, or a mean of several labels) and the
+            mean of its q over all visits, those before it led counted as 0; of `scores`'s shape.
+
+        Raises:
+            StateError: If ranks have noted what has not been gathered.
+        """
+        self._check_gathered("suggestions()")
+        counts, votes = (self._state[name][:-1].cpu() for name in ("counts", "votes"))
+        share = votes[:, 1].double() / counts[:, 0].clamp_min(1)
+        return self._shaped(counts[:, 3].long()), self._shaped(share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, from which `load_state_dict` goes on to the bit.
+
+        Raises:
+            StateError: If ranks have noted what has not been gathered.
+        """
+        self._check_gathered("state_dict()")
+        tensors = moved(self._state, self._left_out.device)
+        return {"version": 1, **self._size(), "left_out": self._left_out.clone(), **tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Args:
+            state: The state, of as many samples and positions.
+
+        Raises:
+            StateError: If it is of others, and nothing is changed then.
+        """
+        if state.get("version") != 1:
+            raise StateError("This is not a state of Dynamics, or one of a later version.")
+        found = {name: state.get(name) for name in self._size()}
+        tensors = {name: state.get(name) for name in self._state}
+        shapes = {name: getattr(value, "shape", None) for name, value in tensors.items()}
+        if found != self._size() or shapes != {k: v.shape for k, v in self._state.items()}:
+            raise StateError(f"The state is of {found}, and these dynamics are of {self._size()}.")
+        self._state = moved(tensors, self._left_out.device)
+        self._left_out = state["left_out"].to(self._left_out.device, copy=True)
+        self._waiting.clear()
+
+    def _check(self, ids: Tensor, logits: Tensor, targets: Tensor) -> None:
+        for name, value in {"ids": ids, "logits": logits, "targets": targets}.items():
+            if not isinstance(value, Tensor):
+                raise DataError(f"{name} must be a tensor, and is a {type(value).__name__}.")
+        if ids.is_floating_point() or ids.dim() != 1 or not targets.dim():
+            raise DataError(
+                f"ids of {ids.dtype} and shape {tuple(ids.shape)} must be whole numbers of shape "
+                "(samples,): Indexed(dataset) yields them."
+            )
+        if not len(ids) == len(targets) == len(logits):
+            raise DataError(
+                f"{len(ids)} ids, {len(logits)} logits and {len(targets)} targets: one of each "
+                "for every sample of the batch, samples first."
+            )
+        if ids.device.type == "cpu" and len(ids):
+            lowest, highest = (int(found) for found in ids.aminmax())
+            if lowest < 0 or highest >= self.samples:
+                raise DataError(
+                    f"ids from {lowest} to {highest}, and Dynamics({self.samples}) follows ids "
+                    f"from 0 to {self.samples - 1}: give the whole training set's length."
+                )
+
+    def _size(self) -> dict[str, Any]:
+        positions = self._layout.positions
+        return {
+            "samples": self.samples,
+            "positions": positions,
+            "multilabel": self._layout.multilabel,
+        }
+
+    def _shaped(self, values: Tensor) -> Tensor:
+        positions = self._layout.positions
+        return values if positions is None else values.reshape(self.samples, positions)
+
+    def _add(self, visits: Visits) -> None:
+        self._left_out += (visits.rows == REFUSED).sum()
+        add_visits(self._state, visits)
+
+    def _ranks(self) -> int:
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.group)
+
+    def _check_gathered(self, doing: str) -> None:
+        if self._waiting:
+            raise StateError(
+                f"{doing} after updates of {self._ranks()} ranks: call gather() on all ranks "
+                "first, at the end of each epoch and before a checkpoint."
+            )

@@ -1,0 +1,123 @@
+"""Samples whose label is wrong for certain, and the threshold that they calibrate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from gradmask.errors import DataError, OptionError
+from gradmask.seeding import seeded_generator
+
+MOST = 0.05  # of the samples, which then train no network to do anything useful
+FEWEST = 20  # planted samples that say something of a distribution
+TAIL = 0.2  # share of the planted samples by which that of wrong labels is estimated
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A part of the samples with a class of its own, which cannot be right.
+
+    Attributes:
+        ids: Their numbers, ascending.
+        labels: Labels to train on: those given, but for the planted samples.
+        label: The class of its own: the network needs one output more.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    label: int
+
+
+def plant(labels: Tensor, classes: int, *, share: float | None = None, seed: int = 0) -> Planted:
+    """Give a small random part of the samples a class of its own (Pleiss et al., 2020).
+
+    What training says of them is what it says of a wrong label, so that a threshold can be
+    calibrated by them (`rank(..., planted=...)`). They are not audited themselves: another `seed`
+    plants others.
+
+    Args:
+        labels: Given labels, shape (samples,).
+        classes: Number of classes; the planted one is number `classes`.
+        share: Share of the samples (default: that of an average class, but at most 0.05).
+        seed: Seed of the choice.
+
+    Returns:
+        The planted samples, and labels to train on.
+
+    Raises:
+        OptionError: If the share leaves too few planted samples, or is not below one half.
+        DataError: If labels are out of range.
+    """
+    if not isinstance(classes, Integral) or classes < 2:
+        raise OptionError(f"classes={classes!r} must be a whole number, at least 2.")
+    share = min(1 / (classes + 1), MOST) if share is None else share
+    count = round(len(labels) * share) if isinstance(share, Real) else 0
+    if not isinstance(share, Real) or not 0 < share < 0.5 or count < FEWEST:
+        raise OptionError(
+            f"share={share!r} of {len(labels)} samples must be below one half, and be at least "
+            f"{FEWEST} samples."
+        )
+    if labels.dim() != 1 or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise DataError(f"labels must be of shape (samples,), from 0 to {classes - 1}.")
+    generator = seeded_generator(seed, "planted")
+    ids = torch.randperm(len(labels), generator=generator, device="cpu")[:count].sort().values
+    ids = ids.to(labels.device)
+    return Planted(ids, labels.scatter(0, ids, int(classes)), int(classes))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where to cut, and what is to be expected there.
+
+    Attributes:
+        value: Samples of at least this suspicion are flagged; infinite if none can be.
+        false_alarms: Share of the flagged samples whose label is expected to be right.
+        wrong_share: Share of all samples whose label is estimated to be wrong.
+        found_share: Share of wrong labels that are expected to be flagged.
+    """
+
+    value: float
+    false_alarms: float
+    wrong_share: float
+    found_share: float
+
+
+def threshold(suspicion: Tensor, planted: Tensor, false_alarms: float) -> Threshold:
+    """The lowest cut at which no more than a share of the flagged samples is expected to be right.
+
+    If wrong labels are as suspicious as planted ones, of distribution S_w(t) = P(suspicion ≥ t),
+    and all samples are distributed as S = π S_w + (1 − π) S_right, then the share of wrong labels is
+    at most S(t) / S_w(t) for every t, and equal where right labels have no samples: π is the least
+    of these ratios. Of samples beyond t the share 1 − π S_w(t) / S(t) is right.
+
+    Args:
+        suspicion: Of the samples that are audited.
+        planted: Of the planted samples.
+        false_alarms: The share that is allowed, in (0, 1).
+
+    Returns:
+        The threshold.
+
+    Raises:
+        OptionError: If there are too few samples, or the share is out of range.
+    """
+    if not isinstance(false_alarms, Real) or not 0 < false_alarms < 1:
+        raise OptionError(f"false_alarms={false_alarms!r} must be between 0 and 1.")
+    if len(planted) < FEWEST or not len(suspicion):
+        raise OptionError(f"{len(planted)} planted samples are too few: plant at least {FEWEST}.")
+    cuts, ordered = planted.double().sort().values, suspicion.double().sort().values
+    place = torch.arange(len(cuts), dtype=torch.float64, device=cuts.device)
+    wrong = 1 - place / len(cuts)  # S_w at each cut
+    every = 1 - torch.searchsorted(ordered, cuts).double() / len(ordered)  # S there
+    ratio = every / wrong
+    # Ratios of a few samples say nothing, and the least of them would be one of those.
+    wrong_share = float(ratio[wrong >= TAIL].min().clamp(0, 1))
+    alarms = (1 - wrong_share * wrong / every).clamp(0, 1)  # NaN where nothing is beyond
+    allowed = ((alarms <= false_alarms) & (wrong >= FEWEST / len(cuts))).nonzero()
+    if not len(allowed) or wrong_share == 0:
+        return Threshold(torch.inf, 0.0, wrong_share, 0.0)
+    first = int(allowed[0])
+    return Threshold(float(cuts[first]), float(alarms[first]), wrong_share, float(wrong[first]))

@@ -1,0 +1,261 @@
+"""One table of all that is known of each sample, the most suspicious first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from gradmask.audit.dynamics import Dynamics
+from gradmask.audit.planted import Planted, Threshold, threshold
+from gradmask.audit.scores import COMBINED, SCORES
+from gradmask.errors import DataError, OptionError
+
+FALSE_ALARMS = 0.1
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Every sample with its scores, in the order of the data.
+
+    Attributes:
+        ids: Number of each sample, int64; with `positions`, of each label's sample.
+        positions: Place of each label within its sample, or None.
+        labels: Given label of each, or None.
+        predictions: What training took each for: its label, or the suggestion if most visits were
+            wrong; -1 where that is not known.
+        suggestions: The most probable class other than the label; -1 where there is none.
+        suggestion_probabilities: Mean probability of the suggestion if the label is excluded.
+        suspicion: Combined rank in [0, 1], high where the label is suspicious; NaN where training
+            has made no visit.
+        flagged: Suspicion beyond the threshold; without planted samples, negative
+            `area_under_margin`: on average another class was ahead of the label.
+        planted: Samples that were planted, which are not audited.
+        scores: By name, as in `SCORES`.
+        threshold: The threshold and what it promises, with planted samples.
+        keys: Name of each sample, such as its file, or None.
+        class_names: Name of each class, or None.
+    """
+
+    ids: Tensor
+    positions: Tensor | None
+    labels: Tensor | None
+    predictions: Tensor
+    suggestions: Tensor
+    suggestion_probabilities: Tensor
+    suspicion: Tensor
+    flagged: Tensor
+    planted: Tensor
+    scores: dict[str, Tensor]
+    threshold: Threshold | None = None
+    keys: Sequence[Any] | None = None
+    class_names: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        """Number of samples, or of labels."""
+        return len(self.ids)
+
+    @property
+    def order(self) -> Tensor:
+        """Rows from the most suspicious to the least; planted and unvisited ones last."""
+        known = torch.where(self.planted, torch.nan, self.suspicion).nan_to_num(-1.0)
+        return known.argsort(descending=True, stable=True)
+
+    def clean(self, dataset: Any) -> Subset[Any]:
+        """The data set without the flagged samples, in their order.
+
+        Args:
+            dataset: What was trained on, with the same numbers.
+        """
+        return Subset(dataset, self._whole("clean", ~self.flagged).nonzero().flatten().tolist())
+
+    def relabelled(self, minimum: float = 0.5) -> Tensor:
+        """The given labels, but for flagged samples the suggestion, where it is probable enough.
+
+        Args:
+            minimum: The least `suggestion_probabilities` to follow.
+
+        Returns:
+            Labels of all samples, int64.
+        """
+        if self.labels is None:
+            raise OptionError("No labels are known: give rank(..., labels=...).")
+        likely = self.flagged & (self.suggestion_probabilities >= minimum)
+        changed = likely & (self.suggestions >= 0)
+        return self._whole("relabelled", torch.where(changed, self.suggestions, self.labels))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table, the most suspicious first: `.csv`, or `.parquet` (with pyarrow).
+
+        Args:
+            path: Where; its end says which form.
+
+        Returns:
+            The path.
+        """
+        from gradmask.audit.export import save_table
+
+        return save_table(self, Path(path))
+
+    def issues(self) -> Any:
+        """As cleanlab has label issues: a pandas `DataFrame` in the order of the data.
+
+        Returns:
+            Columns `is_label_issue`, `label_score` (1 − suspicion), `given_label`,
+            `predicted_label`.
+        """
+        from gradmask.audit.export import issues
+
+        return issues(self)
+
+    def report(self, path: str | Path, images: Any = None, top: int = 200) -> Path:
+        """Write one self-contained page: sorted, filtered, with images where there are some.
+
+        Args:
+            path: Where.
+            images: Image of a sample by its number, as `images[i]`: a PIL image, an array, a tensor
+                (channels, height, width), or a sample of a data set that begins with one.
+            top: Samples on the page, the most suspicious ones.
+
+        Returns:
+            The path.
+        """
+        from gradmask.audit.report import write_page
+
+        return write_page(self, Path(path), images, top)
+
+    def _whole(self, doing: str, values: Tensor) -> Tensor:
+        if self.positions is not None:
+            raise OptionError(
+                f"{doing}() is of whole samples, and each of several labels has a row."
+            )
+        return values
+
+
+def rank(
+    dynamics: Dynamics,
+    labels: Tensor | Sequence[int] | None = None,
+    *,
+    extra: Mapping[str, Tensor] | None = None,
+    planted: Planted | None = None,
+    false_alarms: float = FALSE_ALARMS,
+    keys: Sequence[Any] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Ranking:
+    """Rank all training samples by how suspicious their labels are.
+
+    The combined rank is Σ_k w_k r_k, where r_k is the share of samples less suspicious by score k,
+    and the weights w (`COMBINED`) were fitted on other data.
+
+    Args:
+        dynamics: What training said of the samples.
+        labels: Their given labels, (samples,), or (samples, positions) where each has several.
+        extra: Further scores by name, one value a sample, such as those of `gradient_scores`.
+        planted: Samples with a class of their own (`plant`), by which the threshold is calibrated.
+        false_alarms: Share of the flagged samples whose label may be right (with `planted`).
+        keys: Names of the samples, such as their files.
+        class_names: Names of the classes.
+
+    Returns:
+        The table.
+
+    Raises:
+        DataError: If something is of another length than the samples.
+        OptionError: If an option is out of range.
+        StateError: If ranks have noted what has not been gathered.
+    """
+    scores = {name: value.flatten() for name, value in dynamics.scores().items()}
+    for name, value in (extra or {}).items():
+        _check_length(name, value, len(scores["visits"]))
+        scores[name] = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten()
+    suggestions, probabilities = (value.flatten() for value in dynamics.suggestions())
+    rows = len(suggestions)
+    positions = rows // dynamics.samples
+    _check_length("keys", keys, dynamics.samples)
+    if labels is not None:
+        _check_length("labels", labels, rows)
+        labels = torch.as_tensor(labels, device="cpu").flatten().long()
+    place = torch.arange(rows, device="cpu")
+    chosen = torch.zeros(rows, dtype=torch.bool, device="cpu")
+    if planted is not None:
+        chosen[planted.ids.cpu()] = True
+    suspicion = combined(scores)
+    known = suspicion.isfinite() & ~chosen
+    cut = None
+    if planted is None:
+        flagged = known & (scores["area_under_margin"] < 0)
+    else:
+        cut = threshold(suspicion[known], suspicion[chosen & suspicion.isfinite()], false_alarms)
+        flagged = known & (suspicion >= cut.value)
+        suggestions = torch.where(suggestions == planted.label, -1, suggestions)
+    unlabelled = torch.full_like(suggestions, -1)
+    right = unlabelled if labels is None else torch.where(scores["visits"] > 0, labels, -1)
+    found = Ranking(
+        ids=place // positions,
+        positions=place % positions if positions > 1 else None,
+        labels=labels,
+        predictions=torch.where(scores["wrong_share"] > 0.5, suggestions, right),
+        suggestions=suggestions,
+        suggestion_probabilities=probabilities,
+        suspicion=suspicion,
+        flagged=flagged,
+        planted=chosen,
+        scores=scores,
+        threshold=cut,
+        keys=keys,
+        class_names=class_names,
+    )
+    return found if positions == 1 else _labelled(found)
+
+
+def combined(scores: Mapping[str, Tensor]) -> Tensor:
+    """The combined rank of each sample, in [0, 1]; NaN where a score is not known.
+
+    Args:
+        scores: By name, one value a sample.
+    """
+    total = sum(COMBINED.values())
+    ranks = {
+        name: suspicion_share(scores[name], bool(SCORES[name].high)) * (weight / total)
+        for name, weight in COMBINED.items()
+    }
+    return torch.stack(list(ranks.values())).sum(0)
+
+
+def suspicion_share(values: Tensor, high: bool) -> Tensor:
+    """Share of the samples that are less suspicious, equal ones half; NaN stays NaN.
+
+    Args:
+        values: A score of each sample.
+        high: Whether high values are suspicious.
+    """
+    known = values.isfinite()
+    ordered = (values if high else -values)[known].sort().values
+    found = (values if high else -values).contiguous()
+    below = torch.searchsorted(ordered, found)
+    upto = torch.searchsorted(ordered, found, right=True)
+    share = (below + upto).double() / (2 * max(1, len(ordered)))
+    return torch.where(known, share, torch.nan)
+
+
+def _labelled(ranking: Ranking) -> Ranking:
+    """Only the rows that had a label: of samples of several labels, some have fewer."""
+    seen = ranking.scores["visits"] > 0
+    columns = {
+        name: value[seen] for name, value in vars(ranking).items() if isinstance(value, Tensor)
+    }
+    scores = {name: value[seen] for name, value in ranking.scores.items()}
+    return Ranking(**{**vars(ranking), **columns, "scores": scores})
+
+
+def _check_length(name: str, values: Any, expected: int) -> None:
+    if values is None:
+        return
+    found = values.numel() if isinstance(values, Tensor) else len(values)
+    if found != expected:
+        raise DataError(f"{name} has {found} entries, and there are {expected}: one for each.")

@@ -1,0 +1,84 @@
+"""The scores of a sample, by name: formula, which values are suspicious, and who proposed it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one number says of a sample.
+
+    Attributes:
+        name: Key in tables and files.
+        formula: In words and signs, over the visits t = 1 … n of training to the sample.
+        high: Whether high values are suspicious; None if neither end is.
+        source: Who proposed it.
+        cost: What it takes beside training.
+    """
+
+    name: str
+    formula: str
+    high: bool | None
+    source: str
+    cost: str = "none"
+
+
+_ALL = (
+    Score(
+        "area_under_margin",
+        "mean of z_y − max_{k≠y} z_k",
+        False,
+        "Pleiss et al., 2020 (AUM)",
+    ),
+    Score("cumulative_loss", "mean of −log p_y, nats", True, "Huang et al., 2019 (O2U-Net)"),
+    Score("mean_probability", "mean of p_y", False, "Swayamdipta et al., 2020 (confidence)"),
+    Score(
+        "wrong_share", "share of visits with max_k p_k not at y", True, "Swayamdipta et al., 2020"
+    ),
+    Score(
+        "forgetting_events",
+        "visits that are wrong after a right one",
+        True,
+        "Toneva et al., 2019",
+    ),
+    Score(
+        "learning_time",
+        "first visit after which all are right (n + 1: none)",
+        True,
+        "Toneva et al., 2019",
+    ),
+    Score("variability", "standard deviation of p_y", None, "Swayamdipta et al., 2020"),
+    Score("early_margin", "area_under_margin of the first n / 2 visits", False, "Liu et al., 2020"),
+    Score("late_margin", "area_under_margin of the last n / 2 visits", False, "Liu et al., 2020"),
+    Score("visits", "n", None, ""),
+    Score(
+        "gradient_norm", "‖g‖, at the model's weights", True, "Paul et al., 2021 (GraNd)", "1 pass"
+    ),
+    Score(
+        "self_influence",
+        "½ ε² ‖g‖⁴: the step of the sample on itself (equation 4)",
+        True,
+        "Jiang, equation 4; Pruthi et al., 2020 (TracIn)",
+        "1 pass",
+    ),
+    Score(
+        "gradient_agreement",
+        "cosine of g and the mean gradient of its label's samples",
+        False,
+        "Fort et al., 2019 (stiffness)",
+        "3 passes",
+    ),
+    Score(
+        "influence",
+        "½ ε² mean over a probe set of gᵀ F g (equation 4)",
+        True,
+        "Jiang, equation 4",
+        "1 pass for each few hundred probe samples",
+    ),
+)
+
+SCORES = {score.name: score for score in _ALL}
+
+# Weights of the combined rank, of each score's rank.
+COMBINED = {"area_under_margin": 0.5, "cumulative_loss": 0.5}
