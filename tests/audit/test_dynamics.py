@@ -1,6 +1,7 @@
 """`Dynamics` against a slow reference that keeps every visit."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def reference(batches, samples):
             "cumulative_loss": sum(v["loss"] for v in seen) / n,
             "mean_probability": float(p.mean()),
             "wrong_share": right.count(False) / n,
-            "forgetting_events": sum(a and not b for a, b in zip(right, right[1:], strict=False)),
+            "forgetting_events": sum(a and not b for a, b in itertools.pairwise(right)),
             "learning_time": max([k + 1 for k, r in enumerate(right) if not r], default=0) + 1,
             "variability": float(p.std(correction=0)),
             "visits": n,

@@ -9,8 +9,9 @@ from torch import Tensor
 from gradmask.audit.visits import Visits
 
 BLOCKS = 8
+_HALF = torch.finfo(torch.float16).max
 
-# 80 bytes a sample: dtype and columns.
+# 82 bytes a sample: dtype and columns.
 _STATE = {
     # Visits, forgetting events, number of the last visit that was wrong (from 1), and the class
     # that leads the vote of the most probable other ones.
@@ -18,6 +19,7 @@ _STATE = {
     "sums": (torch.float32, 2),  # of the loss and the share of wrong predictions
     "probability": (torch.float64, 2),  # and its square: the variance is a small difference
     "votes": (torch.float32, 2),  # what the leader leads by, and the sum of its probabilities
+    "last_loss": (torch.float16, 1),
     # Sums of the margins in blocks of equally many visits. When the last one is full, blocks are
     # joined two by two: so the first half of the visits can be told from the second one, however
     # many they will be.
@@ -85,8 +87,10 @@ def add_visits(state: dict[str, Tensor], visits: Visits) -> None:
     state["probability"].index_add_(0, rows, torch.stack([wide, wide.square()], 1))
     once = torch.where(first, rows, trash)
     _add_margins(state["margins"], rows, once, values[:, 2], before, counts[rows, 0], number)
+    rows = torch.where(last, rows, trash)
+    state["last_loss"][rows, 0] = values[:, 0].clamp_max(_HALF).half()
     # Of a sample that is in a batch more than once, the last one votes.
-    rows = torch.where(last & (other >= 0), rows, trash)
+    rows = torch.where(other >= 0, rows, trash)
     _vote(state, rows, candidate, other.int(), values[:, 4])
 
 

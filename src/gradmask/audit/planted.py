@@ -4,44 +4,58 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gradmask.errors import DataError, OptionError
+from gradmask.errors import DataError, OptionError, check_choice
 from gradmask.seeding import seeded_generator
 
-MOST = 0.05  # of the samples, which then train no network to do anything useful
+SHARE = 0.05
 FEWEST = 20  # planted samples that say something of a distribution
-TAIL = 0.2  # share of the planted samples by which that of wrong labels is estimated
+TAIL = 0.1  # share of the planted samples by which the number of wrong labels is estimated
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A part of the samples with a class of its own, which cannot be right.
+    """A part of the samples whose label was made wrong.
 
     Attributes:
         ids: Their numbers, ascending.
         labels: Labels to train on: those given, but for the planted samples.
-        label: The class of its own: the network needs one output more.
+        kind: What the planted samples have: another `label`, or a `class` of their own.
     """
 
     ids: Tensor
     labels: Tensor
-    label: int
+    kind: str = "label"
 
 
-def plant(labels: Tensor, classes: int, *, share: float | None = None, seed: int = 0) -> Planted:
-    """Give a small random part of the samples a class of its own (Pleiss et al., 2020).
+def plant(
+    labels: Tensor,
+    classes: int,
+    *,
+    share: float = SHARE,
+    kind: Literal["label", "class"] = "label",
+    seed: int = 0,
+) -> Planted:
+    """Make the labels of a small random part of the samples wrong, to calibrate a threshold.
 
-    What training says of them is what it says of a wrong label, so that a threshold can be
-    calibrated by them (`rank(..., planted=...)`). They are not audited themselves: another `seed`
-    plants others.
+    What training then says of them is what it says of a wrong label (`rank(..., planted=...)`).
+    They are not audited themselves: another `seed` plants others.
+
+    `kind="label"` draws another class for each. `kind="class"` gives all of them a class of their
+    own, number `classes`, for which the network needs one output more (Pleiss et al., 2020): it
+    cannot be right by chance, as another label is for a share of wrong labels ÷ (classes − 1), but
+    networks find it plausible for every sample, so that wrong labels among the real classes are
+    more suspicious than it: promises made by it did not hold (`docs/audit.md`).
 
     Args:
         labels: Given labels, shape (samples,).
-        classes: Number of classes; the planted one is number `classes`.
-        share: Share of the samples (default: that of an average class, but at most 0.05).
+        classes: Number of classes.
+        share: Share of the samples.
+        kind: What they get.
         seed: Seed of the choice.
 
     Returns:
@@ -51,21 +65,23 @@ def plant(labels: Tensor, classes: int, *, share: float | None = None, seed: int
         OptionError: If the share leaves too few planted samples, or is not below one half.
         DataError: If labels are out of range.
     """
+    check_choice("kind", kind, ("label", "class"))
     if not isinstance(classes, Integral) or classes < 2:
         raise OptionError(f"classes={classes!r} must be a whole number, at least 2.")
-    share = min(1 / (classes + 1), MOST) if share is None else share
-    count = round(len(labels) * share) if isinstance(share, Real) else 0
-    if not isinstance(share, Real) or not 0 < share < 0.5 or count < FEWEST:
+    count = round(len(labels) * share) if isinstance(share, Real) and 0 < share < 0.5 else 0
+    if count < FEWEST:
         raise OptionError(
-            f"share={share!r} of {len(labels)} samples must be below one half, and be at least "
+            f"share={share!r} of {len(labels)} samples must be below one half, and at least "
             f"{FEWEST} samples."
         )
     if labels.dim() != 1 or int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise DataError(f"labels must be of shape (samples,), from 0 to {classes - 1}.")
     generator = seeded_generator(seed, "planted")
     ids = torch.randperm(len(labels), generator=generator, device="cpu")[:count].sort().values
-    ids = ids.to(labels.device)
-    return Planted(ids, labels.scatter(0, ids, int(classes)), int(classes))
+    offset = torch.randint(1, int(classes), (count,), generator=generator, device="cpu")
+    ids, offset = ids.to(labels.device), offset.to(labels.device)
+    wrong = (labels[ids] + offset) % classes if kind == "label" else torch.full_like(ids, classes)
+    return Planted(ids, labels.scatter(0, ids, wrong.to(labels.dtype)), kind)
 
 
 @dataclass(frozen=True)
@@ -88,10 +104,12 @@ class Threshold:
 def threshold(suspicion: Tensor, planted: Tensor, false_alarms: float) -> Threshold:
     """The lowest cut at which no more than a share of the flagged samples is expected to be right.
 
-    If wrong labels are as suspicious as planted ones, of distribution S_w(t) = P(suspicion ≥ t),
-    and all samples are distributed as S = π S_w + (1 − π) S_right, then the share of wrong labels is
-    at most S(t) / S_w(t) for every t, and equal where right labels have no samples: π is the least
-    of these ratios. Of samples beyond t the share 1 − π S_w(t) / S(t) is right.
+    If wrong labels are as suspicious as planted ones, S_w(t) = P(suspicion ≥ t), and the samples
+    are a mixture S = π S_w + (1 − π) S_right, then the share π of wrong labels is at most
+    S(t) / S_w(t) for every t, and equal where no right label is: the least of these ratios
+    estimates it. Of the samples beyond t, 1 − π S_w(t) / S(t) are right. Wrong labels that are less
+    suspicious than planted ones, such as those of similar classes, make the estimate of π too low
+    and that of false alarms too high: fewer samples are flagged, and the promise holds.
 
     Args:
         suspicion: Of the samples that are audited.
@@ -114,9 +132,9 @@ def threshold(suspicion: Tensor, planted: Tensor, false_alarms: float) -> Thresh
     every = 1 - torch.searchsorted(ordered, cuts).double() / len(ordered)  # S there
     ratio = every / wrong
     # Ratios of a few samples say nothing, and the least of them would be one of those.
-    wrong_share = float(ratio[wrong >= TAIL].min().clamp(0, 1))
+    wrong_share = float(ratio[wrong >= max(TAIL, FEWEST / len(cuts))].min().clamp(0, 1))
     alarms = (1 - wrong_share * wrong / every).clamp(0, 1)  # NaN where nothing is beyond
-    allowed = ((alarms <= false_alarms) & (wrong >= FEWEST / len(cuts))).nonzero()
+    allowed = (alarms <= false_alarms).nonzero()
     if not len(allowed) or wrong_share == 0:
         return Threshold(torch.inf, 0.0, wrong_share, 0.0)
     first = int(allowed[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ class Ranking:
         suggestion_probabilities: Mean probability of the suggestion if the label is excluded.
         suspicion: Combined rank in [0, 1], high where the label is suspicious; NaN where training
             has made no visit.
-        flagged: Suspicion beyond the threshold; without planted samples, negative
-            `area_under_margin`: on average another class was ahead of the label.
+        flagged: Suspicion beyond the threshold, or the share that was asked for.
         planted: Samples that were planted, which are not audited.
         scores: By name, as in `SCORES`.
         threshold: The threshold and what it promises, with planted samples.
@@ -144,6 +144,7 @@ def rank(
     extra: Mapping[str, Tensor] | None = None,
     planted: Planted | None = None,
     false_alarms: float = FALSE_ALARMS,
+    share: float | None = None,
     keys: Sequence[Any] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Ranking:
@@ -158,6 +159,8 @@ def rank(
         extra: Further scores by name, one value a sample, such as those of `gradient_scores`.
         planted: Samples with a class of their own (`plant`), by which the threshold is calibrated.
         false_alarms: Share of the flagged samples whose label may be right (with `planted`).
+        share: Flag this share of the samples in place of a threshold, the most suspicious ones.
+            Without it and without planted samples none is flagged, since nothing says where to cut.
         keys: Names of the samples, such as their files.
         class_names: Names of the classes.
 
@@ -187,12 +190,12 @@ def rank(
     suspicion = combined(scores)
     known = suspicion.isfinite() & ~chosen
     cut = None
-    if planted is None:
-        flagged = known & (scores["area_under_margin"] < 0)
-    else:
+    if planted is not None:
         cut = threshold(suspicion[known], suspicion[chosen & suspicion.isfinite()], false_alarms)
-        flagged = known & (suspicion >= cut.value)
-        suggestions = torch.where(suggestions == planted.label, -1, suggestions)
+        if planted.kind == "class":
+            own = int(planted.labels.max())
+            suggestions = torch.where(suggestions == own, -1, suggestions)
+    flagged = _flagged(suspicion, known, cut, share)
     unlabelled = torch.full_like(suggestions, -1)
     right = unlabelled if labels is None else torch.where(scores["visits"] > 0, labels, -1)
     found = Ranking(
@@ -211,6 +214,19 @@ def rank(
         class_names=class_names,
     )
     return found if positions == 1 else _labelled(found)
+
+
+def _flagged(
+    suspicion: Tensor, known: Tensor, cut: Threshold | None, share: float | None
+) -> Tensor:
+    if share is None:
+        value = torch.inf if cut is None else cut.value
+        return known & (suspicion >= value)
+    if not isinstance(share, Real) or not 0 <= share < 1:
+        raise OptionError(f"share={share!r} must be at least 0 and below 1.")
+    order = torch.where(known, suspicion, -1.0).argsort(descending=True, stable=True)
+    first = torch.zeros_like(known).scatter(0, order[: round(share * int(known.sum()))], True)
+    return known & first
 
 
 def combined(scores: Mapping[str, Tensor]) -> Tensor:

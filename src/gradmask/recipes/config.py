@@ -50,6 +50,10 @@ class Comparison:
         skip_damaged: Leave out images that cannot be decoded, found by decoding all of them once
             (default: the first one ends the run, by name).
         label_noise: Share of training labels replaced by a different class, drawn once per seed.
+        noise: Which class: any other (`symmetric`), or the one whose mean image is nearest to that
+            of the label's class (`asymmetric`).
+        plant: Share of the training labels made wrong on purpose, once per seed, after the noise:
+            by them `gradmask audit` calibrates its threshold.
         labels: `given`, or `random`: every training label drawn from all classes, once per seed.
         validation: Share of the training images held out to choose an epoch (default: 0.1, or
             none where the data have validation images beside test images).
@@ -137,6 +141,8 @@ class Comparison:
     workers: int | None = None
     skip_damaged: bool = False
     label_noise: float = 0.0
+    noise: Literal["symmetric", "asymmetric"] = "symmetric"
+    plant: float = 0.0
     labels: Literal["given", "random"] = "given"
     validation: float | None = None
     augment: bool = True
@@ -193,6 +199,7 @@ class Comparison:
         check_keep(self.keep)
         check_choice("scope", self.scope, ("gradient", "update"))
         check_choice("labels", self.labels, ("given", "random"))
+        check_choice("noise", self.noise, ("symmetric", "asymmetric"))
         check_choice("class_weights", self.class_weights, ("none", "balanced"))
         check_choice("engine", self.engine, ("ddp", "fsdp"))
         check_choice("precision", self.precision, ("float32", "bf16", "fp16"))
@@ -220,6 +227,10 @@ class Comparison:
             raise OptionError(f"workers={self.workers} must be 0 or more.")
         if not 0.0 <= self.label_noise <= 1.0:
             raise OptionError(f"label_noise={self.label_noise!r} must be a share in [0, 1].")
+        if self.noise == "asymmetric" and self.streaming:
+            raise OptionError("noise='asymmetric' needs images in memory: leave streaming out.")
+        if not 0.0 <= self.plant < 0.5:
+            raise OptionError(f"plant={self.plant!r} must be a share below one half.")
         if self.label_noise and self.labels == "random":
             raise OptionError("label_noise has no meaning with labels='random': leave one out.")
         if self.transform is not None and not (self.augment and self.crop and self.flip):

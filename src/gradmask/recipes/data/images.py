@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradmask.audit import Planted, plant
 from gradmask.errors import DataError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.cache import Sizes
@@ -16,9 +17,11 @@ from gradmask.recipes.data.sources import (
     Images,
     Source,
     decode_all,
+    in_memory,
     open_source,
     stratified,
 )
+from gradmask.recipes.data.stored import StoredImages
 from gradmask.seeding import seeded_generator
 
 HELD_OUT = 0.1  # of the training images, where there are no validation images
@@ -30,7 +33,7 @@ class ImageData:
 
     Attributes:
         train_images: Training images.
-        train_labels: Training labels, possibly noisy.
+        train_labels: Training labels, possibly noisy or planted.
         train_clean_labels: Training labels before noise.
         val_images: Images to choose an epoch on.
         val_labels: Their labels, always clean.
@@ -38,6 +41,8 @@ class ImageData:
         test_labels: Their labels, always clean.
         class_names: Name of each label.
         found: What was found, in a sentence.
+        planted: Training images whose label was made wrong on purpose, if there are some.
+        stored: The training images where they are stored, which have names, or None.
     """
 
     train_images: Images
@@ -49,6 +54,8 @@ class ImageData:
     test_labels: Tensor
     class_names: tuple[str, ...]
     found: str = ""
+    planted: Planted | None = None
+    stored: StoredImages | None = None
 
     def to(self, device: torch.device) -> ImageData:
         """The same images and labels on another device; stored images stay where they are."""
@@ -93,13 +100,17 @@ def load_images(config: Comparison, seed: int) -> ImageData:
             )
         val_images, val_labels = source.images[val], source.labels[val]
     images: list[Images] = [source.images[train], val_images, test_images]
+    stored = images[0] if isinstance(images[0], StoredImages) else None
     sizes = None
     if not config.streaming:
         images[:], sizes = decode_all(config.data, images)
     clean = source.labels[train]
+    classes = len(source.class_names)
+    given = _given_labels(config, clean, images[0], classes, seed)
+    planted = plant(given, classes, share=config.plant, seed=seed) if config.plant else None
     return ImageData(
         train_images=images[0],
-        train_labels=_given_labels(config, clean, len(source.class_names), seed),
+        train_labels=given if planted is None else planted.labels,
         train_clean_labels=clean,
         val_images=images[1],
         val_labels=val_labels,
@@ -107,6 +118,8 @@ def load_images(config: Comparison, seed: int) -> ImageData:
         test_labels=test_labels,
         class_names=source.class_names,
         found=_in_words(source, [clean, val_labels, test_labels], images[0], sizes),
+        planted=planted,
+        stored=stored,
     )
 
 
@@ -167,21 +180,37 @@ def _choose_classes(source: Source, classes: int | None) -> Source:
     return replace(source, class_names=names, **changed)
 
 
-def _given_labels(config: Comparison, clean: Tensor, classes: int, seed: int) -> Tensor:
-    if config.labels == "given":
-        return _with_noise(clean, classes, config.label_noise, seed)
-    generator = seeded_generator(seed, "random labels")
-    return torch.randint(classes, clean.shape, generator=generator)
+def _given_labels(
+    config: Comparison, clean: Tensor, images: Images, classes: int, seed: int
+) -> Tensor:
+    if config.labels == "random":
+        generator = seeded_generator(seed, "random labels")
+        return torch.randint(classes, clean.shape, generator=generator)
+    return _with_noise(config, clean, images, classes, seed)
 
 
-def _with_noise(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
-    count = round(share * len(labels))
+def _with_noise(
+    config: Comparison, labels: Tensor, images: Images, classes: int, seed: int
+) -> Tensor:
+    count = round(config.label_noise * len(labels))
     if count and classes < 2:
         raise DataError("label_noise needs at least 2 classes.")
     if not count:
         return labels.clone()
     generator = seeded_generator(seed, "label noise")
     noisy = torch.randperm(len(labels), generator=generator)[:count]
+    if config.noise == "asymmetric":
+        return labels.scatter(0, noisy, _most_similar(images, labels, classes)[labels[noisy]])
     # An offset of 1 to K - 1 makes each of the other classes equally likely.
     offset = torch.randint(1, classes, (count,), generator=generator)
     return labels.scatter(0, noisy, (labels[noisy] + offset) % classes)
+
+
+def _most_similar(images: Images, labels: Tensor, classes: int) -> Tensor:
+    """For each class, the other one whose mean image is nearest."""
+    pixels = in_memory(images).flatten(1)
+    means = torch.stack(
+        [pixels[labels == label].double().mean(0).nan_to_num(torch.inf) for label in range(classes)]
+    )
+    distances = torch.cdist(means, means).nan_to_num(torch.inf).fill_diagonal_(torch.inf)
+    return distances.argmin(1)
