@@ -67,7 +67,17 @@ def config(tmp_path_factory):
 def printed(config):
     """What the whole command prints."""
     out = io.StringIO()
-    words = ["audit", str(config.output), "--probe", "40", "--top", "7", "--device", "cpu"]
+    words = [
+        "audit",
+        "--by=influence",
+        str(config.output),
+        "--probe",
+        "40",
+        "--top",
+        "7",
+        "--device",
+        "cpu",
+    ]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setenv("COLUMNS", "200")
         assert main(words) == 0
@@ -75,7 +85,7 @@ def printed(config):
 
 
 def rows_of(folder, seed):
-    with (folder / "audit" / f"scores-seed{seed}.csv").open() as file:
+    with (folder / "audit" / "none-influence" / f"scores-seed{seed}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -233,7 +243,7 @@ def test_one_seed_chooses_nothing():
 
 
 def test_files(config, printed):
-    folder = config.output / "audit"
+    folder = config.output / "audit" / "none-influence"
     assert {path.name for path in folder.iterdir()} == {
         *(f"scores-seed{seed}.csv" for seed in config.seeds),
         "audit.json",
@@ -257,7 +267,7 @@ def test_files(config, printed):
 
 
 def test_rows_of_the_table_of_scores(config, printed):
-    found = json.loads((config.output / "audit" / "audit.json").read_text())
+    found = json.loads((config.output / "audit" / "none-influence" / "audit.json").read_text())
     for seed in config.seeds:
         rows, data = rows_of(config.output, seed), load_images(config, seed)
         names = data.class_names
@@ -295,7 +305,7 @@ def test_losses_are_those_of_the_kept_weights(config, printed):
 
 
 def test_page_is_self_contained(config, printed):
-    page = (config.output / "audit" / "audit.html").read_text()
+    page = (config.output / "audit" / "none-influence" / "audit.html").read_text()
     assert not re.search(r"<script|<link|@import|url\((?!#)", page)
     assert re.findall(r'src="(.{22})', page) == ["data:image/png;base64,"]
     assert page.count("<svg") == 1
@@ -324,7 +334,16 @@ def test_measured_once(config, printed, monkeypatch):
 
 def test_without_wrong_labels(tmp_path, capsys):
     config = train(tmp_path / "out", label_noise=0.0, seeds=(0,))
-    words = ["audit", str(config.output), "--probe=20", "--epochs", "2", "--score", "per_norm"]
+    words = [
+        "audit",
+        "--by=influence",
+        str(config.output),
+        "--probe=20",
+        "--epochs",
+        "2",
+        "--score",
+        "per_norm",
+    ]
     assert main([*words, "--fisher", "sampled", "--top", "3"]) == 0
     assert "No wrong label is known" in " ".join(capsys.readouterr().out.split())
     rows = rows_of(config.output, 0)
@@ -332,7 +351,7 @@ def test_without_wrong_labels(tmp_path, capsys):
     ranked = sorted(rows, key=lambda row: int(row["rank"]))
     scores = [float(row[f"per_norm ({MEAN})"]) for row in ranked]
     assert scores == sorted(scores)  # low values are suspicious
-    assert (config.output / "audit" / "contact-sheet-seed0.png").exists()
+    assert (config.output / "audit" / "none-influence" / "contact-sheet-seed0.png").exists()
 
 
 def test_verdict_says_what_is_shown(config, printed):
@@ -362,7 +381,7 @@ def test_verdict_says_what_is_shown(config, printed):
     ],
 )
 def test_mistakes_are_one_clear_line(words, message, config, capsys):
-    assert main(["audit", str(config.output), *words]) == 2
+    assert main(["audit", "--by=influence", str(config.output), *words]) == 2
     printed = capsys.readouterr()
     assert len(printed.err.strip().splitlines()) == 1
     assert re.search(message, printed.err)
@@ -370,8 +389,8 @@ def test_mistakes_are_one_clear_line(words, message, config, capsys):
 
 
 def test_folders_without_weights(tmp_path, capsys):
-    assert main(["audit", str(tmp_path)]) == 2
+    assert main(["audit", "--by=influence", str(tmp_path)]) == 2
     assert "No results.json" in capsys.readouterr().err
     config = train(tmp_path / "out", save_every=None, epochs=1, seeds=(0,))
-    assert main(["audit", str(config.output)]) == 2
+    assert main(["audit", "--by=influence", str(config.output)]) == 2
     assert "train with --save-every" in capsys.readouterr().err

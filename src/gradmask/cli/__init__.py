@@ -8,13 +8,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradmask import __version__
+from gradmask.cli.audit import add_audit, run_audit, run_clean
 from gradmask.cli.bench import add_bench, bench_refresh, run_bench
 from gradmask.cli.ending import end
 from gradmask.cli.options import read_options, read_study
-from gradmask.cli.parser import Parser, count, count_or_none, usable_path
+from gradmask.cli.parser import Parser, usable_path
 from gradmask.cli.terminal import prepare_streams, terminal
 from gradmask.errors import OptionError, check_choice
 from gradmask.interrupts import work_begins
@@ -72,7 +73,7 @@ def _main(words: list[str]) -> int:
     report = commands.add_parser("report", help="build the report of a run again, or of several")
     report.add_argument("folders", nargs="+", help="output folders of runs")
     report.add_argument("--output", help="the page that shows several (beside the first folder)")
-    _add_audit(commands)
+    add_audit(commands)
     cache = commands.add_parser("cache", help="list what is kept of decoded images")
     cache.add_argument("--clear", action="store_true", help="remove it")
     add_bench(commands)
@@ -81,6 +82,8 @@ def _main(words: list[str]) -> int:
         return _run(words[1:])
     if words[:1] == ["study"]:
         return _study(words[1:])
+    if words[:2] == ["audit", "clean"]:
+        return run_clean(words[2:])
     if words[:2] == ["bench", "refresh"]:
         return bench_refresh(words[2:])
     parsed = parser.parse_args(words)
@@ -94,7 +97,7 @@ def _main(words: list[str]) -> int:
     if parsed.command == "bench":
         return run_bench(parsed)
     if parsed.command == "audit":
-        return _audit(parsed)
+        return run_audit(parsed)
     return _report([usable_path("folder", f) for f in parsed.folders], parsed.output)
 
 
@@ -204,39 +207,4 @@ def _recipes() -> int:
         if options:
             console.print(f"    {options}", style="dim", highlight=False)
     console.print("Run one with: gradmask run NAME [--option value ...]", highlight=False)
-    return 0
-
-
-def _add_audit(commands: Any) -> None:
-    audit = commands.add_parser("audit", help="rank training samples by what is memorised")
-    audit.add_argument("folder", help="output folder of a run with --save-every")
-    audit.add_argument("--arm", help="kind of mask of the runs (none)")
-    audit.add_argument("--seeds", type=count_or_none, nargs="+", help="seeds to audit (all)")
-    audit.add_argument("--epochs", type=count, nargs="+", help="epochs to score at (all kept)")
-    audit.add_argument("--fisher", help="empirical, sampled or exact (empirical)")
-    audit.add_argument("--probe", type=count, help="training samples to measure influence on (200)")
-    audit.add_argument("--score", help="what ranks the samples: loss, influence, ... (loss)")
-    audit.add_argument("--top", type=count_or_none, help="images on the contact sheet (100)")
-    audit.add_argument("--device", help="auto, cpu, cuda, ... (auto)")
-    audit.add_argument("--threads", type=count, help="CPU threads (PyTorch's choice)")
-
-
-def _audit(parsed: argparse.Namespace) -> int:
-    from gradmask.recipes.audit.files import write_audit_files
-    from gradmask.recipes.audit.report import print_audit, write_audit_report
-    from gradmask.recipes.audit.run import Audit, run_audit
-
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parsed).items()
-        if value is not None and name not in ("command", "debug")
-    }
-    options["folder"] = usable_path("folder", options["folder"])
-    console = terminal()
-    work_begins()
-    audited = run_audit(Audit(**options), console)
-    write_audit_files(audited)
-    page = write_audit_report(audited)
-    print_audit(audited, console)
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0

@@ -19,7 +19,7 @@ import yaml
 from gradmask.errors import StateError
 
 _TEMPORARY = re.compile(r"\.(.+\.\d+|checkpoint\.shards)\.tmp")
-_OURS = ("runs/*", "runs/*/weights", "figures", "audit", "audit/measured")
+_OURS = ("runs/*", "runs/*/weights", "figures", "audit/*", "audit/*/measured")
 _DELETE = "delete the run's folder and train again."
 
 

@@ -23,7 +23,7 @@ def write_audit_files(audited: Audited) -> None:
         audited: What the audit found.
     """
     check_ours(audited.options.folder)
-    folder = audited.options.folder / "audit"
+    folder = audited.options.place
     for seed in audited.runs:
         write_atomically(folder / f"scores-seed{seed}.csv", _csv(audited, seed))
     write_json(

@@ -31,7 +31,7 @@ def write_audit_report(audited: Audited) -> Path:
     Returns:
         Path of the page.
     """
-    folder, detection = audited.options.folder / "audit", audited.detection
+    folder, detection = audited.options.place, audited.detection
     figure = ""
     if detection is not None:
         with mpl.rc_context(STYLE):
@@ -71,13 +71,13 @@ def print_audit(audited: Audited, console: Console) -> None:
     """
     detection = audited.detection
     if detection is not None:
-        table = Table(title="Finding the wrong labels: mean ± std over seeds")
+        table = Table(title="Finding the wrong labels: mean ± std over seeds", padding=(0, 0))
         table.add_column("score", no_wrap=True)
         table.add_column("epochs", no_wrap=True)
-        table.add_column("suspicious", no_wrap=True)
+        table.add_column("order", no_wrap=True)
         table.add_column("AUROC", justify="right", no_wrap=True)
         for k in detection.ks:
-            table.add_column(f"precision@{k}", justify="right", no_wrap=True)
+            table.add_column(f"P@{k}", justify="right", no_wrap=True)
         rows = _rows(detection)
         for row, following in zip(rows, [*rows[1:], None], strict=True):
             last = following is not None and following["baseline"] != row["baseline"]

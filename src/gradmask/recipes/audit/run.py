@@ -69,6 +69,12 @@ class Audit:
     device: str = "auto"
     threads: int | None = None
 
+    @property
+    def place(self) -> Path:
+        """Where its files are written: each arm has a folder of its own."""
+        name = run_directory(self.folder, Spec(self.arm, 0)).name.removesuffix("-seed0")
+        return self.folder / "audit" / f"{name}-influence"
+
     def __post_init__(self) -> None:
         """Check what can be checked without the folder.
 
@@ -160,7 +166,7 @@ def run_audit(options: Audit, console: Console) -> Audited:
         expected = results["data"].get("sum", found_sum)
         check_data(expected, found_sum, options.folder / RESULTS_FILE)
     _check_probe(options, next(iter(data.values())))
-    (options.folder / "audit" / "measured").mkdir(parents=True, exist_ok=True)
+    (options.place / "measured").mkdir(parents=True, exist_ok=True)
     runs = {}
     for seed in options.seeds:
         measured = dict(
@@ -250,7 +256,7 @@ def _measure_epochs(
         weights = weights_path(run_directory(options.folder, Spec(options.arm, seed)), epoch)
         loaded = load_weights(weights, model, sums[epoch])
         name = run_directory(options.folder, Spec(options.arm, seed)).name
-        path = options.folder / "audit" / "measured" / f"{name}-{epoch:04d}.pt"
+        path = options.place / "measured" / f"{name}-{epoch:04d}.pt"
         # A folder that was trained again is measured again.
         key = [options.fisher, options.probe, data_sum(data), labels_sum, loaded]
         measured = _read_measured(path, key)

@@ -86,6 +86,15 @@ class StoredImages:
         known = path and os.path.exists(path)
         return str(path) if known else f"image {int(self.indices[place])} of {self.where}"
 
+    def names(self) -> list[str]:
+        """What to call each image in a table: its file, or its row in the data set."""
+        import pyarrow.compute
+
+        paths = pyarrow.compute.struct_field(self.rows.data[self.column], "path")
+        found = paths.take(pyarrow.array(self.indices.numpy())).to_pylist()
+        named = zip(found, self.indices.tolist(), strict=True)
+        return [path or f"image {row} of {self.where}" for path, row in named]
+
     def _stored(self, place: int) -> Any:
         row = int(self.indices[place])
         return self.rows.data[self.column][row].as_py()  # as `rows[row]`, without its overhead
