@@ -205,8 +205,7 @@ def words(labels, n=12):
 def test_which_logits_belong_to_which_labels(tmp_path, kind, options, shift):
     """With four tokens and four classes, where shapes do not tell."""
     torch.manual_seed(0)
-    more = {"is_decoder": True} if kind == "LMHead" else {}
-    model = t5() if kind == "T5" else made() if kind == "GPT2" else bert(kind, num_labels=4, **more)
+    model = t5() if kind == "T5" else made() if kind == "GPT2" else bert(kind, num_labels=4)
     places = {name: value for name, value in options.items() if name == "positions"}
     watch = {**places, "class_dim": -1}
     host, dynamics = watched(
@@ -317,14 +316,13 @@ def test_smaller_batches_where_memory_ends(tmp_path, monkeypatch):
 @pytest.mark.parametrize("refresh", ["epoch", "online"])
 @pytest.mark.parametrize("first", [True, False])
 def test_together_with_a_mask(tmp_path, refresh, first):
-    def mask():
-        return FisherMaskCallback(0.3, refresh=refresh)
-
-    alone = trainer(tmp_path, mask())
+    masks = [FisherMaskCallback(0.3, refresh=refresh) for _ in range(2)]
+    alone = trainer(tmp_path, masks[0])
     alone.train()
-    host, dynamics = watched(tmp_path, {}, callback=mask() if first else None)
+    host, dynamics = watched(tmp_path, {}, callback=masks[1] if first else None)
     if not first:
-        host.add_callback(mask())
+        host.add_callback(masks[1])
     host.train()
+    assert masks[1].mask.refreshes == 3
     assert_same(weights(host), weights(alone))
     assert_scores(dynamics.dynamics, host.expected)

@@ -74,7 +74,8 @@ def number(loader: Any) -> int:
         DataError: If its samples have no places to number.
     """
     inner = _inner(loader)
-    check_places(getattr(inner, "dataset", None))
+    if hasattr(inner, "dataset"):
+        check_places(inner.dataset)
     if getattr(inner, "batch_sampler", None) is None or not hasattr(inner, "collate_fn"):
         raise DataError(
             f"The training loader (a {type(inner).__name__}) does not put batches together of "
