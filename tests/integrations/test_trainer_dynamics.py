@@ -115,10 +115,6 @@ WAYS = [
 WAYS = pytest.mark.parametrize(("kind", "options"), WAYS)
 
 
-def cross_entropy(outputs, labels, num_items_in_batch=None):
-    return own_loss(outputs, labels) / num_items_in_batch
-
-
 @WAYS
 def test_nothing_else_changes(tmp_path, kind, options):
     """With dropout, noise of every random state, and a batch that is not full."""

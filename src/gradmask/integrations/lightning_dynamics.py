@@ -109,9 +109,6 @@ class DynamicsCallback(Callback):
         """Refuse what cannot be followed."""
         if stage != "fit":
             return
-        every: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if (number := sum(isinstance(other, DynamicsCallback) for other in every)) > 1:
-            raise OptionError(f"The Trainer has {number} DynamicsCallbacks: give it one.")
         for kind in type(trainer.strategy).__mro__:
             if any(refused in kind.__name__.lower() for refused in _REFUSED):
                 raise OptionError(
@@ -156,6 +153,11 @@ class DynamicsCallback(Callback):
         assert self._measured is not None
         ids, labels = self._ids.take(), self._labels(batch)
         self._recorder.begin(self._measured, ids, labels)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        """Tell of a step without logits before the weights change, where one step is a batch."""
+        if pl_module.automatic_optimization and self._recorder is not None:
+            self._recorder.end()
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """The batch has been trained."""
