@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -15,7 +14,9 @@ from torch import nn
 from gradmask import FisherMask
 from gradmask.errors import DataError, GradmaskWarning, OptionError
 from gradmask.integrations.first_step import CrossEntropyNote, is_compiled, targets_of
+from gradmask.integrations.lightning_dynamics import DynamicsCallback
 from gradmask.integrations.lightning_module import (
+    callback_class,
     forward_errors,
     named_module,
     optimizers_of,
@@ -26,7 +27,7 @@ from gradmask.integrations.online import Online, check_online, mask_of
 from gradmask.integrations.schedule import Refresh, Schedule
 from gradmask.integrations.trials import Reporter, mask_options
 
-_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+__all__ = ["DynamicsCallback", "FisherMaskCallback"]
 _REFUSED = ("deepspeed", "fsdp", "modelparallel", "xla")
 
 if TYPE_CHECKING:
@@ -34,22 +35,7 @@ if TYPE_CHECKING:
 
     from gradmask.study import Trial
 else:
-
-    def _callback() -> type:
-        """A class that is a `Callback` of both packages, which share nothing, where installed."""
-        bases, failed = [], None
-        for name in _PACKAGES:
-            try:
-                bases.append(importlib.import_module(name).Callback)
-            except ImportError as error:
-                failed = error
-        if not bases:
-            raise ImportError(
-                "FisherMaskCallback needs lightning: pip install 'gradmask[lightning]'."
-            ) from failed
-        return type("Callback", tuple(bases), {})
-
-    Callback = _callback()
+    Callback = callback_class()
 
 
 class FisherMaskCallback(Callback):
@@ -178,7 +164,9 @@ class FisherMaskCallback(Callback):
             self._state = None
             if self._reporter is not None:
                 self._reporter.resume(trainer.current_epoch)
-        self.mask.unpack = partial(prepared, trainer, pl_module, self.options.get("unpack"))
+        self.mask.unpack = partial(
+            prepared, trainer, pl_module, self.options.get("unpack"), trained=self.data is None
+        )
         for optimizer in optimizers_of(trainer, self.mask):
             self.mask.attach(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._count))

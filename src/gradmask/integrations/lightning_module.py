@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +13,38 @@ from torch import nn
 
 from gradmask import FisherMask
 from gradmask.errors import GradmaskError, ModelError, OptimizerError
+from gradmask.integrations.lightning_ids import BatchIds
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
-def named_module(module: LightningModule, name: str | None) -> nn.Module:
+
+def callback_class() -> type:
+    """A class that is a `Callback` of both packages, which share nothing, where installed."""
+    bases, failed = [], None
+    for name in _PACKAGES:
+        try:
+            bases.append(importlib.import_module(name).Callback)
+        except ImportError as error:
+            failed = error
+    if not bases:
+        raise ImportError(
+            "The callbacks for Lightning need it: pip install 'gradmask[lightning]'."
+        ) from failed
+    return type("Callback", tuple(bases), {})
+
+
+def named_module(
+    module: LightningModule, name: str | None, callback: str = "FisherMaskCallback"
+) -> nn.Module:
     """What is measured and masked of a module.
 
     Args:
         module: The module.
         name: Of a submodule; None for the module itself.
+        callback: Whose option the name is.
 
     Raises:
         ModelError: If there is none of that name, or it has no `forward`.
@@ -39,7 +61,7 @@ def named_module(module: LightningModule, name: str | None) -> nn.Module:
     if package in ("lightning", "pytorch_lightning"):
         raise ModelError(
             f"{type(measured).__name__} has no forward to measure: define forward(inputs) -> "
-            "outputs, or name the submodule with FisherMaskCallback(model=...)."
+            f"outputs, or name the submodule with {callback}(model=...)."
         )
     return measured
 
@@ -69,7 +91,9 @@ def optimizers_of(trainer: Trainer, mask: FisherMask) -> list[Any]:
     return found
 
 
-def prepared(trainer: Trainer, module: LightningModule, unpack: Any, batch: Any) -> Any:
+def prepared(
+    trainer: Trainer, module: LightningModule, unpack: Any, batch: Any, *, trained: bool = True
+) -> Any:
     """A batch as `training_step` gets it: its precision, device, and the user's hooks on it.
 
     Args:
@@ -77,12 +101,16 @@ def prepared(trainer: Trainer, module: LightningModule, unpack: Any, batch: Any)
         module: The module that it trains.
         unpack: What the user has made of a batch, or None.
         batch: A batch of a loader.
+        trained: The loader is the trainer's own.
 
     Returns:
         The batch.
     """
     with trainer_is(trainer, module):
-        batch = trainer.precision_plugin.convert_input(batch)
+        convert: Any = trainer.precision_plugin.convert_input
+        if isinstance(convert, BatchIds):  # of a DynamicsCallback
+            convert = convert.without if trained else convert.original
+        batch = convert(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     return unpack(batch) if unpack else batch

@@ -24,8 +24,10 @@ from gradmask.errors import (
     check_keep,
 )
 from gradmask.integrations.first_step import OwnLossNote, is_compiled
+from gradmask.integrations.numbered import unnumbered
 from gradmask.integrations.online import Online, check_online, mask_of
 from gradmask.integrations.schedule import Refresh, Schedule
+from gradmask.integrations.transformers_dynamics import DynamicsCallback
 from gradmask.integrations.trials import Reporter, mask_options
 from gradmask.loaders import loader_over
 from gradmask.seeding import own_random_state
@@ -41,6 +43,7 @@ except ImportError as error:
         "The Trainer's callback needs Transformers: pip install 'gradmask[transformers]'"
     ) from error
 
+__all__ = ["FILE", "DynamicsCallback", "FisherMaskCallback"]
 FILE = "fisher_mask.safetensors"
 _OPTIONS = set(inspect.signature(FisherMask).parameters) - {"model", "keep", "group"}
 
@@ -326,7 +329,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
                 "trained on: give data=loader of batches to measure on."
             )
         own = range(args.process_index, len(dataset), args.world_size)
-        return loader_over(loader, own, size or state.train_batch_size or args.train_batch_size)
+        with unnumbered(loader):  # of a DynamicsCallback
+            return loader_over(loader, own, size or state.train_batch_size or args.train_batch_size)
 
     def _monitor(self, model: nn.Module, args: Any, state: Any, loader: Any) -> InfluenceMonitor:
         given = {k: v for k, v in self.options.items() if k in ("loss", "unpack", "seed")}

@@ -1,0 +1,426 @@
+"""Dynamics in trainers of both packages, against plain loops."""
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+from processes import run_processes
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+pytest.importorskip("lightning.pytorch")
+pytest.importorskip("pytorch_lightning")
+import lightning.pytorch as lightning
+from test_lightning import (
+    PACKAGES,
+    adam,
+    assert_same,
+    module_of,
+    network,
+    own_environment,  # noqa: F401
+    samples,
+    trainer_of,
+)
+
+from gradmask.audit import Dynamics, Indexed
+from gradmask.errors import DataError, GradmaskWarning, ModelError, OptionError, StateError
+from gradmask.integrations.lightning import DynamicsCallback, FisherMaskCallback
+
+pytestmark = pytest.mark.usefixtures("repeatable", "own_environment")
+
+
+class Named(Dataset):
+    """Samples that are mappings."""
+
+    def __init__(self, label="labels"):
+        self.data, self.label = samples(), label
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        inputs, label = self.data[i]
+        return {"x": inputs, self.label: label}
+
+
+def loader_of(data, indexed=True, **options):
+    data = Indexed(data) if indexed else data
+    return DataLoader(data, 8, sampler=DistributedSampler(data, num_replicas=1, rank=0), **options)
+
+
+def still():
+    """A network that draws nothing, as validation does when its loader begins."""
+    net = network()
+    net[3].p = 0.0
+    return net
+
+
+def plain(epochs=4, accumulate=1, cast=False, make=network):
+    """The dynamics and weights of a loop of one's own."""
+    model, data = make(), samples()
+    optimizer, dynamics = adam(model), Dynamics(40)
+    loader = loader_of(data)
+    torch.manual_seed(2)
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        for i, (inputs, labels, ids) in enumerate(loader):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+                logits = model(inputs)
+                loss = functional.cross_entropy(logits, labels)
+            dynamics.update(ids, logits, labels)
+            if i % accumulate == 0:
+                optimizer.zero_grad()
+            (loss / accumulate).backward()
+            if (i + 1) % accumulate == 0 or i + 1 == len(loader):
+                optimizer.step()
+    return dynamics, model.state_dict()
+
+
+def assert_scores(found, expected):
+    for name, value in expected.scores().items():
+        assert torch.equal(found.scores()[name].nan_to_num(-9), value.nan_to_num(-9)), name
+    for ours, theirs in zip(found.suggestions(), expected.suggestions(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def fit(callback, loader, package=lightning, module=None, more=(), val=None, **options):
+    module = module or module_of(package)
+    torch.manual_seed(2)
+    trainer = trainer_of(package, *more, *[callback] if callback else [], **options)
+    trainer.fit(module, loader, val)
+    return module, trainer
+
+
+def assert_nothing_left(module, trainer):
+    assert "convert_input" not in vars(trainer.precision_plugin)
+    assert not any(part._forward_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}, {"val_check_interval": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("model", [None, "net"])
+def test_equals_a_plain_loop(package, options, model):
+    """With validation between the steps, which does not count; the weights are the same, too."""
+    dynamics = DynamicsCallback(model=model)
+    val = loader_of(samples(), indexed=False) if "val_check_interval" in options else None
+    make = network if val is None else still
+    given = {"val": val, "package": package, **options}
+    module, trainer = fit(
+        dynamics, loader_of(samples()), module=module_of(package, make()), **given
+    )
+    accumulate, cast = options.get("accumulate_grad_batches", 1), "precision" in options
+    expected, weights = plain(accumulate=accumulate, cast=cast, make=make)
+    assert_scores(dynamics.dynamics, expected)
+    assert (dynamics.scores()["visits"] == 4).all()
+    assert_same(module.net.state_dict(), weights)
+    without = module_of(package, make())
+    fit(None, loader_of(samples(), indexed=False), module=without, **given)
+    assert_same(module.net.state_dict(), without.net.state_dict())
+    assert_nothing_left(module, trainer)
+
+
+class Steps(lightning.LightningModule):
+    """Takes batches of one form, here and in the hooks before."""
+
+    def __init__(self, form, forms):
+        super().__init__()
+        self.net, self.form, self.forms = network(), form, forms
+
+    def on_before_batch_transfer(self, batch, _):
+        self.forms.append(sorted(batch) if isinstance(batch, dict) else (type(batch), len(batch)))
+        return batch
+
+    def validation_step(self, batch, _):
+        self.net(batch["x"] if isinstance(batch, dict) else batch[0])
+
+    def training_step(self, batch, _):
+        if isinstance(batch, dict):
+            inputs, labels = batch["x"], batch[self.form]
+        else:
+            inputs, labels = batch
+        with torch.no_grad():
+            self.net(inputs[:2])  # of no batch
+            self.net.eval()(inputs)
+        logits = self.net.train()(inputs)
+        self.net(inputs + 1)  # another view of the same samples
+        return functional.cross_entropy(logits, labels)
+
+    configure_optimizers = adam
+
+
+def as_tuple(rows):
+    return tuple(torch.utils.data.default_collate(rows))
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("labels", {}),
+        ("y", {}),
+        ("odd", {"unpack": lambda batch: (batch["x"], batch["odd"])}),
+        (tuple, {}),
+        (list, {}),
+    ],
+)
+def test_batches_of_every_form(form, options):
+    """The first call of a step in training counts, and no hook sees the numbers."""
+    data = Named(form) if isinstance(form, str) else samples()
+    collate = {"collate_fn": as_tuple} if form is tuple else {}
+    forms, expected = [], Dynamics(40)
+    module = Steps(form, forms)
+    seen = []
+    module.net.register_forward_hook(
+        lambda net, _, out: seen.append(out) if net.training and out.requires_grad else None
+    )
+    dynamics = DynamicsCallback(model="net", **options)
+    loader = loader_of(data, **collate)
+    fit(dynamics, loader, module=module, val=loader_of(data, indexed=False), max_epochs=2)
+    whole = sorted(["x", form]) if isinstance(form, str) else (form, 2)
+    assert set(map(str, forms)) <= {str(whole), str((list, 2))}  # validation has lists
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        for i, batch in enumerate(loader):
+            named = isinstance(batch, dict)
+            labels, ids = (batch[form], batch["sample_id"]) if named else batch[1:]
+            expected.update(ids, seen[10 * epoch + 2 * i], labels)
+    assert_scores(dynamics.dynamics, expected)
+
+
+def test_part_of_the_samples():
+    """Numbers are those of the whole data set."""
+    dynamics = DynamicsCallback()
+    fit(dynamics, DataLoader(Subset(Indexed(samples()), range(10, 30)), 8), max_epochs=1)
+    visits = dynamics.scores()["visits"]
+    assert visits.tolist() == [0] * 10 + [1] * 20 + [0] * 10
+
+
+class Language(lightning.LightningModule):
+    """A language model of Hugging Face's."""
+
+    def __init__(self):
+        super().__init__()
+        hosts = pytest.importorskip("hosts")
+        pytest.importorskip("transformers")
+        self.model = hosts.gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+    def training_step(self, batch, _):
+        return self.model(**batch).loss
+
+    configure_optimizers = adam
+
+
+def test_a_language_model():
+    ids = torch.randint(1, 37, (8, 5))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    module, dynamics = Language(), DynamicsCallback(model="model", positions=4)
+    logits = module.model(ids).logits.detach()
+    fit(dynamics, DataLoader(Indexed(data), 4), module=module, max_steps=2, max_epochs=1)
+    expected = Dynamics(8, positions=4)
+    expected.update(torch.arange(4), logits[:4, :-1], ids[:4, 1:])
+    found = dynamics.scores()["area_under_margin"]
+    assert torch.allclose(found[:4], expected.scores()["area_under_margin"][:4], atol=1e-5)
+    assert (dynamics.scores()["visits"] == 1).all()
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
+def test_a_resumed_run_is_one_that_went_on(package, validate, tmp_path):
+    def run(ckpt_path=None, **options):
+        module, dynamics = module_of(package, still()), DynamicsCallback(**options)
+        save = package.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        trainer = trainer_of(package, save, dynamics, enable_checkpointing=True)
+        validation = DataLoader(samples(4), 2) if validate else None
+        loader = loader_of(samples())
+        trainer.fit(module, loader, validation, ckpt_path=ckpt_path, weights_only=True)
+        return module.net.state_dict(), dynamics
+
+    weights, whole = run()
+    again, going = run(tmp_path / "epoch=1.ckpt")
+    assert_same(again, weights)
+    assert_scores(going.dynamics, whole.dynamics)
+    assert (going.scores()["visits"] == 4).all()
+    state = whole.dynamics.state_dict()
+    for name, value in going.dynamics.state_dict().items():
+        assert value == state[name] if not torch.is_tensor(value) else value.equal(state[name])
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["callbacks"][
+        "DynamicsCallback"
+    ]
+    assert saved["dynamics"]["counts"][:-1, 0].tolist() == [2] * 40
+    with pytest.raises(StateError, match="'positions': None"):
+        run(tmp_path / "epoch=1.ckpt", positions=2)
+
+
+def test_a_state_that_is_saved_again_before_training(tmp_path):
+    module, trainer = fit(DynamicsCallback(), loader_of(samples()), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    dynamics = DynamicsCallback()
+    later = trainer_of(lightning, dynamics)
+    later.validate(
+        module, loader_of(samples(), indexed=False), ckpt_path=tmp_path / "last.ckpt", verbose=False
+    )
+    assert dynamics.state_dict()["dynamics"]["counts"][:-1, 0].tolist() == [1] * 40
+
+
+def test_several_fits_are_one():
+    dynamics, module = DynamicsCallback(), module_of(lightning)
+    fit(dynamics, loader_of(samples()), module=module, max_epochs=1)
+    fit(dynamics, loader_of(samples()), module=module, max_epochs=2)
+    assert (dynamics.scores()["visits"] == 3).all()
+    fit(dynamics, loader_of(samples()), max_epochs=1)  # another module
+    assert (dynamics.scores()["visits"] == 1).all()
+
+
+@pytest.mark.parametrize("refresh", ["epoch", "start", 3, "online"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_together_with_a_mask(refresh, first, own):
+    if own and refresh == "online":
+        pytest.skip("online reads no data")
+    data = loader_of(samples(), indexed=False) if own else None
+    masks = [FisherMaskCallback(0.3, refresh=refresh, data=data) for _ in range(2)]
+    state = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    nets = copy.deepcopy(state), copy.deepcopy(state)
+    alone = module_of(lightning, nets[0])
+    fit(masks[0], loader_of(samples(), indexed=False), module=alone)
+    dynamics = DynamicsCallback()
+    pair = (masks[1], dynamics) if first else (dynamics, masks[1])
+    module = module_of(lightning, nets[1])
+    _, trainer = fit(pair[1], loader_of(samples()), module=module, more=pair[:1])
+    assert masks[1].mask.refreshes
+    assert_same(module.net.state_dict(), alone.net.state_dict())
+    assert (dynamics.scores()["visits"] == 4).all()
+    assert_nothing_left(module, trainer)
+
+
+# What cannot be recorded
+
+
+class Quiet(lightning.LightningModule):
+    """Has a forward that training_step does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, inputs):
+        return self.net(inputs)
+
+    def training_step(self, batch, _):
+        return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    configure_optimizers = adam
+
+
+class Reading(Quiet):
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+
+class Without(Quiet):
+    forward = lightning.LightningModule.forward
+
+
+def compiled():
+    return torch.compile(module_of(lightning), backend="eager")
+
+
+def dropped(rows):
+    return torch.utils.data.default_collate(
+        [{"x": row["x"], "labels": row["labels"]} for row in rows]
+    )
+
+
+CASES = [
+    (Quiet, {}, {}, ModelError, r"8 samples.*not called in training.*model=\.\.\."),
+    (Without, {}, {}, ModelError, r"no forward.*DynamicsCallback\(model"),
+    (Quiet, {"model": "nets"}, {}, ModelError, "no submodule 'nets': it has net"),
+    (Reading, {}, {}, DataError, r"DataLoader\(Indexed.*training_step\(dataloader_iter\)"),
+    (Quiet, {"model": "net"}, {"indexed": False}, DataError, r"Indexed data set.*Indexed\(data\)"),
+    (Quiet, {"model": "net"}, {"data": Named("odd")}, DataError, r"names x, odd.*unpack=lambda"),
+    (
+        Quiet, {"model": "net"}, {"data": Named(), "collate_fn": dropped}, DataError,
+        "no numbers of its samples.*'sample_id'",
+    ),
+    (compiled, {}, {}, ModelError, "inside a compiled module"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "options", "data", "error", "message"), CASES)
+def test_what_cannot_be_recorded(make, options, data, error, message):
+    """Told before the first optimizer step."""
+    module, data = make(), dict(data)
+    loader = loader_of(data.pop("data", samples()), **data)
+    trainer = trainer_of(lightning, DynamicsCallback(**options))
+    with pytest.raises(error, match=message):
+        trainer.fit(module, loader)
+    assert trainer.global_step == 0
+    assert_nothing_left(module, trainer)
+
+
+def test_what_is_told_at_once():
+    with pytest.raises(OptionError, match="positions=0"):
+        DynamicsCallback(positions=0)
+    with pytest.raises(StateError, match=r"after trainer\.fit\(\)"):
+        DynamicsCallback().scores()
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        fit(DynamicsCallback(), loader_of(samples()), more=[DynamicsCallback()])
+    with pytest.raises(DataError, match=r"\(a list\) has no Indexed"):
+        fit(DynamicsCallback(), [loader_of(samples()), loader_of(samples())])
+
+
+def test_a_compiled_submodule():
+    module = module_of(lightning, torch.compile(network(), backend="eager"))
+    dynamics = DynamicsCallback(model="net")
+    fit(dynamics, loader_of(samples()), module=module)
+    assert_scores(dynamics.dynamics, plain()[0])
+
+
+# Several processes
+
+
+def fit_on_ranks(rank, world, folder):
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+        os.environ[name] = str(rank if name != "GROUP_RANK" else 0)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ[name] = str(world)
+    os.environ["TORCHELASTIC_RUN_ID"] = "one"  # the group is there already; Lightning takes it on
+    warnings.simplefilter("error", GradmaskWarning)
+    found = []
+    module = module_of(lightning, nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    module.net.register_forward_hook(lambda *given: found.append(given[-1].detach()))
+    dynamics = DynamicsCallback()
+    options = {"devices": world, "strategy": "ddp", "max_epochs": 2, "enable_checkpointing": True}
+    loader = DataLoader(Indexed(samples()), 8, shuffle=True)
+    module.on_train_batch_start = lambda *_: None
+    _, trainer = fit(dynamics, loader, module=module, default_root_dir=folder, **options)
+    assert isinstance(trainer.strategy, lightning.strategies.DDPStrategy)
+    ids, sampler = [], trainer.train_dataloader.sampler
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        ids += list(torch.tensor(list(sampler)).split(8))
+    every = [None] * world
+    torch.distributed.all_gather_object(every, list(zip(ids, found, strict=True)))
+    alone = Dynamics(40, group=torch.distributed.new_group([rank]))
+    for updates in zip(*every, strict=True):
+        for places, logits in updates:
+            alone.update(places, logits, samples().tensors[1][places])
+    assert_scores(dynamics.dynamics, alone)
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert saved["callbacks"]["DynamicsCallback"]["dynamics"]["counts"][:-1, 0].tolist() == [2] * 40
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    torch.manual_seed(0)
+    run_processes(fit_on_ranks, 2, tmp_path, tmp_path)
