@@ -111,7 +111,7 @@ def test_promised_false_alarms_are_kept_on_average():
             recalls[rate].append(float(flagged[wrong].double().mean()))
     for rate, alarms in found.items():
         assert sum(alarms) / len(alarms) <= 1.3 * rate
-        assert sum(recalls[rate]) / len(recalls[rate]) > 0.5
+        assert sum(recalls[rate]) / len(recalls[rate]) > 0.3
 
 
 def test_threshold_of_separated_samples_is_exact():

@@ -72,6 +72,19 @@ def _add_training(kinds: Any) -> None:
         if what == "loop":
             kind.add_argument("--device", default="cpu")
             kind.add_argument("--no-variants", dest="variants", action="store_false")
+    dynamics = kinds.add_parser(
+        "dynamics", help="steps that follow each sample, against plain ones"
+    )
+    dynamics.add_argument("--model", default="cifar_resnet10", help="a model of `gradmask run`")
+    for option, default, text in (
+        ("--width", 16, "its width"),
+        ("--stem-stride", 2, "stride of its first convolution"),
+        ("--batch-size", 128, "images in a batch"),
+        ("--samples", 1_200_000, "training samples that are followed"),
+        ("--rounds", 15, "times everything is timed"),
+    ):
+        dynamics.add_argument(option, type=count, default=default, help=text)
+    dynamics.add_argument("--device", default="cpu")
     workers = kinds.add_parser("workers", help="runs an hour by several workers, against one")
     for option, default, text in (
         ("--jobs", 2, "workers"),
@@ -90,6 +103,7 @@ def _add_training(kinds: Any) -> None:
 
 def run_bench(parsed: argparse.Namespace) -> int:
     """Run a benchmark and print its table."""
+    from gradmask.benchmarks.dynamics import bench_dynamics
     from gradmask.benchmarks.fisher import bench_fisher
     from gradmask.benchmarks.influence import bench_influence
     from gradmask.benchmarks.layers import bench_layers
@@ -107,6 +121,7 @@ def run_bench(parsed: argparse.Namespace) -> int:
         "online": bench_online,
         "step": bench_step,
         "threshold": bench_threshold,
+        "dynamics": bench_dynamics,
         "loop": bench_loop,
         "processes": bench_processes,
         "loading": bench_loading,
