@@ -186,7 +186,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
         ({"keeps": 3}, "keeps"),
         ({"train": "no.such:thing"}, "cannot be imported"),
         ({"train": "training_functions:nothing"}, "cannot be imported"),
-        ({"train": "training_functions"}, "must be written package.module:function"),
+        ({"train": "training_functions"}, "must be written module:function"),
         ({"train": "training_functions:EPOCHS"}, "is no function"),
     ],
 )

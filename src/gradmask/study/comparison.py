@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gradmask.errors import GradmaskWarning, OptionError
+from gradmask.named import named
 from gradmask.study.arms import parse_arm
 from gradmask.study.metrics import check_metrics
 from gradmask.study.options import check_different
@@ -118,7 +118,7 @@ def compare(
         OptionError: If an option, or the folder, cannot be used; before training starts.
         StateError: If the folder holds another study, or a damaged one.
     """
-    function, name = resolve(train)
+    function = named("train", train) if isinstance(train, str) else train
     if isinstance(arms, str) or isinstance(seeds, str):
         raise OptionError(f"arms={arms!r} and seeds={seeds!r} must be lists.")
     own = {k: f for k, f in arms.items() if f is not None} if isinstance(arms, Mapping) else {}
@@ -131,7 +131,7 @@ def compare(
             plain[key] = {k: _plain(f"{key} {k}", v) for k, v in plain[key].items()}
     try:
         config = StudyOptions(
-            train=name,
+            train=train if isinstance(train, str) else name_of(train),
             arms=tuple(arms),
             seeds=tuple(map(index, seeds)),
             output=Path(output).expanduser(),
@@ -146,7 +146,7 @@ def compare(
         if both := found.others.keys() & config.sweep.keys():
             raise OptionError(f"Arm {arm!r} and the sweep both set {min(both)}: leave one out.")
         if ":" in found.strategy:
-            own[found.strategy] = resolve(found.strategy)[0]
+            own[found.strategy] = named("arm", found.strategy)
     source = source_sum(function)
     if config.scheduler is not None:
         ship_module(function)
@@ -165,26 +165,13 @@ def compare(
     return run_study(config, begin, progress=progress, own=own)
 
 
-def resolve(train: Callable[..., Any] | str) -> tuple[Callable[..., Any], str]:
-    """A function and its name, `package.module:function`."""
-    if callable(train):
-        inner: Any = train
-        while isinstance(inner, partial):
-            inner = inner.func
-        module = getattr(inner, "__module__", "") or "__main__"
-        return train, f"{module}:{getattr(inner, '__qualname__', type(inner).__name__)}"
-    module, _, attribute = train.partition(":")
-    if not module or not attribute:
-        raise OptionError(f"train={train!r} must be written package.module:function.")
-    try:
-        function = importlib.import_module(module)
-        for part in attribute.split("."):
-            function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"{train!r} cannot be imported: {error}.") from error
-    if not callable(function):
-        raise OptionError(f"{train!r} is no function.")
-    return function, train
+def name_of(function: Callable[..., Any]) -> str:
+    """A function's name, `package.module:function`."""
+    inner: Any = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    module = getattr(inner, "__module__", "") or "__main__"
+    return f"{module}:{getattr(inner, '__qualname__', type(inner).__name__)}"
 
 
 def source_sum(function: Callable[..., Any]) -> str:
