@@ -16,7 +16,7 @@ from gradmask.cli.ending import end
 from gradmask.cli.options import read_options, read_study
 from gradmask.cli.parser import Parser, count, count_or_none, usable_path
 from gradmask.cli.terminal import prepare_streams, terminal
-from gradmask.errors import OptionError, check_choice
+from gradmask.errors import OptionError, TrialError, check_choice
 from gradmask.interrupts import work_begins
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
@@ -129,13 +129,20 @@ def _study(words: list[str]) -> int:
     from dataclasses import asdict
 
     from gradmask.study import compare
+    from gradmask.study.folder import read_results
     from gradmask.study.processes import joined
     from gradmask.study.progress import Progress
 
     sys.path.insert(0, "")  # as `python -m` has it: the function may be in a file here
     work_begins()
     with joined(cuda=False) as ours:
-        results = compare(**asdict(config), progress=Progress(terminal(quiet=not ours.main)))
+        try:
+            results = compare(**asdict(config), progress=Progress(terminal(quiet=not ours.main)))
+        except TrialError:
+            found = read_results(config.output) if ours.count == 1 else {}
+            if found.get("runs"):
+                _show(config.output, found)
+            raise
         return _show(config.output, results) if ours.main else 0
 
 

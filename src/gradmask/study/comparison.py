@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from gradmask.errors import GradmaskWarning, OptionError
 from gradmask.named import named
-from gradmask.study.arms import parse_arm
+from gradmask.study.arms import STRATEGIES, parse_arm
 from gradmask.study.metrics import check_metrics
 from gradmask.study.options import check_different
 from gradmask.study.progress import Progress
@@ -117,11 +117,12 @@ def compare(
     Raises:
         OptionError: If an option, or the folder, cannot be used; before training starts.
         StateError: If the folder holds another study, or a damaged one.
+        TrialError: If runs failed; once all others are done. They are tried again next time.
     """
     function = named("train", train) if isinstance(train, str) else train
     if isinstance(arms, str) or isinstance(seeds, str):
         raise OptionError(f"arms={arms!r} and seeds={seeds!r} must be lists.")
-    own = {k: f for k, f in arms.items() if f is not None} if isinstance(arms, Mapping) else {}
+    own = _own_arms(arms) if isinstance(arms, Mapping) else {}
     plain: dict[str, Any] = dict(options)
     for key in ("judge", "front"):
         if key in plain:
@@ -163,6 +164,20 @@ def compare(
         return partial(run_trial, function, config.options, own, source)
 
     return run_study(config, begin, progress=progress, own=own)
+
+
+def _own_arms(arms: Mapping[str, Callable[..., Any] | None]) -> dict[str, Callable[..., Any]]:
+    """The user's own arms by name, without the options that follow it."""
+    own: dict[str, Callable[..., Any]] = {}
+    for arm, function in arms.items():
+        name = arm.partition(":")[0]
+        if function is None:
+            continue
+        if name in STRATEGIES:
+            raise OptionError(f"Arm {arm!r}: {name!r} is a built-in arm: give yours another name.")
+        if own.setdefault(name, function) != function:
+            raise OptionError(f"Arm {arm!r}: {name!r} has another function: give it another name.")
+    return own
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradmask import FisherMask
-from gradmask.errors import DataError, GradmaskError, OptionError, StateError, TrialError
+from gradmask.errors import DataError, OptionError, StateError, TrialError
 from gradmask.seeding import random_states, restore_random_states, seed_everything
 from gradmask.study.arms import Arm, parse_arm
 from gradmask.study.controls import new_mask
@@ -26,6 +28,7 @@ from gradmask.study.results import Row
 from gradmask.study.spec import Spec
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+ERROR = "error.txt"  # the traceback of a run that failed
 VERSION = 1
 _RESERVED = ("kept_per_parameter", "weights", "test_accuracy_per_class", "share")
 _PLAIN = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -360,18 +363,22 @@ def run_trial(
 
     Raises:
         OptionError: If nothing was reported, or an option was never looked at.
+        TrialError: If the function failed; the traceback is then in `error.txt` of the folder.
     """
     trial = Trial(spec, directory, options=options, arms=arms, on_epoch=on_epoch)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / ERROR).unlink(missing_ok=True)
     seed_everything(spec.seed)
     folder, dtype, threads = Path.cwd(), torch.get_default_dtype(), torch.get_num_threads()
     try:
         train(trial)
     except Diverged as diverged:
         trial._diverged = diverged
-    except GradmaskError:
+    except OptionError:  # wrong use, most likely of every run
         raise
     except (Exception, SystemExit) as error:
+        with suppress(OSError):  # a full disk, perhaps
+            (directory / ERROR).write_text(traceback.format_exc(), "utf-8", "backslashreplace")
         raise TrialError(f"{spec.title}: {type(error).__name__}: {error}") from error
     finally:  # the next run begins as this one did
         trial._close()

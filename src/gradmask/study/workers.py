@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def execute(
     jobs: int = 1,
     threads: int | None = None,
     scheduler: str | None = None,
-) -> Iterator[tuple[Spec, Row]]:
+) -> Iterator[tuple[Spec, Row | TrialError]]:
     """Train runs, as many at a time as there are workers.
 
     Args:
@@ -54,14 +55,17 @@ def execute(
         scheduler: Address of a dask scheduler, whose workers are used in place of processes here.
 
     Yields:
-        Runs and their results, in the order in which they end.
+        Runs and their results, or why they failed, in the order in which they end.
 
     Raises:
-        GradmaskError: If workers keep dying at a run, or the cluster cannot be reached.
+        GradmaskError: If workers cannot be had.
     """
     if jobs == 1 and scheduler is None:
         for spec, directory in runs:
-            yield spec, work(spec, directory, lambda row, spec=spec: on_epoch(spec, row))  # type: ignore[misc]
+            try:
+                yield spec, work(spec, directory, partial(on_epoch, spec))
+            except TrialError as error:
+                yield spec, error
         return
     from distributed import KilledWorker, as_completed
 
@@ -73,14 +77,14 @@ def execute(
             for place, run in enumerate(runs)
         }
         for future in as_completed(futures):
+            spec = futures[future]
             try:
-                found = future.result()
-            except KilledWorker as error:
-                raise TrialError(
-                    f"{_DEATHS + 1} workers died at the run {futures[future].title}: out of "
-                    "memory, perhaps. Use fewer jobs; all other runs are kept."
-                ) from error
-            yield futures[future], found
+                yield spec, future.result()
+            except TrialError as error:
+                yield spec, error
+            except KilledWorker:
+                reason = f"{_DEATHS + 1} workers died at it: out of memory, perhaps"
+                yield spec, TrialError(f"{spec.title}: {reason}. Use fewer jobs.")
             future.release()
 
 
