@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +70,22 @@ def execute(
             except TrialError as error:
                 yield spec, error
         return
+    import cloudpickle
     from distributed import KilledWorker, as_completed
 
+    try:
+        sent = cloudpickle.dumps(work)
+    except Exception as error:  # what is within it may raise anything
+        raise _not_sent(error) from error
     with _client(jobs, threads, scheduler) as client:
+        try:
+            client.submit(_received, sent, pure=False).result()
+        except Exception as error:  # of the user's module, as workers import it
+            raise _not_sent(error) from error
         specs = [spec for spec, _ in runs]
         client.subscribe_topic(_TOPIC, lambda event: on_epoch(specs[event[1][0]], event[1][1]))
         futures = {
-            client.submit(_task, work, place, *run, threads, pure=False, priority=-place): run[0]
+            client.submit(_task, sent, place, *run, threads, pure=False, priority=-place): run[0]
             for place, run in enumerate(runs)
         }
         for future in as_completed(futures):
@@ -92,17 +104,35 @@ def check_workers(jobs: int, scheduler: str | None) -> None:
     """Check that there can be workers, before anything is written.
 
     Raises:
-        OptionError: If a worker is importing the script that asks for workers.
+        OptionError: If a worker is importing the script that asks for workers, or cannot.
         ImportError: If dask is not installed.
     """
     if jobs == 1 and scheduler is None:
         return
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise OptionError(_GUARD)
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None and scheduler is None and not Path(script).exists():
+        raise OptionError(
+            f"Workers import the script again, and {script!r} is no file: save it, or leave out "
+            "jobs."
+        )
     try:
         import distributed  # noqa: F401
     except ImportError as error:
         raise ImportError("Several jobs need dask: pip install 'gradmask[study]'.") from error
+
+
+def _not_sent(error: Exception) -> OptionError:
+    return OptionError(
+        f"The training function cannot be sent to workers ({type(error).__name__}: {error}): put "
+        "it into a module that they can import, and let it make what it needs."
+    )
+
+
+def _received(sent: bytes) -> None:
+    """What a worker does first; not by dask, which for what it cannot unpickle tries for ever."""
+    pickle.loads(sent)
 
 
 def ship_module(function: Callable[..., Any]) -> None:
@@ -144,11 +174,26 @@ def _client(jobs: int, threads: int | None, scheduler: str | None) -> Iterator[C
                 yield client
             return
         try:
-            cluster = _local(jobs, threads)
+            with _interrupts_later():
+                cluster = _local(jobs, threads)
         except RuntimeError as error:
             raise GradmaskError(f"Workers cannot be started ({error}). {_GUARD}") from error
         with cluster, Client(cluster) as client:
             yield client
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Let an interrupt wait while workers start, which inherit that it is none of theirs."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # it lets interrupts through again as it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _local(jobs: int, threads: int | None) -> Any:
@@ -173,7 +218,7 @@ def _local(jobs: int, threads: int | None) -> Any:
     )
 
 
-def _task(work: Work, place: int, spec: Spec, directory: Path, threads: int | None) -> Row:
+def _task(sent: bytes, place: int, spec: Spec, directory: Path, threads: int | None) -> Row:
     """What a worker does: one run, with no other process in its folder."""
     from distributed import get_worker
 
@@ -181,11 +226,12 @@ def _task(work: Work, place: int, spec: Spec, directory: Path, threads: int | No
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads or max(1, len(cores)))
-    worker = get_worker()
+    worker, work = get_worker(), pickle.loads(sent)
 
     def tell(row: Row) -> None:
         worker.log_event(_TOPIC, (place, row))
 
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / ".lock"):  # of one that was given up, and is still alive
-        return work(spec, directory, tell)
+        found: Row = work(spec, directory, tell)
+        return found
