@@ -78,10 +78,6 @@ def execute(
     except Exception as error:  # what is within it may raise anything
         raise _not_sent(error) from error
     with _client(jobs, threads, scheduler) as client:
-        try:
-            client.submit(_received, sent, pure=False).result()
-        except Exception as error:  # of the user's module, as workers import it
-            raise _not_sent(error) from error
         specs = [spec for spec, _ in runs]
         client.subscribe_topic(_TOPIC, lambda event: on_epoch(specs[event[1][0]], event[1][1]))
         futures = {
@@ -128,11 +124,6 @@ def _not_sent(error: Exception) -> OptionError:
         f"The training function cannot be sent to workers ({type(error).__name__}: {error}): put "
         "it into a module that they can import, and let it make what it needs."
     )
-
-
-def _received(sent: bytes) -> None:
-    """What a worker does first; not by dask, which for what it cannot unpickle tries for ever."""
-    pickle.loads(sent)
 
 
 def ship_module(function: Callable[..., Any]) -> None:
@@ -226,7 +217,11 @@ def _task(sent: bytes, place: int, spec: Spec, directory: Path, threads: int | N
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads or max(1, len(cores)))
-    worker, work = get_worker(), pickle.loads(sent)
+    worker = get_worker()
+    try:
+        work = pickle.loads(sent)  # not by dask, which tries for ever what it cannot
+    except Exception as error:  # of the user's module
+        raise _not_sent(error) from error
 
     def tell(row: Row) -> None:
         worker.log_event(_TOPIC, (place, row))
