@@ -229,8 +229,8 @@ def test_reporting_nothing_and_nonsense(tmp_path):
     assert trial.rows == [{"epoch": 1, "val_accuracy": 0.5, "test_loss": 1.0}]
     for row, message in (
         ({"epoch": 1}, "epoch 1 was reported before"),
-        ({"epoch": -1}, "whole number from 0"),
-        ({"epoch": 2.0}, "whole number from 0"),
+        ({"epoch": -1}, "number from 0"),
+        ({"epoch": math.nan}, "number from 0"),
         ({"epoch": 2, "name": "x"}, "name='x'"),
         ({"epoch": 2, "vector": torch.ones(2)}, "give a number"),
     ):

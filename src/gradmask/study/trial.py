@@ -156,22 +156,24 @@ class Trial:
         self._mask = new_mask(self.arm, model, **{"seed": self.seed, **options})
         return self._mask
 
-    def report(self, *, epoch: int, **metrics: Any) -> None:
-        """Report what was measured after an epoch.
+    def report(self, *, epoch: float, **metrics: Any) -> None:
+        """Report what was measured after an epoch, or within one.
 
         Names say what a metric is for (`val_...` chooses an epoch, `test_...` is judged) and if
         more is better (`..._accuracy`, `..._loss`), or the study's `metrics` do.
 
         Args:
-            epoch: Number of the epoch, larger than that of the report before.
+            epoch: Number of the epoch, or of epochs with a part of one (2.5), larger than that of
+                the report before.
             metrics: Numbers by name, the same in every run.
 
         Raises:
             OptionError: If something is no number, or the epoch is not a later one.
             Diverged: If a loss is not finite: the run ends, and is recorded as diverged.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise OptionError(f"trial.report(epoch={epoch!r}): give a whole number from 0 on.")
+        if isinstance(epoch, bool) or not isinstance(epoch, Real) or not 0 <= epoch < math.inf:
+            raise OptionError(f"trial.report(epoch={epoch!r}): give a number from 0 on.")
+        epoch = int(epoch) if float(epoch).is_integer() else round(float(epoch), 6)
         if self.rows and epoch <= self.rows[-1]["epoch"]:
             raise OptionError(
                 f"trial.report(epoch={epoch}): epoch {self.rows[-1]['epoch']} was reported before; "
@@ -192,7 +194,7 @@ class Trial:
             reason = f"{gone[0]} is {row[gone[0]]}"
             self._diverged = Diverged(
                 f"{self.spec.title}: {reason} in epoch {epoch}.",
-                self._run() | {"diverged": {"epoch": epoch, "reason": reason}},
+                self._run() | {"diverged": {"epoch": math.ceil(epoch), "reason": reason}},
             )
             raise self._diverged
         self.rows.append(row)
@@ -274,7 +276,7 @@ class Trial:
         self.rows[-1] |= {name: _number(name, value) for name, value in metrics.items()}
         self.forget_after(self.rows[-1]["epoch"])
 
-    def forget_after(self, epoch: int) -> None:
+    def forget_after(self, epoch: float) -> None:
         """Forget reports of later epochs, which are to be trained again."""
         self.rows = [row for row in self.rows if row["epoch"] <= epoch]
         self._close()
