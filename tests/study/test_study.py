@@ -259,6 +259,17 @@ def test_what_a_trial_saves_it_goes_on_with(tmp_path):
         Trial(Spec("none", 0), tmp_path).resume(model=torch.nn.Linear(4, 2))
 
 
+def test_saving_before_the_report_is_noticed(tmp_path):
+    trial, model = Trial(Spec("none", 0), tmp_path), torch.nn.Linear(1, 1)
+    with pytest.warns(GradmaskWarning, match="Save after the report"):
+        trial.save(model=model)
+    trial.save(model=model, epoch=0)
+    trial.report(epoch=0, val_loss=1.0)
+    trial.save(model=model)
+    with pytest.warns(GradmaskWarning, match="would train what is saved here twice"):
+        trial.save(model=model)
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     trial = Trial(Spec("none", 0), tmp_path)
     for epoch in range(2):

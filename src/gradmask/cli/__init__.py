@@ -169,11 +169,11 @@ def _show_several(folders: list[Path], output: str | None) -> int:
 
     console = terminal()
     studies = {folder: read_results(folder, check=check_comparison) for folder in folders}
+    target = None if output is None else usable_path("output", output)
+    page = write_comparison_report(studies, target)
     for folder, results in studies.items():
         console.print(str(folder), style="bold", soft_wrap=True, highlight=False, markup=False)
         print_summary(results, console)
-    target = None if output is None else usable_path("output", output)
-    page = write_comparison_report(studies, target)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0
 

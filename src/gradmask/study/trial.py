@@ -6,6 +6,7 @@ import math
 import os
 import time
 import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -18,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradmask import FisherMask
-from gradmask.errors import DataError, OptionError, StateError, TrialError
+from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError, TrialError
 from gradmask.seeding import random_states, restore_random_states, seed_everything
 from gradmask.study.arms import Arm, parse_arm
 from gradmask.study.controls import new_mask
@@ -108,6 +109,7 @@ class Trial:
         self.options = TrialOptions({**(options or {}), **changed, **spec.values})
         self.rows: list[Row] = []
         self.saved: dict[str, Any] = {}
+        self._kept = 0  # of the rows, by what was saved last
         self._started = time.perf_counter()
         self._diverged: Diverged | None = None
         self._on_epoch = on_epoch
@@ -213,6 +215,17 @@ class Trial:
             for name, part in parts.items()
         }
         _check_plain("trial.save", state)
+        counted = any(type(part) is int for part in parts.values())
+        if parts and not counted and len(self.rows) == self._kept:
+            warnings.warn(
+                "trial.save without a trial.report since the last one: trial.resume goes on after "
+                "the epoch that was reported last, and would train what is saved here twice. Save "
+                "after the report, or keep the epoch: trial.save(epoch=epoch, ...), "
+                "trial.saved['epoch'].",
+                GradmaskWarning,
+                stacklevel=2,
+            )
+        self._kept = len(self.rows)
         path = self.directory / CHECKPOINT
         position = list(self._written().position())
         kept = {
@@ -255,6 +268,7 @@ class Trial:
                 if hasattr(part, "load_state_dict"):
                     part.load_state_dict(found["parts"][name])
             self.rows = list(found["rows"])
+            self._kept = len(self.rows)
             size, digest = found["log"]
             random_ = found["random"]
             self.saved = found["parts"]
