@@ -16,7 +16,7 @@ from gradmask.cli.ending import end
 from gradmask.cli.options import read_options, read_study
 from gradmask.cli.parser import Parser, count, count_or_none, usable_path
 from gradmask.cli.terminal import prepare_streams, terminal
-from gradmask.errors import OptionError, TrialError, check_choice
+from gradmask.errors import OptionError, StateError, TrialError, check_choice
 from gradmask.interrupts import work_begins
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
@@ -147,7 +147,7 @@ def _study(words: list[str]) -> int:
 
 
 def _report(folders: list[Path], output: str | None) -> int:
-    from gradmask.recipes.results import check_comparison, check_theorem
+    from gradmask.recipes.results import check_theorem
     from gradmask.recipes.theorem.run import FILE
     from gradmask.study.folder import read_results
 
@@ -159,16 +159,24 @@ def _report(folders: list[Path], output: str | None) -> int:
     (directory,) = folders
     if (directory / FILE).is_file():
         return _show_theorem(directory, read_results(directory, FILE, check_theorem))
-    return _show(directory, read_results(directory, check=check_comparison))
+    return _show(directory, _read_finished(directory))
+
+
+def _read_finished(directory: Path) -> Results:
+    from gradmask.recipes.results import check_comparison
+    from gradmask.study.folder import read_results
+
+    results = read_results(directory, check=check_comparison)
+    if not results["runs"]:
+        raise StateError(f"No run in {directory} is finished: give its command again.")
+    return results
 
 
 def _show_several(folders: list[Path], output: str | None) -> int:
-    from gradmask.recipes.results import check_comparison
-    from gradmask.study.folder import read_results
     from gradmask.study.report import print_summary, write_comparison_report
 
     console = terminal()
-    studies = {folder: read_results(folder, check=check_comparison) for folder in folders}
+    studies = {folder: _read_finished(folder) for folder in folders}
     target = None if output is None else usable_path("output", output)
     page = write_comparison_report(studies, target)
     for folder, results in studies.items():

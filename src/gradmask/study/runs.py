@@ -119,7 +119,7 @@ def _train_missing(
 
     def fail(spec: Spec, reason: str) -> None:
         failed.append(" ".join(reason.split())[:300])
-        progress.fail(spec, reason)
+        progress.fail(spec, failed[-1])
 
     derived = [spec for spec in missing if parse_arm(spec.arm, own).baseline in config.arms]
     derived = [spec for spec in derived if _is_early(spec, own)]
