@@ -129,6 +129,28 @@ def test_mistakes_in_a_yaml_file(text, message, tmp_path, capsys):
     assert re.search(message, printed)
 
 
+def test_a_study_of_which_runs_fail_shows_the_others(tmp_path, capsys, monkeypatch):
+    (tmp_path / "failing_module.py").write_text(
+        "def some(trial):\n"
+        "    assert trial.seed != 1, 'mine'\n"
+        "    trial.report(epoch=0, val_accuracy=0.5)\n"
+        "def every(trial):\n"
+        "    raise ValueError('mine')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = ["--arms", "none", "--seeds", "0", "1", "--output"]
+    assert main(["study", "failing_module:some", *words, "some"]) == 1
+    printed = capsys.readouterr()
+    assert "│ no mask" in printed.out
+    assert "1 of 2 runs failed" in printed.err
+    assert "no mask, seed 1: AssertionError: mine" in printed.err
+    assert main(["study", "failing_module:every", *words, "every"]) == 1
+    assert "2 of 2 runs failed" in capsys.readouterr().err
+    assert main(["report", "every"]) == 2
+    assert "No run in every is finished" in capsys.readouterr().err
+
+
 def test_recipes_are_listed(capsys):
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out

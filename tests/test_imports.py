@@ -11,6 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "gradmask"
 # and these foundations.
 CORE = [
     "errors",
+    "named",
     "interrupts",
     "containers",
     "seeding",
@@ -35,7 +36,7 @@ CORE = [
     "__init__",
 ]
 TOP = ["study", "audit", "integrations", "recipes", "benchmarks", "cli"]
-PUBLIC = ["__init__", "errors", "interrupts", "seeding", "distributed", "loaders"]
+PUBLIC = ["__init__", "errors", "named", "interrupts", "seeding", "distributed", "loaders"]
 HEAVY = {
     "distributed",
     "torchvision",

@@ -282,6 +282,18 @@ def test_switches_on_the_command_line():
         read_options(["--no-model"])
 
 
+def test_commas_part_arms_but_not_those_of_a_list():
+    from gradmask.cli.options import read_options, read_study
+
+    arms = ("none", "fixed:file=a,b.pt")
+    assert read_options(["--arms", json.dumps(arms)]).arms == arms
+    assert read_study(["a:b", f"--arms={json.dumps(arms)}"]).arms == arms
+    assert read_options(["--arms", "none,fisher", "slow"]).arms == ("none", "fisher", "slow")
+    for words in (["--arms", *arms], ["--arms=none,fixed:file=a,b.pt"]):
+        with pytest.raises(OptionError, match=r"'b.pt' is none.*\[\"fixed:file=a,b.pt\"\]'"):
+            read_options(words)
+
+
 def test_options_that_older_folders_lack_have_their_old_meaning():
     young = {"test_size", "evaluate_every", "crop", "flip", "transform", "class_weights"}
     young |= {"weights", "labels_csv"}

@@ -141,6 +141,10 @@ def test_a_sweep_has_its_front_and_the_values_that_were_chosen(tmp_path):
     assert row["yhigh"] == pytest.approx(100 * (mean(accuracies) + stdev(accuracies)), rel=1e-5)
     assert [r["chosen"] for r in rows if r["arm"] == "no mask"] == [0, 4, 0]
     assert "chosen by 4 of 4 seeds" in page
+    assert ("lr 0.01", "lr 0.01") in cells(page)  # beside the means
+    print_summary(results, console := Console(record=True, width=120))
+    (line,) = (line for line in console.export_text().splitlines() if line.startswith("│ no mask "))
+    assert line.split("│")[2].strip() == "lr 0.01"
     assert (tmp_path / "figures" / "front.svg").is_file()
     for run in results["runs"]:
         for one in run["epochs"]:
@@ -293,6 +297,29 @@ def test_studies_side_by_side(tmp_path):
     assert [p["title"] for p in panels[:2]] == ["Test accuracy (%): a", "Test accuracy (%): b"]
     domains = [panel["layer"][1]["encoding"]["y"]["scale"]["domain"] for panel in panels[:2]]
     assert domains[0] == domains[1]
+
+
+def test_shares_and_percentages_are_shown_on_one_scale(tmp_path):
+    share, percent = made_up(), made_up()
+    for run in percent["runs"]:
+        for row in run["epochs"]:
+            row.update({k: 100 * v for k, v in row.items() if "accuracy" in k})
+    studies = {tmp_path / "a": share, tmp_path / "b": percent}
+    for folder in studies:
+        folder.mkdir()
+        mark_folder(folder)
+    page = write_comparison_report(studies).read_text()
+    _, *rows = [
+        [unescape(re.sub(r"<[^>]*>", "", cell)) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)]
+        for row in re.findall(r"<tr.*?</tr>", markup(page), flags=re.S)
+    ]
+    half = len(rows) // 2
+    assert [row[1:] for row in rows[:half]] == [row[1:] for row in rows[half:]]
+    ours, theirs = data(page)["figures"]["curves"]["panels"][:2]
+    assert ours["title"] == "Test accuracy (%): a"
+    for one, other in zip(ours["data"]["values"], theirs["data"]["values"], strict=True):
+        assert one["mean"] == pytest.approx(other["mean"], rel=1e-5)
+        assert one["shown"] == other["shown"]
 
 
 def test_pages_go_into_folders_of_ours_only(tmp_path):

@@ -199,3 +199,8 @@ def _contents(value: Any) -> Iterator[Any]:
             slots = getattr(cls, "__slots__", ())
             for slot in (slots,) if isinstance(slots, str) else slots:
                 yield getattr(value, slot, None)
+
+
+def entry(outputs: Any, name: str) -> Any:
+    """What a model returned by that name, in a dict or as an attribute; None if there is none."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)

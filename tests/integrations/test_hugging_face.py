@@ -385,6 +385,20 @@ def mean_of(logits, labels, mask, **options):
     return torch.nn.functional.cross_entropy(logits.mT, labels, **options)
 
 
+def test_outputs_in_a_plain_dict():
+    class Plain(Scoring):
+        def forward(self, *args, **kwargs):
+            return dict(super().forward(*args, **kwargs))
+
+    found, expected = (fisher_diagonal(m(next_token), language_batches()) for m in (Plain, Scoring))
+    assert_near(found, expected)
+    found, expected = (
+        influence(m(next_token), language_batches()[0], language_batches()[1])
+        for m in (Plain, Scoring)
+    )
+    assert torch.equal(found, expected)
+
+
 def test_likelihoods_that_cannot_be_told_apart():
     model = Scoring(next_token)
     torch.nn.init.zeros_(model.head.weight)

@@ -113,6 +113,9 @@ def test_slow_after_a_step_that_failed():
 
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(failing)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure=failing)
+    assert optimizer.param_groups[0]["lr"] == 0.5
     optimizer.param_groups[0]["lr"] = 0.125  # as a schedule would
     before = model[0].bias.detach().clone()
     model[0].bias.grad = torch.ones_like(before)

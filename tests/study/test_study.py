@@ -104,6 +104,19 @@ def test_arms_of_ones_own(tmp_path):
     assert list(rows.values()) == [run["epochs"] for run in (again["runs"][i] for i in (0, 1, 2))]
 
 
+def test_arms_of_ones_own_have_names_of_their_own(tmp_path):
+    other = partial(own_arm)
+    for arms, message in (
+        ({"fisher": own_arm}, "'fisher' is a built-in arm"),
+        ({"none": None, "slow:keep=0.5": own_arm}, "'slow' is a built-in arm"),
+        ({"half": own_arm, "half:factor=1": other}, "'half' has another function"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            compare(train, arms, [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    compare(train, {"half:factor=1": own_arm}, [0], tmp_path / "out", threads=1)
+
+
 def test_an_interrupted_study_goes_on_to_the_same_bits(studied, tmp_path):
     _, whole = studied
     calls = []
@@ -186,7 +199,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path):
         ({"keeps": 3}, "keeps"),
         ({"train": "no.such:thing"}, "cannot be imported"),
         ({"train": "training_functions:nothing"}, "cannot be imported"),
-        ({"train": "training_functions"}, "must be written package.module:function"),
+        ({"train": "training_functions"}, "must be written module:function"),
         ({"train": "training_functions:EPOCHS"}, "is no function"),
     ],
 )
@@ -216,8 +229,8 @@ def test_reporting_nothing_and_nonsense(tmp_path):
     assert trial.rows == [{"epoch": 1, "val_accuracy": 0.5, "test_loss": 1.0}]
     for row, message in (
         ({"epoch": 1}, "epoch 1 was reported before"),
-        ({"epoch": -1}, "whole number from 0"),
-        ({"epoch": 2.0}, "whole number from 0"),
+        ({"epoch": -1}, "number from 0"),
+        ({"epoch": math.nan}, "number from 0"),
         ({"epoch": 2, "name": "x"}, "name='x'"),
         ({"epoch": 2, "vector": torch.ones(2)}, "give a number"),
     ):
@@ -244,6 +257,17 @@ def test_what_a_trial_saves_it_goes_on_with(tmp_path):
         Trial(Spec("none", 1), tmp_path).resume()
     with pytest.raises(StateError, match="damaged"):
         Trial(Spec("none", 0), tmp_path).resume(model=torch.nn.Linear(4, 2))
+
+
+def test_saving_before_the_report_is_noticed(tmp_path):
+    trial, model = Trial(Spec("none", 0), tmp_path), torch.nn.Linear(1, 1)
+    with pytest.warns(GradmaskWarning, match="Save after the report"):
+        trial.save(model=model)
+    trial.save(model=model, epoch=0)
+    trial.report(epoch=0, val_loss=1.0)
+    trial.save(model=model)
+    with pytest.warns(GradmaskWarning, match="would train what is saved here twice"):
+        trial.save(model=model)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
@@ -319,13 +343,20 @@ def test_what_a_function_does_to_its_process_ends_with_its_run(tmp_path, monkeyp
 @pytest.mark.parametrize("error", [ValueError("mine"), SystemExit(0)])
 def test_a_run_that_fails_is_named_and_the_others_are_kept(error, tmp_path):
     def failing(trial):
-        if trial.seed == 1:
+        if trial.seed == 1 and error is not None:
             raise error
         trial.report(epoch=0, val_accuracy=0.5)
 
-    with pytest.raises(TrialError, match=rf"no mask, seed 1: {type(error).__name__}"):
-        compare(failing, ["none"], range(3), tmp_path)
-    assert len(read_results(tmp_path)["runs"]) == 1
+    arms = ["none", "early"]
+    with pytest.raises(TrialError, match="2 of 6 runs failed") as found:
+        compare(failing, arms, range(3), tmp_path)
+    assert f"no mask, seed 1: {type(error).__name__}: {error}" in str(found.value)
+    assert "early stopping, seed 1: its run without a mask failed" in str(found.value)
+    assert sorted(run["seed"] for run in read_results(tmp_path)["runs"]) == [0, 0, 2, 2]
+    assert "raise error" in (tmp_path / "runs" / "none-seed1" / "error.txt").read_text()
+    error = None
+    assert len(compare(failing, arms, range(3), tmp_path)["runs"]) == 6
+    assert not list(tmp_path.rglob("error.txt"))
 
 
 def test_numbers_that_would_ruin_a_folder(tmp_path):

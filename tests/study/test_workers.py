@@ -6,12 +6,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from training_functions import train, train_and_die
 
+from gradmask.errors import OptionError
 from gradmask.study import compare
 
 pytest.importorskip("distributed", reason="several jobs need dask")
@@ -44,6 +46,37 @@ def test_two_workers_one_of_which_dies(alone, tmp_path):
     assert timeless(results["runs"]) == alone
     assert len(list(tmp_path.glob("runs/*/died"))) == 1
     assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_what_workers_cannot_have_is_refused_before_any_work(tmp_path, monkeypatch):
+    lock = threading.Lock()
+    with pytest.raises(OptionError, match=r"cannot be sent to workers \(TypeError: cannot pickle"):
+        compare(lambda trial: lock, ["none"], [0], tmp_path / "lock", jobs=2)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>", raising=False)
+    with pytest.raises(OptionError, match="'<stdin>' is no file: save it"):
+        compare(train, ["none"], [0], tmp_path / "script", jobs=2)
+    assert not list(tmp_path.glob("*/runs"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupt_ends_in_one_line(begun, tmp_path):
+    """While workers start, and while they train."""
+    options = ["--jobs", "2", "--threads", "1", "--output", str(tmp_path / "out")]
+    words = ["study", "training_functions:train_slowly", *options]
+    command = [sys.executable, "-m", "gradmask.cli", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pattern = "out/runs/*/metrics.jsonl" if begun else "out/config.yaml"
+    while not list(tmp_path.glob(pattern)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1.5)  # of the seconds that workers take to start
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = told.splitlines()
+    assert line.startswith("gradmask: interrupted.")
+    assert line.endswith("the same command goes on.")
 
 
 STUDY = """

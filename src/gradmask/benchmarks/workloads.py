@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from torchvision.models.resnet import BasicBlock
 
 from gradmask.benchmarks.language import SMALL, language_model
 from gradmask.errors import OptionError, check_choice
+from gradmask.named import named
 from gradmask.recipes.training.models import CifarResNet
 
 
@@ -107,7 +107,7 @@ def find_workload(name: str) -> Workload:
     Args:
         name: For example `resnet18` or `gpt2`; `convnext_tiny`, a classifier of torchvision;
             `transformers:gpt2`, a language model with the sizes of its default configuration; or
-            `package.module:function`, which returns the network.
+            `module:function`, which takes nothing and returns the network.
 
     Returns:
         The workload.
@@ -121,15 +121,7 @@ def find_workload(name: str) -> Workload:
         build = partial(language_model, name.partition(":")[2], small=False)
         return Workload(build, (128,), 8, tokens=True)
     if ":" in name:
-        module, _, function = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), function)
-        except Exception as error:  # of the user's module as well
-            raise OptionError(
-                f"model={name!r} cannot be imported ({error}): expected package.module:function, "
-                "a function without arguments that returns the network."
-            ) from error
-        return Workload(found, (3, 224, 224), 32)
+        return Workload(named("model", name), (3, 224, 224), 32)
     classifiers = torchvision.models.list_models(module=torchvision.models)
     check_choice("model", name, [*WORKLOADS, *classifiers])
     return Workload(lambda: torchvision.models.get_model(name, weights=None), (3, 224, 224), 32)

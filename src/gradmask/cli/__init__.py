@@ -17,7 +17,7 @@ from gradmask.cli.ending import end
 from gradmask.cli.options import read_options, read_study
 from gradmask.cli.parser import Parser, usable_path
 from gradmask.cli.terminal import prepare_streams, terminal
-from gradmask.errors import OptionError, check_choice
+from gradmask.errors import OptionError, StateError, TrialError, check_choice
 from gradmask.interrupts import work_begins
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
@@ -132,18 +132,25 @@ def _study(words: list[str]) -> int:
     from dataclasses import asdict
 
     from gradmask.study import compare
+    from gradmask.study.folder import read_results
     from gradmask.study.processes import joined
     from gradmask.study.progress import Progress
 
     sys.path.insert(0, "")  # as `python -m` has it: the function may be in a file here
     work_begins()
     with joined(cuda=False) as ours:
-        results = compare(**asdict(config), progress=Progress(terminal(quiet=not ours.main)))
+        try:
+            results = compare(**asdict(config), progress=Progress(terminal(quiet=not ours.main)))
+        except TrialError:
+            found = read_results(config.output) if ours.count == 1 else {}
+            if found.get("runs"):
+                _show(config.output, found)
+            raise
         return _show(config.output, results) if ours.main else 0
 
 
 def _report(folders: list[Path], output: str | None) -> int:
-    from gradmask.recipes.results import check_comparison, check_theorem
+    from gradmask.recipes.results import check_theorem
     from gradmask.recipes.theorem.run import FILE
     from gradmask.study.folder import read_results
 
@@ -155,21 +162,29 @@ def _report(folders: list[Path], output: str | None) -> int:
     (directory,) = folders
     if (directory / FILE).is_file():
         return _show_theorem(directory, read_results(directory, FILE, check_theorem))
-    return _show(directory, read_results(directory, check=check_comparison))
+    return _show(directory, _read_finished(directory))
+
+
+def _read_finished(directory: Path) -> Results:
+    from gradmask.recipes.results import check_comparison
+    from gradmask.study.folder import read_results
+
+    results = read_results(directory, check=check_comparison)
+    if not results["runs"]:
+        raise StateError(f"No run in {directory} is finished: give its command again.")
+    return results
 
 
 def _show_several(folders: list[Path], output: str | None) -> int:
-    from gradmask.recipes.results import check_comparison
-    from gradmask.study.folder import read_results
     from gradmask.study.report import print_summary, write_comparison_report
 
     console = terminal()
-    studies = {folder: read_results(folder, check=check_comparison) for folder in folders}
+    studies = {folder: _read_finished(folder) for folder in folders}
+    target = None if output is None else usable_path("output", output)
+    page = write_comparison_report(studies, target)
     for folder, results in studies.items():
         console.print(str(folder), style="bold", soft_wrap=True, highlight=False, markup=False)
         print_summary(results, console)
-    target = None if output is None else usable_path("output", output)
-    page = write_comparison_report(studies, target)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0
 

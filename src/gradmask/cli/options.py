@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from gradmask.cli.parser import Printing, usable_path
@@ -136,6 +137,8 @@ def _normal_form(words: list[str], known: list[str]) -> list[str]:
             while not equals and place < len(words) and not words[place].startswith("--"):
                 items.append(words[place])
                 place += 1
+            if name == "arms":
+                _check_commas(items)
             text = ",".join(items)
             normal.append(f"--{name}={text if text.startswith('[') else f'[{text}]'}")
         elif name in _MAPPINGS:
@@ -150,6 +153,22 @@ def _normal_form(words: list[str], known: list[str]) -> list[str]:
             normal.append(f"--{name}{equals}{value}")
     normal += [f"--{name}={_mapping(name, items)}" for name, items in mappings.items()]
     return normal
+
+
+def _check_commas(arms: list[str]) -> None:
+    """Refuse a comma within an arm, such as in a file's name: it would part the arm in two."""
+    from gradmask.study.arms import STRATEGIES
+
+    for word in arms:
+        before = ""
+        for part in [] if word.startswith("[") else word.split(","):
+            if "=" in before and ":" not in part and not get_close_matches(part, STRATEGIES):
+                example = json.dumps([f"{before},{part}"])
+                raise OptionError(
+                    f"arms {word!r}: a comma parts arms, and {part!r} is none. For an arm with a "
+                    f"comma write a list: --arms '{example}'."
+                )
+            before = part
 
 
 def _mapping(name: str, items: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradmask.containers import entry
 from gradmask.fisher.tasks import Task
 
 
@@ -83,7 +84,7 @@ class Scored(Wrapped):
         """The logits, with the classes where PyTorch's losses have them."""
         given, counts = inputs if isinstance(inputs, Padded) else (inputs, None)
         outputs = call(self.model, given)
-        logits = getattr(outputs, "logits", None)
+        logits = entry(outputs, "logits")
         if not isinstance(logits, Tensor):
             return outputs
         if self.task is None:  # three dimensions: a language model's, with the classes last

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradmask.containers import entry
 from gradmask.errors import DataError
 from gradmask.fisher.likelihood import IGNORED, Loss
 
@@ -96,10 +97,10 @@ def check_task(task: Task, run: Callable[[Any], Any], inputs: Any, labels: Tenso
     """Raise a DataError if the model's own loss of another batch is not that of the task."""
     with torch.no_grad():
         outputs = run({**inputs, "labels": labels})
-    own = outputs.loss.detach()
+    own, logits = entry(outputs, "loss").detach(), entry(outputs, "logits")
     # Where nothing counts there is nothing to compare.
-    if own.isfinite() and _error(task, outputs.logits, labels, own) > _tolerance(own):
-        raise _refused("is another than in batches before", [task], outputs.logits, labels, own)
+    if own.isfinite() and _error(task, logits, labels, own) > _tolerance(own):
+        raise _refused("is another than in batches before", [task], logits, labels, own)
 
 
 def _scored(
@@ -113,7 +114,7 @@ def _scored(
                 return None, None
         else:
             scored = run({**inputs, "labels": labels})
-            own = getattr(scored, "loss", None)
+            own = entry(scored, "loss")
             try:
                 outputs = run(inputs)
             except Exception as error:
@@ -124,7 +125,7 @@ def _scored(
                 ) from error
             if isinstance(outputs, Tensor):
                 return None, None
-    logits = getattr(outputs, "logits", None)
+    logits = entry(outputs, "logits")
     own = own.detach() if isinstance(own, Tensor) and own.numel() == 1 else None
     return logits if isinstance(logits, Tensor) else None, own
 

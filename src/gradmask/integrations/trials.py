@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ _NOT_METRICS = ("_runtime", "_per_second", "_preparation_time")
 
 
 class Reporter:
-    """Gathers what a framework measures in an epoch, and reports it to a study.
+    """Gathers what a framework measures at one time, and reports it to a study.
 
     Args:
         trial: The run.
@@ -22,7 +21,7 @@ class Reporter:
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
-        self._epoch = 0
+        self._epoch = 0.0
         self._found: dict[str, float] = {}
 
     def add(self, epoch: float, metrics: Mapping[str, Any]) -> None:
@@ -32,7 +31,7 @@ class Reporter:
             epoch: Epochs that are over, perhaps a part of one.
             metrics: Values by name; what is no number, or a time, is left out.
         """
-        now = math.ceil(epoch)
+        now = round(epoch, 6)  # as trials have it
         if now != self._epoch:
             self.flush()
             self._epoch = now
@@ -42,7 +41,7 @@ class Reporter:
                 self._found[_plain(name)] = float(value)
 
     def flush(self) -> None:
-        """Report what was measured in the epoch so far; or later, as of that epoch."""
+        """Report what was measured; after training it is of the last epoch."""
         found, self._found = self._found, {}
         rows = self.trial.rows
         if found and rows and rows[-1]["epoch"] >= self._epoch:
@@ -62,7 +61,7 @@ class Reporter:
             epoch: Epochs that were over then.
         """
         self.trial.resume()
-        self.trial.forget_after(math.ceil(epoch))
+        self.trial.forget_after(round(epoch, 6))
 
 
 def _plain(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gradmask.errors import GradmaskWarning, OptionError
-from gradmask.study.arms import parse_arm
+from gradmask.named import named
+from gradmask.study.arms import STRATEGIES, parse_arm
 from gradmask.study.metrics import check_metrics
 from gradmask.study.options import check_different
 from gradmask.study.progress import Progress
@@ -117,11 +117,12 @@ def compare(
     Raises:
         OptionError: If an option, or the folder, cannot be used; before training starts.
         StateError: If the folder holds another study, or a damaged one.
+        TrialError: If runs failed; once all others are done. They are tried again next time.
     """
-    function, name = resolve(train)
+    function = named("train", train) if isinstance(train, str) else train
     if isinstance(arms, str) or isinstance(seeds, str):
         raise OptionError(f"arms={arms!r} and seeds={seeds!r} must be lists.")
-    own = {k: f for k, f in arms.items() if f is not None} if isinstance(arms, Mapping) else {}
+    own = _own_arms(arms) if isinstance(arms, Mapping) else {}
     plain: dict[str, Any] = dict(options)
     for key in ("judge", "front"):
         if key in plain:
@@ -131,7 +132,7 @@ def compare(
             plain[key] = {k: _plain(f"{key} {k}", v) for k, v in plain[key].items()}
     try:
         config = StudyOptions(
-            train=name,
+            train=train if isinstance(train, str) else name_of(train),
             arms=tuple(arms),
             seeds=tuple(map(index, seeds)),
             output=Path(output).expanduser(),
@@ -146,7 +147,7 @@ def compare(
         if both := found.others.keys() & config.sweep.keys():
             raise OptionError(f"Arm {arm!r} and the sweep both set {min(both)}: leave one out.")
         if ":" in found.strategy:
-            own[found.strategy] = resolve(found.strategy)[0]
+            own[found.strategy] = named("arm", found.strategy)
     source = source_sum(function)
     if config.scheduler is not None:
         ship_module(function)
@@ -165,26 +166,27 @@ def compare(
     return run_study(config, begin, progress=progress, own=own)
 
 
-def resolve(train: Callable[..., Any] | str) -> tuple[Callable[..., Any], str]:
-    """A function and its name, `package.module:function`."""
-    if callable(train):
-        inner: Any = train
-        while isinstance(inner, partial):
-            inner = inner.func
-        module = getattr(inner, "__module__", "") or "__main__"
-        return train, f"{module}:{getattr(inner, '__qualname__', type(inner).__name__)}"
-    module, _, attribute = train.partition(":")
-    if not module or not attribute:
-        raise OptionError(f"train={train!r} must be written package.module:function.")
-    try:
-        function = importlib.import_module(module)
-        for part in attribute.split("."):
-            function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"{train!r} cannot be imported: {error}.") from error
-    if not callable(function):
-        raise OptionError(f"{train!r} is no function.")
-    return function, train
+def _own_arms(arms: Mapping[str, Callable[..., Any] | None]) -> dict[str, Callable[..., Any]]:
+    """The user's own arms by name, without the options that follow it."""
+    own: dict[str, Callable[..., Any]] = {}
+    for arm, function in arms.items():
+        name = arm.partition(":")[0]
+        if function is None:
+            continue
+        if name in STRATEGIES:
+            raise OptionError(f"Arm {arm!r}: {name!r} is a built-in arm: give yours another name.")
+        if own.setdefault(name, function) != function:
+            raise OptionError(f"Arm {arm!r}: {name!r} has another function: give it another name.")
+    return own
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A function's name, `package.module:function`."""
+    inner: Any = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    module = getattr(inner, "__module__", "") or "__main__"
+    return f"{module}:{getattr(inner, '__qualname__', type(inner).__name__)}"
 
 
 def source_sum(function: Callable[..., Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class _Hooked(FisherMask):
         self._steps.used = True
         own = {id(p) for p in self._trainable().values()}
         for each in optimizers_to_hook(optimizer, own, "gradient"):
-            self._handles.append(each.register_step_pre_hook(self._before))
+            self._handles.append(each.register_step_pre_hook(self._begin))
             self._handles.append(each.register_step_post_hook(self._after))
         return self
 
@@ -51,6 +52,25 @@ class _Hooked(FisherMask):
         """Clip the gradients, as PyTorch does."""
         parameters = list(self._trainable().values())
         return clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+
+    def _begin(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._before(optimizer)
+        safe = partial(self._safe, optimizer)
+        return tuple(map(safe, args)), {k: safe(v) for k, v in kwargs.items()}
+
+    def _safe(self, optimizer: Optimizer, closure: Any) -> Any:
+        """A closure whose failure ends the step for the arm too: no hook is called after it."""
+        if isinstance(closure, Optimizer) or not callable(closure):
+            return closure
+
+        def safe(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return closure(*args, **kwargs)
+            except BaseException:
+                self._after(optimizer)
+                raise
+
+        return safe
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         """Before a step."""

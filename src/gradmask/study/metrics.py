@@ -23,7 +23,7 @@ _LOWER = (
     *("loss", "error", "err", "perplexity", "ppl", "nll", "mse", "mae", "rmse", "wer", "cer"),
     *("ece", "brier", "kl", "memorised", "regret"),
 )
-_SHARES = ("accuracy", "acc", "memorised")  # shown in percent if they are in [0, 1]
+_SHARES = ("accuracy", "acc", "memorised")  # shown in percent, if they are in [0, 1] or [0, 100]
 # What a run has in each epoch that is no result.
 _NO_METRICS = ("epoch", "lr", "seconds", "refresh_seconds", "evaluation_seconds", "kept", "step")
 
@@ -37,6 +37,7 @@ class Metric:
         at: The epoch: `last`; `chosen` on validation; `best`, chosen by the metric itself.
         higher_is_better: Direction of an improvement; None if it is not known.
         percent: Shown as a percentage.
+        share: What makes shares of 1 of its values: 0.01 if percentages were reported.
         chooser: Metrics that choose an epoch, the first one first, with their directions.
     """
 
@@ -45,6 +46,7 @@ class Metric:
     higher_is_better: bool | None
     percent: bool
     chooser: tuple[tuple[str, bool], ...] = ()
+    share: float = 1.0
 
     @property
     def name(self) -> str:
@@ -88,11 +90,16 @@ class Metric:
         row = rows[-1] if self.at == "last" else chosen_epoch(rows, self.chooser)
         return float(row[self.key])
 
+    @property
+    def scale(self) -> float:
+        """What values are multiplied by to be shown."""
+        return 100.0 * self.share if self.percent else 1.0
+
     def show(self, value: float, signed: bool = False) -> str:
-        """Write a value (on the scale 0 to 1 for percentages) as the tables do."""
+        """Write a value, as it was reported, as the tables do."""
         sign = "+" if signed else ""
         if self.percent:
-            return f"{100 * value:{sign}.1f}"
+            return f"{self.scale * value:{sign}.1f}"
         return f"{value:{sign}.3f}" if abs(value) < 1000 else f"{value:{sign}.4g}"
 
 
@@ -171,12 +178,12 @@ def metrics_of(results: Results) -> Metrics:
     chooser = _chooser(config.get("choose"), ways)
 
     def metric(key: str, at: str) -> Metric:
-        percent = bool(set(key.lower().split("_")) & set(_SHARES)) and all(
-            0.0 <= row.get(key, 0.0) <= 1.0 or math.isnan(row[key])
-            for run in runs
-            for row in run["epochs"]
-        )
-        return Metric(key, at, ways[key], percent, chooser)
+        found = [row.get(key, 0.0) for run in runs for row in run["epochs"]]
+        found = [value for value in found if not math.isnan(value)]
+        percent = bool(set(key.lower().split("_")) & set(_SHARES))
+        percent &= all(0.0 <= value <= 100.0 for value in found)
+        share = 0.01 if percent and max(found, default=0.0) > 1.0 else 1.0
+        return Metric(key, at, ways[key], percent, chooser, share)
 
     shown = []
     for key in keys:

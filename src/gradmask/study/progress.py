@@ -99,21 +99,25 @@ class Progress:
 
     def finish(self, run: Row) -> None:
         """A run is over."""
-        self._finished += 1
-        self._told = time.monotonic()
-        spec = Spec.of(run)
-        if spec in self._runs:
-            self._bars.remove_task(self._runs.pop(spec))
-        if not self.epochs:
-            self._bars.advance(self._all)
         if "diverged" in run:
             found = f"diverged in epoch {run['diverged']['epoch']}"
         else:
             found = numbers_of(run)
-        self._print(
-            f"[{self._finished:>{len(str(self._planned))}}/{self._planned}] "
-            f"{spec.title:<{self._width}}:  {found}  ({run['seconds']:.1f} s)"
-        )
+        spec = Spec.of(run)
+        self._over(spec, f"{spec.title:<{self._width}}:  {found}  ({run['seconds']:.1f} s)")
+
+    def fail(self, spec: Spec, reason: str) -> None:
+        """A run failed, as the reason says, which begins with its title."""
+        self._over(spec, f"failed: {reason}")
+
+    def _over(self, spec: Spec, text: str) -> None:
+        self._finished += 1
+        self._told = time.monotonic()
+        if spec in self._runs:
+            self._bars.remove_task(self._runs.pop(spec))
+        if not self.epochs:
+            self._bars.advance(self._all)
+        self._print(f"[{self._finished:>{len(str(self._planned))}}/{self._planned}] {text}")
 
     def _show(self, spec: Spec, share: float = 0.0) -> None:
         """Move a run's bar."""

@@ -21,8 +21,15 @@ from gradmask.study.schema import (
 Results = dict[str, Any]
 Row = dict[str, Any]
 
+
+def _epoch(value: Any) -> float:
+    if not (found := number(value)) >= 0:
+        raise Wrong(f"{value!r} is no number from 0 on")
+    return found
+
+
 _ROW = record(
-    {"epoch": whole},
+    {"epoch": _epoch},
     {
         "kept_per_parameter": items(number),
         "test_accuracy_per_class": items(number),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gradmask.errors import OptionError
+from gradmask.errors import OptionError, TrialError
 from gradmask.study.arms import Arm, parse_arm
 from gradmask.study.environment import environment
 from gradmask.study.files import remove_temporaries, write_atomically
@@ -59,6 +59,9 @@ def run_study(
 
     Returns:
         The contents of `results.json`.
+
+    Raises:
+        TrialError: If runs failed; once all others are done.
     """
     ours, progress = processes(), progress or Progress()
     directories: dict[Path, Spec] = {}
@@ -82,9 +85,15 @@ def run_study(
                 limits.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(config.threads)
             progress.plan(missing, len(results["runs"]))
-            _train_missing(config, work, results, missing, progress, own)
+            failed = _train_missing(config, work, results, missing, progress, own)
         if ours.main:
             save_results(config.output, results)
+        if failed:
+            raise TrialError(
+                f"{len(failed)} of {len(missing)} runs failed (the traceback of each is in its "
+                f"folder in {config.output / 'runs'}); the others are kept, and the same command "
+                f"tries these again. {'; '.join(failed)}"
+            )
     return results
 
 
@@ -95,8 +104,9 @@ def _train_missing(
     missing: list[Spec],
     progress: Progress,
     own: Iterable[str],
-) -> None:
-    ours = processes()
+) -> list[str]:
+    """Train runs, and say which failed."""
+    ours, failed = processes(), []
 
     def record(run: Row) -> None:
         results["runs"].append(run | {"commit": results["environment"].get("commit")})
@@ -107,6 +117,10 @@ def _train_missing(
             remove_checkpoints(run_directory(config.output, Spec.of(run)))
         progress.finish(run)
 
+    def fail(spec: Spec, reason: str) -> None:
+        failed.append(" ".join(reason.split())[:300])
+        progress.fail(spec, failed[-1])
+
     derived = [spec for spec in missing if parse_arm(spec.arm, own).baseline in config.arms]
     derived = [spec for spec in derived if _is_early(spec, own)]
     todo = [(s, run_directory(config.output, s).absolute()) for s in missing if s not in derived]
@@ -116,6 +130,11 @@ def _train_missing(
     scheduler = getattr(config, "scheduler", None)
     limits = {"jobs": config.jobs, "threads": config.threads, "scheduler": scheduler}
     for spec, run in execute(work, todo, progress.epoch, **limits):
+        if isinstance(run, TrialError):
+            if ours.count > 1:  # the others train on together
+                raise run
+            fail(spec, str(run))
+            continue
         if _is_early(spec, own):
             run = early_stopped(run, parse_arm(spec.arm, own), config)
         record(run)
@@ -123,8 +142,12 @@ def _train_missing(
     for spec in derived:
         arm = parse_arm(spec.arm, own)
         plain = replace(spec, arm=arm.baseline).as_row()
-        base = next(run for run in results["runs"] if plain.items() <= run.items())
-        record(early_stopped(base | spec.as_row(), arm, config))
+        base = next((run for run in results["runs"] if plain.items() <= run.items()), None)
+        if base is None:
+            fail(spec, f"{spec.title}: its run without a mask failed")
+        else:
+            record(early_stopped(base | spec.as_row(), arm, config))
+    return failed
 
 
 def _is_early(spec: Spec, own: Iterable[str]) -> bool:

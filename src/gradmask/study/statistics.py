@@ -85,6 +85,11 @@ def available(results: Results) -> list[Metric]:
     return list(metrics_of(results).shown)
 
 
+def is_swept(results: Results) -> bool:
+    """Whether arms were run with several values."""
+    return len({value_key(run) for run in results["runs"]}) > 1
+
+
 def value_key(run: Row) -> str:
     """A sweep's values as one text, by which runs are told apart."""
     return json.dumps(values_of(run), sort_keys=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 import time
+import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradmask import FisherMask
-from gradmask.errors import DataError, GradmaskError, OptionError, StateError, TrialError
+from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError, TrialError
 from gradmask.seeding import random_states, restore_random_states, seed_everything
 from gradmask.study.arms import Arm, parse_arm
 from gradmask.study.controls import new_mask
@@ -26,6 +29,7 @@ from gradmask.study.results import Row
 from gradmask.study.spec import Spec
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+ERROR = "error.txt"  # the traceback of a run that failed
 VERSION = 1
 _RESERVED = ("kept_per_parameter", "weights", "test_accuracy_per_class", "share")
 _PLAIN = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -105,6 +109,7 @@ class Trial:
         self.options = TrialOptions({**(options or {}), **changed, **spec.values})
         self.rows: list[Row] = []
         self.saved: dict[str, Any] = {}
+        self._kept = 0  # of the rows, by what was saved last
         self._started = time.perf_counter()
         self._diverged: Diverged | None = None
         self._on_epoch = on_epoch
@@ -153,22 +158,24 @@ class Trial:
         self._mask = new_mask(self.arm, model, **{"seed": self.seed, **options})
         return self._mask
 
-    def report(self, *, epoch: int, **metrics: Any) -> None:
-        """Report what was measured after an epoch.
+    def report(self, *, epoch: float, **metrics: Any) -> None:
+        """Report what was measured after an epoch, or within one.
 
         Names say what a metric is for (`val_...` chooses an epoch, `test_...` is judged) and if
         more is better (`..._accuracy`, `..._loss`), or the study's `metrics` do.
 
         Args:
-            epoch: Number of the epoch, larger than that of the report before.
+            epoch: Number of the epoch, or of epochs with a part of one (2.5), larger than that of
+                the report before.
             metrics: Numbers by name, the same in every run.
 
         Raises:
             OptionError: If something is no number, or the epoch is not a later one.
             Diverged: If a loss is not finite: the run ends, and is recorded as diverged.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise OptionError(f"trial.report(epoch={epoch!r}): give a whole number from 0 on.")
+        if isinstance(epoch, bool) or not isinstance(epoch, Real) or not 0 <= epoch < math.inf:
+            raise OptionError(f"trial.report(epoch={epoch!r}): give a number from 0 on.")
+        epoch = int(epoch) if float(epoch).is_integer() else round(float(epoch), 6)
         if self.rows and epoch <= self.rows[-1]["epoch"]:
             raise OptionError(
                 f"trial.report(epoch={epoch}): epoch {self.rows[-1]['epoch']} was reported before; "
@@ -189,7 +196,7 @@ class Trial:
             reason = f"{gone[0]} is {row[gone[0]]}"
             self._diverged = Diverged(
                 f"{self.spec.title}: {reason} in epoch {epoch}.",
-                self._run() | {"diverged": {"epoch": epoch, "reason": reason}},
+                self._run() | {"diverged": {"epoch": math.ceil(epoch), "reason": reason}},
             )
             raise self._diverged
         self.rows.append(row)
@@ -208,6 +215,17 @@ class Trial:
             for name, part in parts.items()
         }
         _check_plain("trial.save", state)
+        counted = any(type(part) is int for part in parts.values())
+        if parts and not counted and len(self.rows) == self._kept:
+            warnings.warn(
+                "trial.save without a trial.report since the last one: trial.resume goes on after "
+                "the epoch that was reported last, and would train what is saved here twice. Save "
+                "after the report, or keep the epoch: trial.save(epoch=epoch, ...), "
+                "trial.saved['epoch'].",
+                GradmaskWarning,
+                stacklevel=2,
+            )
+        self._kept = len(self.rows)
         path = self.directory / CHECKPOINT
         position = list(self._written().position())
         kept = {
@@ -250,6 +268,7 @@ class Trial:
                 if hasattr(part, "load_state_dict"):
                     part.load_state_dict(found["parts"][name])
             self.rows = list(found["rows"])
+            self._kept = len(self.rows)
             size, digest = found["log"]
             random_ = found["random"]
             self.saved = found["parts"]
@@ -271,7 +290,7 @@ class Trial:
         self.rows[-1] |= {name: _number(name, value) for name, value in metrics.items()}
         self.forget_after(self.rows[-1]["epoch"])
 
-    def forget_after(self, epoch: int) -> None:
+    def forget_after(self, epoch: float) -> None:
         """Forget reports of later epochs, which are to be trained again."""
         self.rows = [row for row in self.rows if row["epoch"] <= epoch]
         self._close()
@@ -360,18 +379,22 @@ def run_trial(
 
     Raises:
         OptionError: If nothing was reported, or an option was never looked at.
+        TrialError: If the function failed; the traceback is then in `error.txt` of the folder.
     """
     trial = Trial(spec, directory, options=options, arms=arms, on_epoch=on_epoch)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / ERROR).unlink(missing_ok=True)
     seed_everything(spec.seed)
     folder, dtype, threads = Path.cwd(), torch.get_default_dtype(), torch.get_num_threads()
     try:
         train(trial)
     except Diverged as diverged:
         trial._diverged = diverged
-    except GradmaskError:
+    except OptionError:  # wrong use, most likely of every run
         raise
     except (Exception, SystemExit) as error:
+        with suppress(OSError):  # a full disk, perhaps
+            (directory / ERROR).write_text(traceback.format_exc(), "utf-8", "backslashreplace")
         raise TrialError(f"{spec.title}: {type(error).__name__}: {error}") from error
     finally:  # the next run begins as this one did
         trial._close()

@@ -10,9 +10,13 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +46,7 @@ def execute(
     jobs: int = 1,
     threads: int | None = None,
     scheduler: str | None = None,
-) -> Iterator[tuple[Spec, Row]]:
+) -> Iterator[tuple[Spec, Row | TrialError]]:
     """Train runs, as many at a time as there are workers.
 
     Args:
@@ -54,33 +58,41 @@ def execute(
         scheduler: Address of a dask scheduler, whose workers are used in place of processes here.
 
     Yields:
-        Runs and their results, in the order in which they end.
+        Runs and their results, or why they failed, in the order in which they end.
 
     Raises:
-        GradmaskError: If workers keep dying at a run, or the cluster cannot be reached.
+        GradmaskError: If workers cannot be had.
     """
     if jobs == 1 and scheduler is None:
         for spec, directory in runs:
-            yield spec, work(spec, directory, lambda row, spec=spec: on_epoch(spec, row))  # type: ignore[misc]
+            try:
+                yield spec, work(spec, directory, partial(on_epoch, spec))
+            except TrialError as error:
+                yield spec, error
         return
+    import cloudpickle
     from distributed import KilledWorker, as_completed
 
+    try:
+        sent = cloudpickle.dumps(work)
+    except Exception as error:  # what is within it may raise anything
+        raise _not_sent(error) from error
     with _client(jobs, threads, scheduler) as client:
         specs = [spec for spec, _ in runs]
         client.subscribe_topic(_TOPIC, lambda event: on_epoch(specs[event[1][0]], event[1][1]))
         futures = {
-            client.submit(_task, work, place, *run, threads, pure=False, priority=-place): run[0]
+            client.submit(_task, sent, place, *run, threads, pure=False, priority=-place): run[0]
             for place, run in enumerate(runs)
         }
         for future in as_completed(futures):
+            spec = futures[future]
             try:
-                found = future.result()
-            except KilledWorker as error:
-                raise TrialError(
-                    f"{_DEATHS + 1} workers died at the run {futures[future].title}: out of "
-                    "memory, perhaps. Use fewer jobs; all other runs are kept."
-                ) from error
-            yield futures[future], found
+                yield spec, future.result()
+            except TrialError as error:
+                yield spec, error
+            except KilledWorker:
+                reason = f"{_DEATHS + 1} workers died at it: out of memory, perhaps"
+                yield spec, TrialError(f"{spec.title}: {reason}. Use fewer jobs.")
             future.release()
 
 
@@ -88,17 +100,30 @@ def check_workers(jobs: int, scheduler: str | None) -> None:
     """Check that there can be workers, before anything is written.
 
     Raises:
-        OptionError: If a worker is importing the script that asks for workers.
+        OptionError: If a worker is importing the script that asks for workers, or cannot.
         ImportError: If dask is not installed.
     """
     if jobs == 1 and scheduler is None:
         return
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise OptionError(_GUARD)
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None and scheduler is None and not Path(script).exists():
+        raise OptionError(
+            f"Workers import the script again, and {script!r} is no file: save it, or leave out "
+            "jobs."
+        )
     try:
         import distributed  # noqa: F401
     except ImportError as error:
         raise ImportError("Several jobs need dask: pip install 'gradmask[study]'.") from error
+
+
+def _not_sent(error: Exception) -> OptionError:
+    return OptionError(
+        f"The training function cannot be sent to workers ({type(error).__name__}: {error}): put "
+        "it into a module that they can import, and let it make what it needs."
+    )
 
 
 def ship_module(function: Callable[..., Any]) -> None:
@@ -140,11 +165,26 @@ def _client(jobs: int, threads: int | None, scheduler: str | None) -> Iterator[C
                 yield client
             return
         try:
-            cluster = _local(jobs, threads)
+            with _interrupts_later():
+                cluster = _local(jobs, threads)
         except RuntimeError as error:
             raise GradmaskError(f"Workers cannot be started ({error}). {_GUARD}") from error
         with cluster, Client(cluster) as client:
             yield client
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Let an interrupt wait while workers start, which inherit that it is none of theirs."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # it lets interrupts through again as it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _local(jobs: int, threads: int | None) -> Any:
@@ -169,7 +209,7 @@ def _local(jobs: int, threads: int | None) -> Any:
     )
 
 
-def _task(work: Work, place: int, spec: Spec, directory: Path, threads: int | None) -> Row:
+def _task(sent: bytes, place: int, spec: Spec, directory: Path, threads: int | None) -> Row:
     """What a worker does: one run, with no other process in its folder."""
     from distributed import get_worker
 
@@ -178,10 +218,15 @@ def _task(work: Work, place: int, spec: Spec, directory: Path, threads: int | No
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads or max(1, len(cores)))
     worker = get_worker()
+    try:
+        work = pickle.loads(sent)  # not by dask, which tries for ever what it cannot
+    except Exception as error:  # of the user's module
+        raise _not_sent(error) from error
 
     def tell(row: Row) -> None:
         worker.log_event(_TOPIC, (place, row))
 
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / ".lock"):  # of one that was given up, and is still alive
-        return work(spec, directory, tell)
+        found: Row = work(spec, directory, tell)
+        return found

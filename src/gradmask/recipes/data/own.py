@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradmask.errors import OptionError
-from gradmask.recipes.named import named
+from gradmask.named import named
 from gradmask.seeding import own_random_state
 
 

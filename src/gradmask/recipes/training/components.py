@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gradmask import FisherMask, InfluenceMonitor
 from gradmask.errors import OptionError
+from gradmask.named import named
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData
 from gradmask.recipes.identity import tensors_sum
-from gradmask.recipes.named import named
 from gradmask.recipes.training.models import build_model
 from gradmask.recipes.training.sam import sam_backward
 from gradmask.recipes.training.start import start_from

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from gradmask.errors import OptionError, check_choice
+from gradmask.named import named
 from gradmask.recipes.config import Comparison
-from gradmask.recipes.named import named
 
 _RESNETS: dict[str, tuple[type[nn.Module], list[int]]] = {
     "cifar_resnet10": (BasicBlock, [1, 1, 1, 1]),

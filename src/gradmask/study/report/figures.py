@@ -25,22 +25,22 @@ def curves(studies: Mapping[str, Results], looks: Sequence[Look]) -> Figure | No
     Returns:
         The figure; None if there is nothing to draw.
     """
-    metrics: dict[str, Metric] = {}
-    for results in studies.values():
+    metrics: dict[str, dict[str, Metric]] = {}  # by key and study: each has a scale of its own
+    for name, results in studies.items():
         found = metrics_of(results)
         validation = (found.validation,) if found.validation else ()
         for metric in (*found.shown, *validation):
-            metrics.setdefault(metric.key, metric)
+            metrics.setdefault(metric.key, {})[name] = metric
     panels: list[Spec] = []
-    for key, metric in metrics.items():
-        scale = 100.0 if metric.percent else 1.0
+    for key, own in metrics.items():
+        metric = next(iter(own.values()))
         rows = {
-            name: band_rows(_series(results, key, looks), looks, metric.show, scale=scale)
-            for name, results in studies.items()
+            name: band_rows(_series(studies[name], key, looks), looks, m.show, scale=m.scale)
+            for name, m in own.items()
         }
         domain = _domain([row for found in rows.values() for row in found], metric)
         for name, found_rows in rows.items():
-            title = f"{metric.label}{' (%)' if metric.percent else ''}"
+            title = f"{metric.label}{' (%)' if own[name].percent else ''}"
             title = f"{title}: {name}" if len(studies) > 1 else title
             if found_rows:
                 panels.append(
@@ -96,7 +96,7 @@ def differences(results: Results, looks: Sequence[Look]) -> Figure | None:
 
 
 def _difference_rows(results: Results, look: Look, metric: Metric) -> list[dict[str, Any]]:
-    scale = 100.0 if metric.percent else 1.0
+    scale = metric.scale
     arm, plain = look.arm, baseline(look.arm)
     difference = compare_arms(results, arm, plain, metric)
     if difference is None:
@@ -181,7 +181,7 @@ def kept(results: Results, looks: Sequence[Look]) -> Figure | None:
     for look in looks:
         runs = best_runs(results, look.arm).values() if read_arm(look.arm).is_method else ()
         key = "kept_per_parameter"
-        shares: dict[int, list[list[float]]] = {}
+        shares: dict[float, list[list[float]]] = {}
         for row in (row for run in runs for row in run["epochs"] if key in row):
             shares.setdefault(row["epoch"], []).append(row[key])
         lengths = {len(one) for found in shares.values() for one in found}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def front(results: Results, looks: Sequence[Look]) -> Figure | None:
             words = values_words(found[0])
             row = {"arm": look.title, "order": order, "values": words, "chosen": chosen.count(key)}
             for axis, metric in axes.items():
-                scale = 100.0 if metric.percent else 1.0
+                scale = metric.scale
                 summary = summarise([metric.of(run["epochs"]) for run in found])
                 spread = summary.std or 0.0
                 row[axis] = short(scale * summary.mean)
@@ -122,6 +123,13 @@ def values_table(results: Results, looks: Sequence[Look]) -> Table:
         rows.append(cells)
     title = f"{metrics.validation.words} at every value" if metrics.validation else ""
     return Table(title, ["arm", *(words[key] for key in every)], rows)
+
+
+def chosen_words(results: Results, arm: str) -> str:
+    """The values of a sweep that validation chose for an arm, and for how many seeds each."""
+    runs = best_runs(results, arm).values()
+    chosen = Counter(map(values_words, runs)).most_common()
+    return "; ".join(words if len(chosen) < 2 else f"{words} ({n})" for words, n in chosen)
 
 
 def values_words(run: Row) -> str:

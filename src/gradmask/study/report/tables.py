@@ -10,6 +10,7 @@ from typing import Any
 
 from gradmask.study.arms import baseline
 from gradmask.study.metrics import Metric
+from gradmask.study.report.fronts import chosen_words
 from gradmask.study.report.parts import Cell, Look, Table
 from gradmask.study.statistics import (
     Results,
@@ -17,6 +18,7 @@ from gradmask.study.statistics import (
     arms,
     available,
     compare_arms,
+    is_swept,
     summarise,
     values,
 )
@@ -51,12 +53,13 @@ def best_arm(results: Results, metric: Metric) -> str | None:
 def means_table(studies: Mapping[str, Results], looks: Sequence[Look]) -> Table:
     """Mean ± standard deviation by arm and metric; the best mean of each study is marked."""
     metrics = {m.name: m for results in studies.values() for m in available(results)}
-    rows = []
+    rows, swept = [], any(map(is_swept, studies.values()))
     for name, results in studies.items():
         own = {metric.name: metric for metric in available(results)}
         best = {metric.name: best_arm(results, metric) for metric in own.values()}
         for look in (look for look in looks if look.arm in arms(results)):
             cells = [arm_cell(look)] if len(studies) < 2 else [Cell(name, name), arm_cell(look)]
+            cells += [Cell(words := chosen_words(results, look.arm), words)] if swept else []
             seeds = max((len(values(results, look.arm, m)) for m in own.values()), default=0)
             cells.append(Cell(str(seeds), seeds))
             for key in metrics:
@@ -65,9 +68,11 @@ def means_table(studies: Mapping[str, Results], looks: Sequence[Look]) -> Table:
                     continue
                 summary = mean_of(results, look.arm, own[key])
                 style = "best" if best[key] == look.arm else ""
-                cells.append(Cell(summary.show(own[key].show), summary.mean, style))
+                value = own[key].share * summary.mean  # sorted with those of other studies
+                cells.append(Cell(summary.show(own[key].show), value, style))
             rows.append(cells)
     titles = ["arm"] if len(studies) < 2 else ["study", "arm"]
+    titles += ["chosen"] if swept else []
     headings = [metric.heading for metric in metrics.values()]
     return Table("", [*titles, "seeds", *headings], rows, len(titles))
 

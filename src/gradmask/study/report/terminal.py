@@ -10,8 +10,9 @@ from rich.text import Text
 
 from gradmask.study.arms import arm_title
 from gradmask.study.metrics import Metric, metrics_of
+from gradmask.study.report.fronts import chosen_words
 from gradmask.study.report.tables import best_arm, mean_of
-from gradmask.study.statistics import Results, arms
+from gradmask.study.statistics import Results, arms, is_swept
 from gradmask.study.verdicts import Verdict, conclusions, correction, remarks, verdicts
 
 _ARM_WIDTH = 34  # of the column of arms where room is short; longer titles take more lines
@@ -64,6 +65,8 @@ def _means(results: Results, metrics: Sequence[Metric]) -> Table:
         title="Mean ± standard deviation over seeds, at the epochs named", title_justify="left"
     )
     table.add_column("arm", max_width=_ARM_WIDTH, overflow="fold")
+    if swept := is_swept(results):
+        table.add_column("chosen", max_width=_ARM_WIDTH, overflow="fold")
     for metric in metrics:
         unit = " (%)" if metric.percent else ""
         title = metric.title.replace(" ", "\n")
@@ -74,7 +77,8 @@ def _means(results: Results, metrics: Sequence[Metric]) -> Table:
             Text(mean_of(results, arm, m).show(m.show), style="bold" if best[m] == arm else "")
             for m in metrics
         ]
-        table.add_row(Text(arm_title(arm)), *cells)
+        chosen = [Text(chosen_words(results, arm))] if swept else []
+        table.add_row(Text(arm_title(arm)), *chosen, *cells)
     return table
 
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from gradmask.errors import OptionError
@@ -30,11 +31,11 @@ def named(option: str, name: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that it hides nothing
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # of the user's module as well
+        function = reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except (Exception, SystemExit) as error:  # of the user's module as well
         raise OptionError(
-            f"{option}={name!r} cannot be imported ({error}): expected module:function, of an "
-            "installed module or a file in the working folder."
+            f"{option}={name!r} cannot be imported ({type(error).__name__}: {error}): expected "
+            "module:function, of an installed module or a file in the working folder."
         ) from error
     if not callable(function):
         raise OptionError(f"{option}={name!r} is no function, but {type(function).__name__}.")
