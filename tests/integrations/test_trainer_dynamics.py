@@ -318,7 +318,10 @@ def test_together_with_a_mask(tmp_path, refresh, first):
     host, dynamics = watched(tmp_path, {}, callback=masks[1] if first else None)
     if not first:
         host.add_callback(masks[1])
+    names = set()
+    host.model.register_forward_pre_hook(lambda _, __, given: names.update(given), with_kwargs=True)
     host.train()
     assert masks[1].mask.refreshes == 3
     assert_same(weights(host), weights(alone))
     assert_scores(dynamics.dynamics, host.expected)
+    assert names <= {"input_ids", "attention_mask", "labels", "num_items_in_batch"}
