@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gradmask.audit import Dynamics, rank
 
 CLASSES, WORDS, LENGTH, SAMPLES = 20, 2000, 40, 5000
-EPOCHS, BATCH = 60, 64
+EPOCHS, BATCH = 40, 64
 
 
 def documents(seed: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,9 @@ def noisy(labels: Tensor, share: float, kind: str, seed: int) -> Tensor:
     return torch.where(wrong, (labels + offset) % CLASSES, labels)
 
 
-def train(words: Tensor, given: Tensor, seed: int, epochs: int, dynamics: Dynamics | None) -> nn.Module:
+def train(
+    words: Tensor, given: Tensor, seed: int, epochs: int, dynamics: Dynamics | None
+) -> nn.Module:
     """Train a network; note what it says of each document."""
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -99,7 +101,9 @@ def main() -> None:
             values["confident learning"] = confident(words, given, seed)
             seconds["cross-validation"].append(time.perf_counter() - began)
             right = table.suggestions[wrong] == true[wrong]
-            print(f"{kind} {share} seed {seed}: {learnt:.1%} learnt, suggestions right {right.double().mean():.1%}")
+            print(
+                f"{kind} {share} seed {seed}: {learnt:.1%} learnt, suggestions right {right.double().mean():.1%}"
+            )
             for name, value in values.items():
                 pair = roc_auc_score(wrong, value), average_precision_score(wrong, value)
                 found.setdefault(name, []).append(pair)

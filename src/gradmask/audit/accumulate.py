@@ -70,27 +70,29 @@ def add_visits(state: dict[str, Tensor], visits: Visits) -> None:
         return
     counts, trash = state["counts"], len(state["counts"]) - 1
     order = visits.rows.argsort(stable=True)  # a sample may be in a batch more than once
-    rows, other, values = (column[order] for column in visits)
-    rows = torch.where(rows < 0, trash, rows)
-    new = rows[1:] != rows[:-1]
-    first, last = F.pad(new, (1, 0), value=True), F.pad(new, (0, 1), value=True)
+    rows, other, values = (column.index_select(0, order) for column in visits)
+    rows = rows.masked_fill(rows < 0, trash)
+    first = torch.ones_like(rows, dtype=torch.bool)
+    last = torch.ones_like(first)
+    torch.ne(rows[1:], rows[:-1], out=first[1:])
+    last[:-1] = first[1:]
     place = torch.arange(len(rows), device=rows.device)
-    before, _, last_wrong, candidate = counts[rows].unbind(1)
-    number = before + 1 + place - (place * first).cummax(0).values  # of this visit, from 1
+    before, _, last_wrong, candidate = counts.index_select(0, rows).unbind(1)
+    number = (before + 1) + (place - (place * first).cummax(0).values)  # of this visit, from 1
     missed = values[:, 1] > 0.5
     was_right = torch.where(first, last_wrong != before, ~missed.roll(1))
     one = torch.ones_like(before)
     counts[:, :2].index_add_(0, rows, torch.stack([one, one * (was_right & missed)], 1))
-    counts[:, 2].scatter_reduce_(0, rows, torch.where(missed, number, 0).int(), "amax")
+    counts[:, 2].scatter_reduce_(0, rows, (number * missed).int(), "amax")
     state["sums"].index_add_(0, rows, values[:, :2])
     wide = values[:, 3].to(state["probability"].dtype)
     state["probability"].index_add_(0, rows, torch.stack([wide, wide.square()], 1))
-    once = torch.where(first, rows, trash)
-    _add_margins(state["margins"], rows, once, values[:, 2], before, counts[rows, 0], number)
+    after = counts[:, 0].index_select(0, rows)
+    _add_margins(state["margins"], rows, first, values[:, 2], before, after, number)
     rows = torch.where(last, rows, trash)
-    state["last_loss"][rows, 0] = values[:, 0].clamp_max(_HALF).half()
+    state["last_loss"].index_copy_(0, rows, values[:, :1].clamp_max(_HALF).half())
     # Of a sample that is in a batch more than once, the last one votes.
-    rows = torch.where(other >= 0, rows, trash)
+    rows = rows.masked_fill(other < 0, trash)
     _vote(state, rows, candidate, other.int(), values[:, 4])
 
 
@@ -119,7 +121,7 @@ def _shift(visits: Tensor) -> Tensor:
 def _add_margins(
     blocks: Tensor,
     rows: Tensor,
-    once: Tensor,
+    first: Tensor,
     margin: Tensor,
     before: Tensor,
     after: Tensor,
@@ -131,7 +133,8 @@ def _add_margins(
     if joined.device.type != "cpu" or joined.any():
         block = torch.arange(BLOCKS, device=rows.device)
         into = (block >> joined[:, None])[:, :, None] == block
-        blocks[once] = torch.where(into, blocks[rows][:, :, None], 0).sum(1)
+        found = torch.where(into, blocks[rows][:, :, None], 0).sum(1)
+        blocks.index_copy_(0, torch.where(first, rows, len(blocks) - 1), found)
     # The counts of the row that belongs to no sample may overflow.
     places = rows * BLOCKS + ((number - 1) >> shift).clamp(0, BLOCKS - 1)
     blocks.view(-1).index_add_(0, places, margin)
@@ -141,10 +144,10 @@ def _vote(
     state: dict[str, Tensor], rows: Tensor, candidate: Tensor, other: Tensor, support: Tensor
 ) -> None:
     """Majority vote in constant memory (Boyer and Moore), weighted by probability."""
-    votes, supports = state["votes"][rows].unbind(1)
+    votes, supports = state["votes"].index_select(0, rows).unbind(1)
     agrees = candidate == other
     votes = votes + torch.where(agrees, support, -support)
     replaced = votes < 0
     supports = torch.where(replaced, support, supports + support * agrees)
-    state["counts"][rows, 3] = torch.where(replaced, other, candidate)
-    state["votes"][rows] = torch.stack([votes.abs(), supports], 1)
+    state["counts"][:, 3].index_copy_(0, rows, torch.where(replaced, other, candidate))
+    state["votes"].index_copy_(0, rows, torch.stack([votes.abs(), supports], 1))

@@ -87,14 +87,16 @@ def measure_visits(ids: Tensor, logits: Tensor, targets: Tensor, layout: Layout)
     count = len(targets)
     other, labelled = other.reshape(count, -1), labelled.reshape(count, -1)
     values = values.reshape(count, -1, 5)
-    known = (ids >= 0) & (ids < layout.samples)
     rows = ids.long()[:, None]
     if layout.positions is not None:
         rows = rows * layout.positions + _places(labelled, layout.positions)
     elif labelled.shape[1] > 1:
         other, values, labelled = _mean_of_labels(values, labelled)
-    counts = known[:, None] & values[:, :, 2].isfinite()  # then the loss is finite, too
-    rows = torch.where(labelled, torch.where(counts, rows, REFUSED), UNLABELLED)
+    margin = values[:, :, 2]
+    counts = margin - margin == 0  # finite, and then so is the loss
+    if ids.device.type != "cpu":  # whose ids were not looked at
+        counts &= ((ids >= 0) & (ids < layout.samples))[:, None]
+    rows = rows.expand_as(labelled).masked_fill(~counts, REFUSED).masked_fill(~labelled, UNLABELLED)
     return Visits(rows.flatten(), other.flatten(), values.flatten(0, 1).float())
 
 
@@ -148,15 +150,17 @@ def _classes_last(logits: Tensor, targets: Tensor, layout: Layout) -> tuple[Tens
 
 def _classes(logits: Tensor, labels: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     classes = logits.shape[1]
-    labelled = labels != layout.ignore_index
     inside = (labels >= 0) & (labels < classes)
-    if labels.device.type == "cpu" and not bool((inside | ~labelled).all()):
-        outside = labels[labelled & ~inside][0]
-        raise DataError(
-            f"A label is {int(outside)}, and the logits have {classes} classes, 0 to "
-            f"{classes - 1} (what has no label is {layout.ignore_index}: ignore_index)."
-        )
-    labels = torch.where(inside, labels, 0)
+    if 0 <= layout.ignore_index < classes:
+        inside &= labels != layout.ignore_index
+    if labels.device.type == "cpu" and not inside.all():
+        wrong = labels[~inside & (labels != layout.ignore_index)]
+        if len(wrong):
+            raise DataError(
+                f"A label is {int(wrong[0])}, and the logits have {classes} classes, 0 to "
+                f"{classes - 1} (what has no label is {layout.ignore_index}: ignore_index)."
+            )
+    labels = labels.masked_fill(~inside, 0)
     rows = max(1, _CHUNK // classes)
     if len(labels) <= rows:
         return *_of_classes(logits, labels), inside
@@ -167,15 +171,13 @@ def _classes(logits: Tensor, labels: Tensor, layout: Layout) -> tuple[Tensor, Te
 
 def _of_classes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     index = labels[:, None]
-    own = logits.gather(1, index)
-    others = logits.scatter(1, index, -torch.inf)
-    best, other = others.max(1, keepdim=True)
-    margin = own - best
-    odds = (others - best).exp_().sum(1, keepdim=True)  # of all others against the best of them
-    loss = F.softplus(odds.log() - margin, threshold=100)
+    others = logits.scatter(1, index, -torch.inf).softmax(1)
+    support, other = others.max(1, keepdim=True)
+    margin = logits.gather(1, index) - logits.gather(1, other)
+    # The odds of all others together are exp(-margin) / support.
+    loss = F.softplus(-support.log() - margin, threshold=100)
     # An undecided sample counts as wrong: its label was not predicted above the others.
-    values = [loss, (margin <= 0).to(loss.dtype), margin, (-loss).exp(), odds.reciprocal()]
-    return other, torch.cat(values, 1)
+    return other, torch.cat([loss, (margin <= 0).to(loss.dtype), margin, (-loss).exp(), support], 1)
 
 
 def _binary(logits: Tensor, targets: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
