@@ -101,9 +101,8 @@ def main() -> None:
             values["confident learning"] = confident(words, given, seed)
             seconds["cross-validation"].append(time.perf_counter() - began)
             right = table.suggestions[wrong] == true[wrong]
-            print(
-                f"{kind} {share} seed {seed}: {learnt:.1%} learnt, suggestions right {right.double().mean():.1%}"
-            )
+            known = f"{learnt:.1%} learnt, suggestions right {right.double().mean():.1%}"
+            print(f"{kind} {share} seed {seed}: {known}")
             for name, value in values.items():
                 pair = roc_auc_score(wrong, value), average_precision_score(wrong, value)
                 found.setdefault(name, []).append(pair)
