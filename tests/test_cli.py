@@ -24,6 +24,8 @@ def test_run_and_report(tmp_path, capsys, monkeypatch):
     assert main([*words, "--output", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "No mask has not learnt: test accuracy is" in printed
+    assert "better than" not in printed  # nothing is judged then
+    assert "Is it better?" not in (folder / "report.html").read_text()
     assert str(folder / "report.html") in printed
     assert "no mask, seed 3" in printed
     row = next(line for line in printed.splitlines() if line.startswith("│ no mask"))
@@ -179,3 +181,16 @@ def test_module_and_version():
     command = [sys.executable, "-m", "gradmask.cli", "--version"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == f"gradmask {__version__}"
+
+
+def test_warnings_are_one_line_without_code(capsys):
+    from gradmask.cli.terminal import show_warning
+    from gradmask.errors import GradmaskWarning
+
+    others = []
+    show_warning(
+        lambda *given: others.append(given), GradmaskWarning("odd"), GradmaskWarning, "f", 1
+    )
+    assert capsys.readouterr().err == "Warning: odd\n"
+    show_warning(lambda *given: others.append(given), UserWarning("x"), UserWarning, "f", 1)
+    assert len(others) == 1

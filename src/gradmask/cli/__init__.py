@@ -6,7 +6,9 @@ import argparse
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from gradmask.cli.bench import add_bench, bench_refresh, run_bench
 from gradmask.cli.ending import end
 from gradmask.cli.options import read_options, read_study
 from gradmask.cli.parser import Parser, usable_path
-from gradmask.cli.terminal import prepare_streams, terminal
+from gradmask.cli.terminal import prepare_streams, show_warning, terminal
 from gradmask.errors import OptionError, StateError, TrialError, check_choice
 from gradmask.interrupts import work_begins
 
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     prepare_streams()
+    if arguments is None:
+        warnings.showwarning = partial(show_warning, warnings.showwarning)
     try:
         try:
             return _main(words)

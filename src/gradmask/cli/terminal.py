@@ -7,8 +7,11 @@ import contextlib
 import os
 import select
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from gradmask.errors import GradmaskWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +52,28 @@ def say(text: str) -> None:
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr)
     settle(sys.stderr)
+
+
+def show_warning(
+    others: Callable[..., None],
+    message: Warning | str,
+    category: type[Warning],
+    *where: Any,
+    **place: Any,
+) -> None:
+    """Show a warning of ours as one line, without the line of code that it came from.
+
+    Args:
+        others: Shows all other warnings.
+        message: The warning.
+        category: Its kind.
+        where: File and line.
+        place: Where to write, and the line's text.
+    """
+    if issubclass(category, GradmaskWarning):
+        say(f"Warning: {message}")
+    else:
+        others(message, category, *where, **place)
 
 
 def settle(stream: TextIO | Any) -> bool:

@@ -39,14 +39,16 @@ def write_report(folder: Path, results: Results) -> Path:
     notes = ["Train loss is the mean over an epoch's batches, as they were trained on."]
     if results["config"]["label_noise"]:
         notes.append("Memorised: share of the wrong training labels that the network predicts.")
+    unlearnt = not_learnt(results)
     return report.write_report(
         folder,
         results,
         title=None if masked else "What does influence show?",
         subtitle=_subtitle(results),
-        conclusion=not_learnt(results) or ([] if masked else conclusion(found).splitlines()),
+        conclusion=unlearnt or ([] if masked else conclusion(found).splitlines()),
         notes=notes,
         sections=influence,
+        judged=not unlearnt,
     )
 
 
@@ -60,7 +62,8 @@ def print_summary(results: Results, console: Console) -> None:
     if "data" not in results:
         report.print_summary(results, console)
         return
-    report.print_summary(results, console, not_learnt(results))
+    unlearnt = not_learnt(results)
+    report.print_summary(results, console, unlearnt, judged=not unlearnt)
     found = findings(results)
     if found:
         console.print(Text(_CLAIMS))

@@ -232,8 +232,8 @@ def corrected(differences: Sequence[Difference | None]) -> list[Difference | Non
 
 
 def _detectable(difference: Difference, comparisons: int) -> float | None:
-    if difference.low is None or difference.high is None:
-        return None
+    if difference.low is None or difference.high is None or difference.low == difference.high:
+        return None  # without a spread nothing is known of it
     freedom = difference.n - 1
     error = (difference.high - difference.low) / 2 / float(stats.t.ppf(1 - LEVEL / 2, freedom))
     return error * detectable_errors(freedom, comparisons)

@@ -34,6 +34,7 @@ def write_report(
     conclusion: Sequence[str] = (),
     notes: Sequence[str] = (),
     sections: Sequence[Section] = (),
+    judged: bool = True,
 ) -> Path:
     """Write `report.html`, the figures as SVG and PNG files, and the numbers as CSV files.
 
@@ -45,6 +46,7 @@ def write_report(
         conclusion: What it shows (default: on each arm that is no control, what it is better than).
         notes: What the metrics are, below their table.
         sections: More sections, with figures of their own.
+        judged: Whether the arms are compared: not if their runs have not learnt.
 
     Returns:
         Path of the page.
@@ -59,7 +61,7 @@ def write_report(
         title or _title(results),
         subtitle or _subtitle(results),
         [*(conclusion or conclusions(results)), *remarks(results)],
-        [*_sections(results, found, notes), *sections],
+        [*_sections(results, found, notes, judged), *sections],
         found,
         files,
         {"Options": _to_yaml(results["config"]), "Environment": _environment(results)},
@@ -146,9 +148,11 @@ _BANDS = (
 )
 
 
-def _sections(results: Results, looks: Sequence[Look], notes: Sequence[str]) -> list[Section]:
+def _sections(
+    results: Results, looks: Sequence[Look], notes: Sequence[str], judged: bool
+) -> list[Section]:
     whole = without_diverged(results)
-    found = [_answers(results, looks)]
+    found = [_answers(results, looks) if judged else None]
     table = means_table({"": results}, looks)
     note = "Mean ± standard deviation over seeds; bold: the best mean."
     if any(metric.at == "best" for metric in metrics_of(results).shown):

@@ -18,13 +18,16 @@ from gradmask.study.verdicts import Verdict, conclusions, correction, remarks, v
 _ARM_WIDTH = 34  # of the column of arms where room is short; longer titles take more lines
 
 
-def print_summary(results: Results, console: Console, conclusion: Sequence[str] = ()) -> None:
+def print_summary(
+    results: Results, console: Console, conclusion: Sequence[str] = (), *, judged: bool = True
+) -> None:
     """Print the table of means, what it answers, and the conclusions.
 
     Args:
         results: Contents of `results.json`.
         console: Where to print.
         conclusion: What it shows (default: on each arm that is no control, what it is better than).
+        judged: Whether the arms are compared: not if their runs have not learnt.
     """
     metrics = list(metrics_of(results).shown)
     least = _least_important_first(results, metrics)
@@ -38,7 +41,7 @@ def print_summary(results: Results, console: Console, conclusion: Sequence[str] 
     if left_out:
         titles = "; ".join(metric.heading.removesuffix(" (%)") for metric in left_out)
         console.print(Text(f"Left out on this narrow terminal: {titles}.", style="dim"))
-    found = verdicts(results)
+    found = verdicts(results) if judged else []
     for arm, metric in dict.fromkeys((v.arm, v.metric) for v in found):
         console.print(_answers([v for v in found if (v.arm, v.metric) == (arm, metric)]))
         console.print()
@@ -102,9 +105,10 @@ def _answers(found: Sequence[Verdict]) -> Table:
                 cells[-1] += (
                     f" ({metric.show(low, signed=True)} to {metric.show(high, signed=True)})"
                 )
-            if difference.corrected is not None and difference.detectable is not None:
+            if difference.corrected is not None:
                 cells.append(f"{_short(difference.p or 0.0)} ({_short(difference.corrected)})")
-                cells.append(metric.show(difference.detectable))
+                least = difference.detectable
+                cells.append("" if least is None else metric.show(least))
         table.add_row(*map(Text, cells))
     return table
 
