@@ -25,6 +25,7 @@ CORE = [
     "influence",
     "monitor",
     "selection",
+    "unlearning",
     "mask_state",
     "collect",
     "mask_files",

@@ -11,6 +11,7 @@ from gradmask.mask import FisherMask
 from gradmask.mask_files import load_masks, masks_from_indices, masks_to_indices, save_masks
 from gradmask.monitor import InfluenceMonitor
 from gradmask.selection import global_threshold, make_masks
+from gradmask.unlearning import dampen
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "FisherMask",
     "InfluenceMonitor",
     "__version__",
+    "dampen",
     "fisher_diagonal",
     "global_threshold",
     "gradient_norms",
