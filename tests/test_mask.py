@@ -1,10 +1,12 @@
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from gradmask import FisherMask, fisher_diagonal, make_masks
+from gradmask.errors import OptionError, StateError
 from gradmask.seeding import seeded_generator
 
 
@@ -276,3 +278,34 @@ def test_a_refresh_reads_a_part_unless_told_otherwise(options, count):
     mask = FisherMask(torch.nn.Linear(2, 2), 0.5, **options)
     mask.refresh(torch.utils.data.DataLoader(data, batch_size=500))
     assert len(set(data.read)) == len(data.read) == count
+
+
+def test_lowest_and_each_tensor_by_itself():
+    model, data = network(), batches()
+    fisher = fisher_diagonal(model, data)
+    mask = FisherMask(model, 0.5, which="lowest", per="tensor")
+    mask.refresh(data)
+    for name, values in fisher.items():
+        found = mask.masks[name]
+        assert found.sum() == math.ceil(values.numel() / 2)
+        assert values[found].max() <= values[~found].min()
+    state = mask.state_dict()
+    again = FisherMask(model, 0.5, which="lowest", per="tensor")
+    again.load_state_dict(state)
+    assert again.sha256() == mask.sha256()
+    for options in ({}, {"which": "lowest"}, {"per": "tensor"}):
+        with pytest.raises(StateError, match=r"which|per"):
+            FisherMask(model, 0.5, **options).load_state_dict(state)
+    with pytest.raises(OptionError, match="which"):
+        FisherMask(model, which="least")
+
+
+def test_states_of_earlier_versions_have_the_highest_of_the_network():
+    model = nn.Linear(3, 2)
+    mask = FisherMask(model, 0.5)
+    mask.refresh([(torch.randn(8, 3), torch.randint(2, (8,)))])
+    state = mask.state_dict()
+    assert "which" not in state
+    FisherMask(model, 0.5).load_state_dict(state)
+    with pytest.raises(StateError, match="which"):
+        FisherMask(model, 0.5, which="lowest").load_state_dict(state)

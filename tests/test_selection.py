@@ -240,3 +240,68 @@ def test_draws_are_fixed_by_the_generator_and_uniform(strategy):
 def test_unknown_strategy_names_the_nearest():
     with pytest.raises(OptionError, match="Did you mean 'random_matched'"):
         make_masks(FISHER, 0.5, strategy="random-matched")
+
+
+@pytest.mark.parametrize("case", ["uniform", "ties", "mixed types", "empty among them", "scalars"])
+@pytest.mark.parametrize("which", ["highest", "lowest"])
+@pytest.mark.parametrize("keep", [0.1, 0.5, 1.0])
+def test_each_tensor_keeps_its_own_share(case, which, keep):
+    fisher = {str(i): t for i, t in enumerate(CASES[case])}
+    masks = make_masks(fisher, keep, which=which, per="tensor", generator=seeded())
+    for name, values in fisher.items():
+        count = math.ceil(keep * values.numel() - 1e-9)
+        mask = masks[name]
+        if not values.numel():
+            assert mask.shape == values.shape
+            continue
+        ordered = values.double().flatten().sort(descending=True).values
+        kept = int((values.double() >= ordered[count - 1]).sum())  # ties are kept
+        assert int(mask.sum()) == kept
+        if which == "highest":
+            assert torch.equal(mask, values.double() >= ordered[count - 1])
+        elif kept < values.numel():
+            assert values.double()[mask].max() <= values.double()[~mask].min()
+
+
+def test_the_lowest_are_the_inverse():
+    fisher = dict(zip("abc", CASES["uniform"], strict=True))
+    lowest = make_masks(fisher, 0.3, which="lowest", generator=seeded(4))
+    inverse = make_masks(fisher, 0.3, strategy="inverse", generator=seeded(4))
+    assert all(torch.equal(lowest[name], inverse[name]) for name in fisher)
+
+
+def test_matched_masks_have_the_counts_of_the_mask_that_they_control():
+    fisher = dict(zip("abc", CASES["uniform"], strict=True))
+    for which in ("highest", "lowest"):
+        for per in ("network", "tensor"):
+            options = {"which": which, "per": per}
+            mask = make_masks(fisher, 0.3, generator=seeded(1), **options)
+            control = make_masks(
+                fisher, 0.3, strategy="random_matched", generator=seeded(2), **options
+            )
+            for name in fisher:
+                assert mask[name].sum() == control[name].sum()
+            assert any(not torch.equal(mask[name], control[name]) for name in fisher)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"which": "low"}, "which"),
+        ({"per": "layer"}, "per"),
+        ({"which": "lowest"}, "which='lowest' draws"),
+        ({"which": "lowest", "strategy": "inverse"}, "leave one"),
+        ({"which": "lowest", "strategy": "random"}, "leave one"),
+    ],
+)
+def test_selections_that_cannot_be_are_refused(options, words):
+    with pytest.raises(OptionError, match=words):
+        make_masks({"a": rand(4)}, 0.5, **options)
+
+
+def test_tensors_without_information_are_named():
+    fisher = {"a": rand(8), "b": torch.zeros(8)}
+    with pytest.warns(GradmaskWarning, match=r"is 0 in b:"):
+        masks = make_masks(fisher, 0.5, per="tensor")
+    assert masks["a"].sum() == 4
+    assert masks["b"].all()

@@ -36,7 +36,7 @@ from gradmask.mask_state import check_masks, check_shapes, check_state, of_plain
 from gradmask.mask_warnings import warn_of_unused, warn_of_use, without_log
 from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed, seeded_generator
-from gradmask.selection import STRATEGIES, kept_counts, make_masks
+from gradmask.selection import check_selection, kept_counts, make_masks
 from gradmask.steps import MaskedSteps
 
 SCOPES = ("gradient", "update")
@@ -44,6 +44,7 @@ SCOPES = ("gradient", "update")
 MAX_SAMPLES = 4000
 _NOTHING: dict[str, Any] = {"seen": 0, "weight": 0.0, "sums": {}}  # of what is collected
 _OPTIONS = ("keep", "scope", "strategy", "kind", "max_samples", "seed")
+_LATER = {"which": "highest", "per": "network"}  # not in the states of earlier versions
 
 
 class FisherMask:
@@ -72,6 +73,8 @@ class FisherMask:
             move a masked weight. `update` also puts masked weights back after the step.
         strategy: `fisher`, or a control of the same share: `random`, `random_matched` (the share
             of every tensor as in the Fisher mask) or `inverse` (the least information).
+        which: Keep the `highest` information, or the `lowest`.
+        per: One threshold for the whole `network`, or one for each `tensor`.
         kind: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
         loss: Negative log-likelihood: `cross_entropy`, `bernoulli`, `mse` or a callable; the
             trainable parameters of a module are masked as well, as `loss.<name>`. Default:
@@ -97,6 +100,8 @@ class FisherMask:
         *,
         scope: str = "gradient",
         strategy: str = "fisher",
+        which: str = "highest",
+        per: str = "network",
         kind: str = "empirical",
         loss: Loss | None = None,
         max_samples: int | None = MAX_SAMPLES,
@@ -109,7 +114,7 @@ class FisherMask:
         check_keep(keep)
         check_choice("refresh", refresh, ("pass", "online"))
         check_choice("scope", scope, SCOPES)
-        check_choice("strategy", strategy, STRATEGIES)
+        check_selection(strategy, which, per)
         check_likelihood(kind, standard_loss(loss))
         check_max_samples(max_samples)
         check_unpack(unpack)
@@ -117,6 +122,7 @@ class FisherMask:
         self._wrapped, self._group = model, group
         warn_if_alone(data_groups(model, group))  # refuses shards that cannot be measured
         self.model, self.scope, self.strategy = unwrapped(model), scope, strategy
+        self.which, self.per = which, per
         self.kind, self.loss, self.unpack = kind, loss, unpack
         # NumPy's numbers would neither load without pickle nor seed as Python's do.
         self.keep, self.seed = float(keep), int(seed)
@@ -340,7 +346,8 @@ class FisherMask:
         used = {name: f for name, f in fisher.items() if name not in unused}
         if not self._warned:
             self._warned = warn_of_use(self._steps, used, self.keep)
-        masks = make_masks(used, self.keep, strategy=self.strategy, generator=generator)
+        options: dict[str, Any] = {"strategy": self.strategy, "which": self.which, "per": self.per}
+        masks = make_masks(used, self.keep, generator=generator, **options)
         masks |= {name: torch.ones_like(fisher[name], dtype=torch.bool) for name in unused}
         self.masks = {name: masks[name] for name in fisher}
         self._kept = kept_counts(self._steps.masks)
@@ -410,7 +417,7 @@ class FisherMask:
         Raises:
             StateError: If the state is of another version, other options or another model.
         """
-        check_state(state, self._options())
+        check_state({**_LATER, **state}, {**_LATER, **self._options()})
         masks = of_plain_model(state["masks"])
         if masks:
             check_shapes(masks, self._trainable(), "state")
@@ -480,4 +487,6 @@ class FisherMask:
         return trainable_parameters(self.model, self.loss)
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _OPTIONS}
+        later = {name: getattr(self, name) for name in _LATER}
+        changed = {name: value for name, value in later.items() if value != _LATER[name]}
+        return {name: getattr(self, name) for name in _OPTIONS} | changed

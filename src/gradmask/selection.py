@@ -13,10 +13,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gradmask.distributed import Groups, local, shard_groups, shard_like, sum_over, take_shard
-from gradmask.errors import DataError, GradmaskWarning, OptionError, check_choice, check_keep
+from gradmask.errors import (
+    DataError,
+    GradmaskWarning,
+    OptionError,
+    check_choice,
+    check_keep,
+    first_names,
+)
 from gradmask.kernels import count_digits
 
 STRATEGIES = ("fisher", "random", "random_matched", "inverse")
+WHICH = ("highest", "lowest")
+PER = ("network", "tensor")
 
 _DIGIT = 16  # bits settled in each reading of the values
 
@@ -107,6 +116,8 @@ def make_masks(
     keep: float,
     *,
     strategy: str = "fisher",
+    which: str = "highest",
+    per: str = "network",
     generator: torch.Generator | None = None,
     group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
@@ -119,9 +130,13 @@ def make_masks(
         keep: Share of the entries that still learn, in (0, 1].
         strategy: `fisher`: M = 1 where a ≥ k (ties at k are kept). `random`: as many entries
             anywhere. `random_matched`: in every tensor as many as `fisher` keeps there, drawn at
-            random. `inverse`: as many as `fisher` keeps, the lowest (ties drawn at random).
+            random. `inverse`: as `fisher` with `which="lowest"`.
+        which: `fisher` keeps the `highest` entries, or as many of the `lowest` (ties drawn at
+            random).
+        per: One threshold for the whole `network`, or one for each `tensor`, of which each then
+            keeps its share.
         generator: CPU generator of the random draws; in the same state on every rank.
-        group: Process group whose ranks hold each a part of the entries (`fisher` only).
+        group: Process group whose ranks hold each a part of the entries (the highest only).
 
     Returns:
         `{name: bool tensor of the same shape and device}`.
@@ -131,30 +146,79 @@ def make_masks(
         DataError: If values are NaN, infinite or negative (`random` reads only the shapes).
     """
     check_keep(keep)
-    check_choice("strategy", strategy, STRATEGIES)
-    if strategy != "fisher" and generator is None:
-        raise OptionError(f"strategy={strategy!r} draws at random: pass a seeded generator.")
-    if strategy != "fisher" and group is not None:
-        raise OptionError(f"strategy={strategy!r} draws within one process: leave group out.")
-    if strategy == "random":
-        keys = _random_keys(fisher, generator)
-        return _largest(keys, kept_count(fisher, keep))
-    threshold = global_threshold(fisher, keep, group)
-    if float(threshold) == 0.0 and keep < 1.0:
+    check_selection(strategy, which, per)
+    drawn = f"strategy={strategy!r}" if strategy != "fisher" else f"which={which!r}"
+    if strategy != "fisher" or which == "lowest":
+        if generator is None:
+            raise OptionError(f"{drawn} draws at random: pass a seeded generator.")
+        if group is not None:
+            raise OptionError(f"{drawn} draws within one process: leave group out.")
+    if strategy == "inverse":
+        strategy, which = "fisher", "lowest"
+    parts = [dict(fisher)] if per == "network" else [{name: a} for name, a in fisher.items()]
+    masks: dict[str, Tensor] = {}
+    without: list[str] = []
+    for part in parts:
+        if per == "tensor" and not any(a.numel() for a in part.values()):
+            masks |= {name: torch.ones_like(a, dtype=torch.bool) for name, a in part.items()}
+        elif strategy == "random":
+            masks |= _largest(_random_keys(part, generator), kept_count(part, keep))
+        else:
+            threshold = global_threshold(part, keep, group)
+            without += part if float(threshold) == 0.0 and keep < 1.0 else ()
+            masks |= _chosen(part, threshold, strategy, which, generator)
+    if without:
+        where = "" if per == "network" else f" in {first_names(without)}"
         warnings.warn(
-            f"The threshold at keep={keep} is 0: more than {1 - keep:.0%} of the parameters have "
-            "no Fisher information, so the mask keeps everything. Measure on more samples, or "
+            f"The threshold at keep={keep} is 0{where}: more than {1 - keep:.0%} of the parameters "
+            "have no Fisher information, so the mask keeps everything. Measure on more samples, or "
             "look for dead layers.",
             GradmaskWarning,
             stacklevel=2,
         )
+    return masks
+
+
+def check_selection(strategy: str, which: str, per: str) -> None:
+    """Check how a mask's entries are to be chosen.
+
+    Args:
+        strategy: As `make_masks` takes it.
+        which: As `make_masks` takes it.
+        per: As `make_masks` takes it.
+
+    Raises:
+        OptionError: If one is unknown, or two contradict each other.
+    """
+    check_choice("strategy", strategy, STRATEGIES)
+    check_choice("which", which, WHICH)
+    check_choice("per", per, PER)
+    if which == "lowest" and strategy in ("inverse", "random"):
+        raise OptionError(
+            f"which='lowest' says nothing more of strategy={strategy!r}: leave one of them out."
+        )
+
+
+def _chosen(
+    fisher: Mapping[str, Tensor],
+    threshold: Tensor,
+    strategy: str,
+    which: str,
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    """What `fisher` keeps at a threshold, the lowest instead, or as many at random."""
     masks = _compare(torch.ge, fisher, threshold)
+    if strategy == "fisher" and which == "highest":
+        return masks
+    keys = _random_keys(fisher, generator)
+    if which == "lowest":
+        masks = _lowest(fisher, sum(kept_counts(masks).values()), keys)
     if strategy == "fisher":
         return masks
-    keys, counts = _random_keys(fisher, generator), kept_counts(masks)
-    if strategy == "random_matched":
-        return {n: _largest({n: key}, counts[n])[n] for n, key in keys.items()}
-    return _lowest(fisher, sum(counts.values()), keys)
+    if which == "lowest":  # ties were drawn by the same numbers
+        keys = _random_keys(fisher, generator)
+    counts = kept_counts(masks)
+    return {name: _largest({name: key}, counts[name])[name] for name, key in keys.items()}
 
 
 def kept_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
