@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from gradmask.audit import SCORES, Dynamics
-from gradmask.audit.rank import suspicion_share
+from gradmask.audit.scores import suspicion_share
 
 EPOCHS, BATCH = 100, 32
 

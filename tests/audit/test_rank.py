@@ -9,8 +9,7 @@ from torch.utils.data import TensorDataset
 
 from gradmask.audit import SCORES, Dynamics, plant, rank
 from gradmask.audit.planted import threshold
-from gradmask.audit.rank import suspicion_share
-from gradmask.audit.scores import COMBINED
+from gradmask.audit.scores import COMBINED, suspicion_share
 from gradmask.errors import DataError, OptionError
 
 

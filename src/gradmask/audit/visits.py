@@ -84,9 +84,10 @@ def measure_visits(ids: Tensor, logits: Tensor, targets: Tensor, layout: Layout)
         other, values, labelled = _binary(logits.reshape(targets.shape), targets, layout)
     else:
         other, values, labelled = _classes(*_classes_last(logits, targets, layout), layout)
-    count = len(targets)
-    other, labelled = other.reshape(count, -1), labelled.reshape(count, -1)
-    values = values.reshape(count, -1, 5)
+    # The number of labels is told: of an empty batch it cannot be inferred.
+    shape = len(targets), targets[:1].numel() if len(targets) else 1
+    other, labelled = other.reshape(shape), labelled.reshape(shape)
+    values = values.reshape(*shape, 5).float()
     known = (ids >= 0) & (ids < layout.samples)
     rows = ids.long()[:, None]
     if layout.positions is not None:
@@ -95,7 +96,7 @@ def measure_visits(ids: Tensor, logits: Tensor, targets: Tensor, layout: Layout)
         other, values, labelled = _mean_of_labels(values, labelled)
     counts = known[:, None] & values[:, :, 2].isfinite()  # then the loss is finite, too
     rows = torch.where(labelled, torch.where(counts, rows, REFUSED), UNLABELLED)
-    return Visits(rows.flatten(), other.flatten(), values.flatten(0, 1).float())
+    return Visits(rows.flatten(), other.flatten(), values.flatten(0, 1))
 
 
 def _is_binary(logits: Tensor, targets: Tensor, layout: Layout) -> bool:
@@ -128,6 +129,8 @@ def _classes_last(logits: Tensor, targets: Tensor, layout: Layout) -> tuple[Tens
     }
     dim = layout.class_dim
     if dim is not None:
+        if not -len(shape) <= dim < len(shape):
+            raise DataError(f"Logits of shape {shape} have no dimension class_dim={dim}.")
         dim %= len(shape)
         found = {dim: shape[:dim] + shape[dim + 1 :] == tuple(targets.shape)}
     fitting = [dim for dim, fits in found.items() if fits]
@@ -135,7 +138,8 @@ def _classes_last(logits: Tensor, targets: Tensor, layout: Layout) -> tuple[Tens
         raise DataError(
             f"Logits of shape {shape} and {targets.dtype} targets of shape {tuple(targets.shape)} "
             "do not fit: targets are whole numbers of classes, of the logits' shape without its "
-            "dimension of classes, (samples, classes, ...) or (samples, ..., classes)."
+            "dimension of classes, (samples, classes, ...) or (samples, ..., classes). (If each "
+            "class is a label of its own, present or absent: Dynamics(..., multilabel=True).)"
         )
     if len(fitting) > 1:
         raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmask.audit.rank import suspicion_share
+from gradmask.audit.scores import suspicion_share
 from gradmask.errors import OptionError
 from gradmask.recipes.audit.dynamics import (
     BASELINE,

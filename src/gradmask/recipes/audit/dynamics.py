@@ -12,8 +12,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from gradmask.audit import Dynamics, Ranking, rank
-from gradmask.audit.rank import FALSE_ALARMS, suspicion_share
-from gradmask.audit.scores import SCORES
+from gradmask.audit.rank import FALSE_ALARMS
+from gradmask.audit.scores import SCORES, suspicion_share
 from gradmask.errors import OptionError, StateError, check_choice
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData, load_images
