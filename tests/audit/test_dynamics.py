@@ -131,6 +131,13 @@ def test_state_of_others_is_refused_and_nothing_is_changed():
             dynamics.load_state_dict(other.state_dict())
     with pytest.raises(StateError, match="later version"):
         dynamics.load_state_dict({"version": 2})
+    state = dynamics.state_dict()
+    for name in ("left_out", "sums"):
+        for damage in (None, torch.zeros(7), state[name].numpy()):
+            with pytest.raises(StateError, match="damaged"):
+                dynamics.load_state_dict({**state, name: damage})
+    with pytest.raises(StateError, match="not a state"):
+        dynamics.load_state_dict([1])
     for name, value in dynamics.scores().items():
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num())
 
@@ -238,6 +245,9 @@ IDS, LOGITS, TARGETS = torch.arange(3), torch.zeros(3, 4), torch.zeros(3, dtype=
         ((IDS + 8, LOGITS, TARGETS), "whole training set"),
         ((IDS - 1, LOGITS, TARGETS), "from -1"),
         ((IDS.float(), LOGITS, TARGETS), "Indexed"),
+        ((IDS.bool(), LOGITS, TARGETS), "Indexed"),
+        ((IDS[:1], LOGITS[:1], TARGETS[0]), "dimension of samples"),
+        ((IDS, LOGITS, LOGITS.bool()), "multilabel=True"),
         ((IDS[:2], LOGITS, TARGETS), "2 ids"),
         ((IDS, LOGITS, TARGETS + 4), "4 classes"),
         ((IDS, LOGITS, F.one_hot(TARGETS, 4).float()), "argmax"),
@@ -260,6 +270,49 @@ def test_what_does_not_fit_is_refused_by_name(batch, words):
 def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(OptionError, match="at least 1"):
         Dynamics(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.uint16])
+def test_ids_of_other_kinds_are_of_the_same_samples(dtype):
+    dynamics = Dynamics(300)
+    dynamics.update(torch.tensor([50, 100, 120]).to(dtype), LOGITS, TARGETS)
+    assert dynamics.scores()["visits"].nonzero().flatten().tolist() == [50, 100, 120]
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "options"),
+    [
+        (torch.zeros(0, 4), torch.zeros(0).long(), {}),
+        (torch.zeros(0, 5, 4), torch.zeros(0, 5).long(), {}),
+        (torch.zeros(0, 5, 4), torch.zeros(0, 5).long(), {"positions": 5}),
+        (torch.zeros(0, 4), torch.zeros(0, 4), {"multilabel": True}),
+    ],
+)
+def test_empty_batches_count_for_nothing(logits, targets, options):
+    dynamics = Dynamics(3, **options)
+    dynamics.update(IDS[:0], logits, targets)
+    assert dynamics.scores()["visits"].sum() == 0
+
+
+def test_logits_beyond_single_precision_are_left_out():
+    dynamics = Dynamics(3)
+    dynamics.update(IDS, torch.eye(3).double() * 1e39, IDS)
+    with pytest.warns(GradmaskWarning, match="not finite"):
+        assert dynamics.scores()["visits"].sum() == 0
+
+
+def test_classes_of_a_dimension_that_is_not_there_are_refused():
+    with pytest.raises(DataError, match="class_dim=7"):
+        Dynamics(3, class_dim=7).update(IDS, LOGITS, TARGETS)
+    with pytest.raises(OptionError, match="class_dim"):
+        Dynamics(3, class_dim=1.5)
+
+
+def test_state_of_numpy_sizes_can_be_loaded(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    state = Dynamics(numpy.int64(3), positions=numpy.int64(2)).state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    Dynamics(3, positions=2).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
 
 
 def test_gradients_and_random_state_are_left_alone():
