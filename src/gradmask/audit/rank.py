@@ -191,6 +191,8 @@ def rank(
         OptionError: If an option is out of range.
         StateError: If ranks have noted what has not been gathered, or no sample has two visits.
     """
+    if share is not None and (not isinstance(share, Real) or not 0 <= share < 1):
+        raise OptionError(f"share={share!r} must be at least 0 and below 1.")
     dynamics = getattr(dynamics, "dynamics", dynamics)
     if not isinstance(dynamics, Dynamics):
         raise OptionError(f"A {type(dynamics).__name__} is not Dynamics, nor has it any yet.")
@@ -256,8 +258,6 @@ def _flagged(
     if share is None:
         value = torch.inf if cut is None else cut.value
         return known & (suspicion >= value)
-    if not isinstance(share, Real) or not 0 <= share < 1:
-        raise OptionError(f"share={share!r} must be at least 0 and below 1.")
     order = torch.where(known, suspicion, -1.0).argsort(descending=True, stable=True)
     first = torch.zeros_like(known).scatter(0, order[: round(share * int(known.sum()))], True)
     return known & first
