@@ -187,6 +187,9 @@ def test_labels_of_positions_have_rows_of_their_own():
         rank(dynamics, targets, planted=plant(torch.zeros(100), 2, share=0.2))
 
 
+NAMES = ["cat", "犬", "<i>x</i>", "кот", "a,b"]
+
+
 def written():
     given, true, _ = noisy(200)
     planted = plant(given, 5, share=0.2)

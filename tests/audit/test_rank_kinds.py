@@ -92,9 +92,6 @@ def test_names_of_other_kinds(tmp_path):
     assert len(repr(ranking)) < 200
 
 
-NAMES = ["cat", "犬", "<i>x</i>", "кот", "a,b"]
-
-
 def test_images_with_four_channels_last_and_in_files_are_drawn_as_they_are(tmp_path):
     image = pytest.importorskip("PIL.Image")
     array = torch.zeros(8, 8, 4, dtype=torch.uint8)
