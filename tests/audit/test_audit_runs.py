@@ -153,3 +153,19 @@ def test_planted_labels_are_those_of_the_seed():
     assert not torch.equal(data.planted.ids, other.planted.ids)
     assert plain.planted is None
     assert Dynamics(len(changed)).samples == len(changed)
+
+
+def test_runs_of_an_own_training_are_refused_by_name(folder, tmp_path, capsys):
+    results = read_results(folder)
+    results["config"]["train"] = "theirs:train"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "config.yaml").write_text((folder / "config.yaml").read_text())
+    assert main(["audit", str(tmp_path)]) == 2
+    assert "theirs:train" in capsys.readouterr().err
+
+
+def test_one_epoch_is_too_few_for_a_rank(tmp_path, capsys):
+    words = [w for w in WORDS if not w.startswith("--epochs")]
+    assert main([*words, "--epochs=1", "--arms=none", "--seeds=0", f"--output={tmp_path}/o"]) == 0
+    assert main(["audit", f"{tmp_path}/o"]) == 2
+    assert "two epochs" in capsys.readouterr().err

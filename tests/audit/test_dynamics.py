@@ -131,6 +131,13 @@ def test_state_of_others_is_refused_and_nothing_is_changed():
             dynamics.load_state_dict(other.state_dict())
     with pytest.raises(StateError, match="later version"):
         dynamics.load_state_dict({"version": 2})
+    state = dynamics.state_dict()
+    for name in ("left_out", "sums"):
+        for damage in (None, torch.zeros(7), state[name].numpy()):
+            with pytest.raises(StateError, match="damaged"):
+                dynamics.load_state_dict({**state, name: damage})
+    with pytest.raises(StateError, match="not a state"):
+        dynamics.load_state_dict([1])
     for name, value in dynamics.scores().items():
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num())
 
@@ -238,6 +245,9 @@ IDS, LOGITS, TARGETS = torch.arange(3), torch.zeros(3, 4), torch.zeros(3, dtype=
         ((IDS + 8, LOGITS, TARGETS), "whole training set"),
         ((IDS - 1, LOGITS, TARGETS), "from -1"),
         ((IDS.float(), LOGITS, TARGETS), "Indexed"),
+        ((IDS.bool(), LOGITS, TARGETS), "Indexed"),
+        ((IDS[:1], LOGITS[:1], TARGETS[0]), "dimension of samples"),
+        ((IDS, LOGITS, LOGITS.bool()), "multilabel=True"),
         ((IDS[:2], LOGITS, TARGETS), "2 ids"),
         ((IDS, LOGITS, TARGETS + 4), "4 classes"),
         ((IDS, LOGITS, F.one_hot(TARGETS, 4).float()), "argmax"),

@@ -9,8 +9,7 @@ from torch.utils.data import TensorDataset
 
 from gradmask.audit import SCORES, Dynamics, plant, rank
 from gradmask.audit.planted import threshold
-from gradmask.audit.rank import suspicion_share
-from gradmask.audit.scores import COMBINED
+from gradmask.audit.scores import COMBINED, suspicion_share
 from gradmask.errors import DataError, OptionError
 
 
@@ -176,13 +175,16 @@ def test_what_is_not_one_for_each_sample_is_refused():
 def test_labels_of_positions_have_rows_of_their_own():
     dynamics = Dynamics(2, positions=3)
     targets = torch.tensor([[0, 1, -100], [1, 1, 1]])
-    dynamics.update(torch.arange(2), torch.randn(2, 3, 4), targets)
+    for _ in range(2):
+        dynamics.update(torch.arange(2), torch.randn(2, 3, 4), targets)
     ranking = rank(dynamics, targets, keys=["a", "b"])
     assert ranking.ids.tolist() == [0, 0, 1, 1, 1]
     assert ranking.positions.tolist() == [0, 1, 0, 1, 2]
     assert ranking.labels.tolist() == [0, 1, 1, 1, 1]
     with pytest.raises(OptionError, match="whole samples"):
         ranking.clean([1, 2])
+    with pytest.raises(OptionError, match="whole samples"):
+        rank(dynamics, targets, planted=plant(torch.zeros(100), 2, share=0.2))
 
 
 NAMES = ["cat", "犬", "<i>x</i>", "кот", "a,b"]
@@ -249,6 +251,8 @@ def test_page_shows_the_most_suspicious_and_escapes_names(tmp_path):
         (torch.rand(3, 8, 8), 5),
         {"pixel_values": torch.rand(3, 8, 8), "labels": 1},
         torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy(),
+        {"label": torch.tensor(1), "image": torch.rand(8, 8).numpy()},
+        torch.rand(2, 8, 8),
     ],
 )
 def test_images_of_many_kinds_are_drawn(tmp_path, image):

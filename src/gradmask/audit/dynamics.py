@@ -70,7 +70,10 @@ class Dynamics:
         for name, value in {"samples": samples, "positions": positions}.items():
             if value is not None and not (isinstance(value, Integral) and value >= 1):
                 raise OptionError(f"{name}={value!r} must be a whole number, at least 1.")
+        if class_dim is not None and not isinstance(class_dim, Integral):
+            raise OptionError(f"class_dim={class_dim!r} must be a whole number.")
         self.samples, self.group = int(samples), group
+        positions = None if positions is None else int(positions)
         self._layout = Layout(self.samples, positions, multilabel, class_dim, ignore_index)
         self._state = new_state(self.samples * (positions or 1), torch.device("cpu"))
         self._waiting: list[Visits] = []  # of many processes, until they are gathered
@@ -91,7 +94,7 @@ class Dynamics:
             DataError: If shapes, ids or labels do not fit. (On a GPU, ids and labels are not looked
                 at, which would wait for it: those out of range count for nothing.)
         """
-        self._check(ids, logits, targets)
+        ids = self._check(ids, logits, targets)
         device = logits.device
         if self._left_out.device != device:
             self._state = moved(self._state, device)
@@ -191,28 +194,34 @@ class Dynamics:
         Raises:
             StateError: If it is of others, and nothing is changed then.
         """
-        if state.get("version") != 1:
+        if not isinstance(state, Mapping) or state.get("version") != 1:
             raise StateError("This is not a state of Dynamics, or one of a later version.")
         found = {name: state.get(name) for name in self._size()}
-        tensors = {name: state.get(name) for name in self._state}
-        shapes = {name: getattr(value, "shape", None) for name, value in tensors.items()}
-        if found != self._size() or shapes != {k: v.shape for k, v in self._state.items()}:
+        if found != self._size():
             raise StateError(f"The state is of {found}, and these dynamics are of {self._size()}.")
-        self._state = moved(
-            {k: v for k, v in state.items() if k in self._state}, self._left_out.device
-        )
-        self._left_out = state["left_out"].to(self._left_out.device, copy=True)
+        wanted = {**self._state, "left_out": self._left_out}
+        for name, value in wanted.items():
+            kept = state.get(name)
+            if not isinstance(kept, Tensor) or kept.shape != value.shape:
+                raise StateError(f"The state is damaged: {name!r} is missing or of another shape.")
+        self._state = moved({name: state[name] for name in self._state}, self._left_out.device)
+        self._left_out = state["left_out"].to(self._left_out, copy=True)
         self._waiting.clear()
 
-    def _check(self, ids: Tensor, logits: Tensor, targets: Tensor) -> None:
+    def _check(self, ids: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """The ids as int64, in which no number of a sample is out of range."""
         for name, value in {"ids": ids, "logits": logits, "targets": targets}.items():
             if not isinstance(value, Tensor):
                 raise DataError(f"{name} must be a tensor, and is a {type(value).__name__}.")
-        if ids.is_floating_point() or ids.dim() != 1 or not targets.dim():
+        whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if not whole or ids.dim() != 1:
             raise DataError(
                 f"ids of {ids.dtype} and shape {tuple(ids.shape)} must be whole numbers of shape "
                 "(samples,): Indexed(dataset) yields them."
             )
+        if not (targets.dim() and logits.dim()):
+            raise DataError("logits and targets must have a dimension of samples, the first one.")
+        ids = ids.long()
         if not len(ids) == len(targets) == len(logits):
             raise DataError(
                 f"{len(ids)} ids, {len(logits)} logits and {len(targets)} targets: one of each "
@@ -225,6 +234,7 @@ class Dynamics:
                     f"ids from {lowest} to {highest}, and Dynamics({self.samples}) follows ids "
                     f"from 0 to {self.samples - 1}: give the whole training set's length."
                 )
+        return ids
 
     def _size(self) -> dict[str, Any]:
         positions = self._layout.positions

@@ -27,7 +27,7 @@ def columns(ranking: Ranking, order: Tensor | None = None) -> dict[str, list[Any
     ids = ranking.ids[order].tolist()
     found: dict[str, list[Any]] = {"sample": ids}
     if ranking.keys is not None:
-        found["key"] = [str(ranking.keys[i]) for i in ids]
+        found["key"] = [_text(ranking.keys[i]) for i in ids]
     if ranking.positions is not None:
         found["position"] = ranking.positions[order].tolist()
     if ranking.labels is not None:
@@ -58,6 +58,7 @@ def save_table(ranking: Ranking, path: Path) -> Path:
         OptionError: If the path ends in something else, or pyarrow is not installed.
     """
     table = columns(ranking)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         with atomic_file(path) as file:
             file.write(_csv(table).encode())
@@ -110,9 +111,14 @@ def _named(labels: Tensor, names: Sequence[str] | None) -> list[Any]:
     if names is None:
         return [None if label < 0 else label for label in labels.tolist()]
     return [
-        names[label] if 0 <= label < len(names) else (None if label < 0 else str(label))
+        _text(names[label]) if 0 <= label < len(names) else (None if label < 0 else str(label))
         for label in labels.tolist()
     ]
+
+
+def _text(value: Any) -> str:
+    """A name as files can hold it: names of files may have bytes that are no characters."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _csv(table: dict[str, list[Any]]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,15 +26,39 @@ class Planted:
         ids: Their numbers, ascending.
         labels: Labels to train on: those given, but for the planted samples.
         kind: What the planted samples have: another `label`, or a `class` of their own.
+        originals: Labels from before, where they are known.
     """
 
     ids: Tensor
     labels: Tensor
     kind: str = "label"
+    originals: Tensor | None = None
+
+
+def whole_labels(labels: Any) -> Tensor:
+    """Labels as int64, on the CPU; -1 for those that are not a number.
+
+    Args:
+        labels: A tensor, an array or a list.
+
+    Raises:
+        DataError: If they are not whole numbers.
+    """
+    try:
+        found = torch.as_tensor(labels, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"labels must be whole numbers of classes, and are a {type(labels).__name__} of others."
+        ) from error
+    if found.is_floating_point():
+        found = found.nan_to_num(-1.0)
+        if (found != found.round()).any():
+            raise DataError(f"labels must be whole numbers of classes, and are {found.dtype}.")
+    return found.long()
 
 
 def plant(
-    labels: Tensor,
+    labels: Tensor | Sequence[int],
     classes: int,
     *,
     share: float = SHARE,
@@ -59,12 +84,14 @@ def plant(
         seed: Seed of the choice.
 
     Returns:
-        The planted samples, and labels to train on.
+        The planted samples, and labels to train on, int64.
 
     Raises:
         OptionError: If the share leaves too few planted samples, or is not below one half.
         DataError: If labels are out of range.
     """
+    device = labels.device if isinstance(labels, Tensor) else torch.device("cpu")
+    labels = whole_labels(labels).to(device)
     check_choice("kind", kind, ("label", "class"))
     if not isinstance(classes, Integral) or classes < 2:
         raise OptionError(f"classes={classes!r} must be a whole number, at least 2.")
@@ -81,7 +108,7 @@ def plant(
     offset = torch.randint(1, int(classes), (count,), generator=generator, device="cpu")
     ids, offset = ids.to(labels.device), offset.to(labels.device)
     wrong = (labels[ids] + offset) % classes if kind == "label" else torch.full_like(ids, classes)
-    return Planted(ids, labels.scatter(0, ids, wrong.to(labels.dtype)), kind)
+    return Planted(ids, labels.scatter(0, ids, wrong), kind, originals=labels.cpu())
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,18 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from gradmask.audit.dynamics import Dynamics
-from gradmask.audit.planted import Planted, Threshold, threshold
-from gradmask.audit.scores import COMBINED, SCORES
-from gradmask.errors import DataError, OptionError
+from gradmask.audit.planted import Planted, Threshold, threshold, whole_labels
+from gradmask.audit.scores import combined
+from gradmask.errors import DataError, OptionError, StateError
 
 FALSE_ALARMS = 0.1
+COLUMNS = (  # of the table, beside the scores
+    *("sample", "key", "position", "label", "prediction", "suggestion", "suggestion_probability"),
+    *("suspicion", "flagged", "planted"),
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranking:
     """Every sample with its scores, in the order of the data.
 
@@ -33,13 +37,14 @@ class Ranking:
         suggestions: The most probable class other than the label; -1 where there is none.
         suggestion_probabilities: Mean probability of the suggestion if the label is excluded.
         suspicion: Combined rank in [0, 1], high where the label is suspicious; NaN where training
-            has made no visit.
+            has made less than two visits.
         flagged: Suspicion beyond the threshold, or the share that was asked for.
         planted: Samples that were planted, which are not audited.
         scores: By name, as in `SCORES`.
         threshold: The threshold and what it promises, with planted samples.
         keys: Name of each sample, such as its file, or None.
         class_names: Name of each class, or None.
+        originals: Labels from before some were planted, or None.
     """
 
     ids: Tensor
@@ -55,6 +60,15 @@ class Ranking:
     threshold: Threshold | None = None
     keys: Sequence[Any] | None = None
     class_names: Sequence[str] | None = None
+    originals: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """How much there is, and what comes first."""
+        first = ", ".join(str(i) for i in self.ids[self.order[:5]].tolist())
+        return (
+            f"Ranking of {len(self)}, {int(self.flagged.sum())} flagged; the most suspicious: "
+            f"{first}. Look at it with .report('page.html') or .save('table.csv')."
+        )
 
     def __len__(self) -> int:
         """Number of samples, or of labels."""
@@ -77,6 +91,8 @@ class Ranking:
     def relabelled(self, minimum: float = 0.5) -> Tensor:
         """The given labels, but for flagged samples the suggestion, where it is probable enough.
 
+        Planted samples get back the label that they had before.
+
         Args:
             minimum: The least `suggestion_probabilities` to follow.
 
@@ -87,7 +103,10 @@ class Ranking:
             raise OptionError("No labels are known: give rank(..., labels=...).")
         likely = self.flagged & (self.suggestion_probabilities >= minimum)
         changed = likely & (self.suggestions >= 0)
-        return self._whole("relabelled", torch.where(changed, self.suggestions, self.labels))
+        labels = self.labels
+        if self.originals is not None:
+            labels = torch.where(self.planted, self.originals, labels)
+        return self._whole("relabelled", torch.where(changed, self.suggestions, labels))
 
     def save(self, path: str | Path) -> Path:
         """Write the table, the most suspicious first: `.csv`, or `.parquet` (with pyarrow).
@@ -146,7 +165,7 @@ def rank(
     false_alarms: float = FALSE_ALARMS,
     share: float | None = None,
     keys: Sequence[Any] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
 ) -> Ranking:
     """Rank all training samples by how suspicious their labels are.
 
@@ -154,7 +173,7 @@ def rank(
     and the weights w (`COMBINED`) were fitted on other data.
 
     Args:
-        dynamics: What training said of the samples.
+        dynamics: What training said of the samples: `Dynamics`, or a `DynamicsCallback`.
         labels: Their given labels, (samples,), or (samples, positions) where each has several.
         extra: Further scores by name, one value a sample, such as those of `gradient_scores`.
         planted: Samples with a class of their own (`plant`), by which the threshold is calibrated.
@@ -162,32 +181,48 @@ def rank(
         share: Flag this share of the samples in place of a threshold, the most suspicious ones.
             Without it and without planted samples none is flagged, since nothing says where to cut.
         keys: Names of the samples, such as their files.
-        class_names: Names of the classes.
+        class_names: Names of the classes, in their order or by number.
 
     Returns:
         The table.
 
     Raises:
-        DataError: If something is of another length than the samples.
+        DataError: If something is of another length than the samples, or labels are not whole.
         OptionError: If an option is out of range.
-        StateError: If ranks have noted what has not been gathered.
+        StateError: If ranks have noted what has not been gathered, or no sample has two visits.
     """
+    if share is not None and (not isinstance(share, Real) or not 0 <= share < 1):
+        raise OptionError(f"share={share!r} must be at least 0 and below 1.")
+    dynamics = getattr(dynamics, "dynamics", dynamics)
+    if not isinstance(dynamics, Dynamics):
+        raise OptionError(f"A {type(dynamics).__name__} is not Dynamics, nor has it any yet.")
     scores = {name: value.flatten() for name, value in dynamics.scores().items()}
     for name, value in (extra or {}).items():
+        if name in (*scores, *COLUMNS):
+            raise OptionError(f"The table has a column {name!r}: give the score another name.")
         _check_length(name, value, len(scores["visits"]))
         scores[name] = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten()
     suggestions, probabilities = (value.flatten() for value in dynamics.suggestions())
     rows = len(suggestions)
     positions = rows // dynamics.samples
+    keys = None if keys is None else list(keys)  # by their order, also those of pandas
     _check_length("keys", keys, dynamics.samples)
     if labels is not None:
+        labels = whole_labels(labels).flatten()
         _check_length("labels", labels, rows)
-        labels = torch.as_tensor(labels, device="cpu").flatten().long()
     place = torch.arange(rows, device="cpu")
     chosen = torch.zeros(rows, dtype=torch.bool, device="cpu")
     if planted is not None:
+        if positions > 1:
+            raise OptionError("planted= is of whole samples, and each of several labels has a row.")
+        _check_length("planted.labels", planted.labels, rows)
         chosen[planted.ids.cpu()] = True
     suspicion = combined(scores)
+    if not suspicion.isfinite().any():
+        raise StateError(
+            "No sample has two visits, which a rank needs: train for two epochs or more. What a "
+            "single visit says is in dynamics.scores()."
+        )
     known = suspicion.isfinite() & ~chosen
     cut = None
     if planted is not None:
@@ -211,7 +246,8 @@ def rank(
         scores=scores,
         threshold=cut,
         keys=keys,
-        class_names=class_names,
+        class_names=_names(class_names),
+        originals=None if planted is None else planted.originals,
     )
     return found if positions == 1 else _labelled(found)
 
@@ -222,41 +258,21 @@ def _flagged(
     if share is None:
         value = torch.inf if cut is None else cut.value
         return known & (suspicion >= value)
-    if not isinstance(share, Real) or not 0 <= share < 1:
-        raise OptionError(f"share={share!r} must be at least 0 and below 1.")
     order = torch.where(known, suspicion, -1.0).argsort(descending=True, stable=True)
     first = torch.zeros_like(known).scatter(0, order[: round(share * int(known.sum()))], True)
     return known & first
 
 
-def combined(scores: Mapping[str, Tensor]) -> Tensor:
-    """The combined rank of each sample, in [0, 1]; NaN where a score is not known.
-
-    Args:
-        scores: By name, one value a sample.
-    """
-    total = sum(COMBINED.values())
-    ranks = {
-        name: suspicion_share(scores[name], bool(SCORES[name].high)) * (weight / total)
-        for name, weight in COMBINED.items()
-    }
-    return torch.stack(list(ranks.values())).sum(0)
-
-
-def suspicion_share(values: Tensor, high: bool) -> Tensor:
-    """Share of the samples that are less suspicious, equal ones half; NaN stays NaN.
-
-    Args:
-        values: A score of each sample.
-        high: Whether high values are suspicious.
-    """
-    known = values.isfinite()
-    ordered = (values if high else -values)[known].sort().values
-    found = (values if high else -values).contiguous()
-    below = torch.searchsorted(ordered, found)
-    upto = torch.searchsorted(ordered, found, right=True)
-    share = (below + upto).double() / (2 * max(1, len(ordered)))
-    return torch.where(known, share, torch.nan)
+def _names(names: Sequence[str] | Mapping[int, str] | None) -> list[str] | None:
+    if names is None or not isinstance(names, Mapping):
+        return None if names is None else [str(name) for name in names]
+    try:
+        found = {int(number): str(name) for number, name in names.items()}
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            "class_names must be a list, or names by their class's number."
+        ) from error
+    return [found.get(number, str(number)) for number in range(max(found, default=-1) + 1)]
 
 
 def _labelled(ranking: Ranking) -> Ranking:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,8 @@ def write_page(ranking: Ranking, path: Path, images: Any, top: int, about: str =
     Returns:
         The path.
     """
+    if not isinstance(top, Integral) or top < 1:
+        raise OptionError(f"top={top!r} must be a whole number, at least 1.")
     audited = int((ranking.suspicion.isfinite() & ~ranking.planted).sum())
     first = ranking.order[: min(top, audited)]
     table = columns(ranking, first)
@@ -52,6 +56,7 @@ def write_page(ranking: Ranking, path: Path, images: Any, top: int, about: str =
         )
     ]
     if images is not None:
+        _check_images(images, table["sample"])
         for row, sample in zip(rows, table["sample"], strict=True):
             row["image"] = _encoded(images[sample])
     environment = templates("gradmask.audit")
@@ -68,8 +73,16 @@ def write_page(ranking: Ranking, path: Path, images: Any, top: int, about: str =
         script=Markup(script),
         hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page)
     return path
+
+
+def _check_images(images: Any, samples: list[int]) -> None:
+    if not hasattr(images, "__getitem__"):
+        raise OptionError(f"images must have a sample by its number, images[i], not {images!r}.")
+    if samples and hasattr(images, "__len__") and len(images) <= max(samples):
+        raise OptionError(f"images has {len(images)} entries, and sample {max(samples)} is wanted.")
 
 
 def _text(value: Any) -> str:
@@ -86,15 +99,18 @@ def _order(value: Any) -> str:
 
 
 def _encoded(sample: Any) -> str:
-    """A small PNG of an image, or of the image that a sample begins with."""
+    """A small PNG of an image, or of the first image that a sample has."""
     from PIL import Image
 
-    if isinstance(sample, tuple | list):
-        sample = sample[0]
-    if isinstance(sample, dict):
-        sample = next(v for v in sample.values() if isinstance(v, Tensor | Image.Image))
+    sample = _first_image(sample)
+    if isinstance(sample, str | Path):
+        try:
+            sample = Image.open(sample)
+            sample.load()
+        except (OSError, ValueError) as error:
+            raise OptionError(f"{str(sample)[:80]!r} is not an image that can be read.") from error
     if not isinstance(sample, Image.Image):
-        sample = _picture(torch.as_tensor(sample))
+        sample = _picture(sample)
     # Small images keep their pixels; large ones are made smaller.
     size = sample.size
     scale = SIDE / max(size)
@@ -105,19 +121,35 @@ def _encoded(sample: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def _first_image(sample: Any) -> Any:
+    from PIL import Image
+
+    entries = [sample]
+    if isinstance(sample, Mapping | tuple | list):
+        entries = list(sample.values() if isinstance(sample, Mapping) else sample)
+    for entry in entries:
+        if isinstance(entry, Image.Image | str | Path):
+            return entry
+        if isinstance(entry, Tensor) or hasattr(entry, "__array__"):
+            values = torch.as_tensor(entry)
+            if values.dim() in (2, 3) and values.numel():
+                return values[None] if values.dim() == 2 else values
+    shapes = [tuple(e.shape) if hasattr(e, "shape") else type(e).__name__ for e in entries]
+    raise OptionError(
+        f"A sample has no image, but {shapes}: give images of (channels, height, width), or leave "
+        "out images=, and the page has none."
+    )
+
+
 def _picture(values: Tensor) -> Any:
     from PIL import Image
 
-    if values.dim() == 2:
-        values = values[None]
-    if values.dim() != 3:
-        raise OptionError(
-            f"An image has shape {tuple(values.shape)}: give images of (channels, height, width)."
-        )
-    if values.shape[0] not in (1, 3) and values.shape[-1] in (1, 3):
+    if values.shape[0] not in (1, 3, 4) and values.shape[-1] in (1, 3, 4):
         values = values.movedim(-1, 0)
     if values.is_floating_point():  # perhaps normalised: spread over what can be shown
         low, high = values.min(), values.max()
         values = ((values - low) / (high - low).clamp_min(1e-12) * 255).round()
+    if values.shape[0] == 2:
+        values = values[:1]
     array = values.to(torch.uint8).cpu().movedim(0, -1).numpy()
     return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array[:, :, :3])

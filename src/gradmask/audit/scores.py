@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,33 @@ SCORES = {score.name: score for score in _ALL}
 # Weights of the combined rank, of each score's rank: fitted on scikit-learn's digits by
 # results/audit-weights/fit.py, before any other data were looked at.
 COMBINED = {"early_margin": 0.53, "wrong_share": 0.41, "area_under_margin": 0.06}
+
+
+def combined(scores: Mapping[str, Tensor]) -> Tensor:
+    """The combined rank of each sample, in [0, 1]; NaN where a score is not known.
+
+    Args:
+        scores: By name, one value a sample.
+    """
+    total = sum(COMBINED.values())
+    ranks = {
+        name: suspicion_share(scores[name], bool(SCORES[name].high)) * (weight / total)
+        for name, weight in COMBINED.items()
+    }
+    return torch.stack(list(ranks.values())).sum(0)
+
+
+def suspicion_share(values: Tensor, high: bool) -> Tensor:
+    """Share of the samples that are less suspicious, equal ones half; NaN stays NaN.
+
+    Args:
+        values: A score of each sample.
+        high: Whether high values are suspicious.
+    """
+    known = values.isfinite()
+    ordered = (values if high else -values)[known].sort().values
+    found = (values if high else -values).contiguous()
+    below = torch.searchsorted(ordered, found)
+    upto = torch.searchsorted(ordered, found, right=True)
+    share = (below + upto).double() / (2 * max(1, len(ordered)))
+    return torch.where(known, share, torch.nan)

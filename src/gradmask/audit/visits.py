@@ -84,9 +84,10 @@ def measure_visits(ids: Tensor, logits: Tensor, targets: Tensor, layout: Layout)
         other, values, labelled = _binary(logits.reshape(targets.shape), targets, layout)
     else:
         other, values, labelled = _classes(*_classes_last(logits, targets, layout), layout)
-    count = len(targets)
-    other, labelled = other.reshape(count, -1), labelled.reshape(count, -1)
-    values = values.reshape(count, -1, 5)
+    # The number of labels is told: of an empty batch it cannot be inferred.
+    shape = len(targets), targets[:1].numel() if len(targets) else 1
+    other, labelled = other.reshape(shape), labelled.reshape(shape)
+    values = values.reshape(*shape, 5).float()
     rows = ids.long()[:, None]
     if layout.positions is not None:
         rows = rows * layout.positions + _places(labelled, layout.positions)
@@ -97,7 +98,7 @@ def measure_visits(ids: Tensor, logits: Tensor, targets: Tensor, layout: Layout)
     if ids.device.type != "cpu":  # whose ids were not looked at
         counts &= ((ids >= 0) & (ids < layout.samples))[:, None]
     rows = rows.expand_as(labelled).masked_fill(~counts, REFUSED).masked_fill(~labelled, UNLABELLED)
-    return Visits(rows.flatten(), other.flatten(), values.flatten(0, 1).float())
+    return Visits(rows.flatten(), other.flatten(), values.flatten(0, 1))
 
 
 def _is_binary(logits: Tensor, targets: Tensor, layout: Layout) -> bool:
@@ -130,6 +131,8 @@ def _classes_last(logits: Tensor, targets: Tensor, layout: Layout) -> tuple[Tens
     }
     dim = layout.class_dim
     if dim is not None:
+        if not -len(shape) <= dim < len(shape):
+            raise DataError(f"Logits of shape {shape} have no dimension class_dim={dim}.")
         dim %= len(shape)
         found = {dim: shape[:dim] + shape[dim + 1 :] == tuple(targets.shape)}
     fitting = [dim for dim, fits in found.items() if fits]
@@ -137,7 +140,8 @@ def _classes_last(logits: Tensor, targets: Tensor, layout: Layout) -> tuple[Tens
         raise DataError(
             f"Logits of shape {shape} and {targets.dtype} targets of shape {tuple(targets.shape)} "
             "do not fit: targets are whole numbers of classes, of the logits' shape without its "
-            "dimension of classes, (samples, classes, ...) or (samples, ..., classes)."
+            "dimension of classes, (samples, classes, ...) or (samples, ..., classes). (If each "
+            "class is a label of its own, present or absent: Dynamics(..., multilabel=True).)"
         )
     if len(fitting) > 1:
         raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmask.audit.rank import suspicion_share
+from gradmask.audit.scores import suspicion_share
 from gradmask.errors import OptionError
 from gradmask.recipes.audit.dynamics import (
     BASELINE,
@@ -223,8 +223,9 @@ def _regained(results: Results, arm: str, metric: Metric) -> str | None:
     if not seeds or gap <= 0:
         return None
     share = sum(ours[seed] - every[seed] for seed in seeds) / gap
+    regains = f"regains {share:.0%}" if share > 0 else "regains none"
     gaps = summarise([100 * (true[seed] - every[seed]) for seed in seeds])
     return (
-        f"{ARMS[arm][0].upper()}{ARMS[arm][1:]} regains {share:.0%} of the "
+        f"{ARMS[arm][0].upper()}{ARMS[arm][1:]} {regains} of the "
         f"{gaps.show(lambda value: f'{value:.1f}')} points that wrong labels cost."
     )

@@ -12,8 +12,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from gradmask.audit import Dynamics, Ranking, rank
-from gradmask.audit.rank import FALSE_ALARMS, suspicion_share
-from gradmask.audit.scores import SCORES
+from gradmask.audit.rank import FALSE_ALARMS
+from gradmask.audit.scores import SCORES, suspicion_share
 from gradmask.errors import OptionError, StateError, check_choice
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData, load_images
@@ -88,7 +88,7 @@ class RankedRun:
 
     def detection(self) -> dict[str, Found] | None:
         """AUROC and average precision of each score; None where no wrong label is known."""
-        audited = ~self.ranking.planted
+        audited = ~self.ranking.planted & self.ranking.suspicion.isfinite()
         wrong = self.wrong[audited]
         if not wrong.any() or wrong.all():
             return None
@@ -132,6 +132,10 @@ def audit_dynamics(options: DynamicsAudit) -> tuple[Comparison, list[RankedRun]]
     """
     results = read_results(options.folder)
     check_ours(options.folder)
+    if train := results["config"].get("train"):
+        raise OptionError(
+            f"{options.folder} holds runs of {train}: give the --output folder of gradmask run."
+        )
     runs = without_diverged(results)["runs"]
     check_choice("arm", options.arm, dict.fromkeys(run["arm"] for run in runs))
     specs = [Spec.of(run) for run in runs if run["arm"] == options.arm]
