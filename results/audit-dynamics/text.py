@@ -49,12 +49,17 @@ def noisy(labels: Tensor, share: float, kind: str, seed: int) -> Tensor:
 
 
 def train(
-    words: Tensor, given: Tensor, seed: int, epochs: int, dynamics: Dynamics | None
+    words: Tensor,
+    given: Tensor,
+    seed: int,
+    epochs: int,
+    dynamics: Dynamics | None,
+    classes: int = CLASSES,
 ) -> nn.Module:
     """Train a network; note what it says of each document."""
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.EmbeddingBag(WORDS, 64), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, CLASSES)
+        nn.EmbeddingBag(WORDS, 64), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, classes)
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(epochs):

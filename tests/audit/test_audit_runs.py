@@ -164,8 +164,7 @@ def test_runs_of_an_own_training_are_refused_by_name(folder, tmp_path, capsys):
     assert "theirs:train" in capsys.readouterr().err
 
 
-def test_one_epoch_is_too_few_for_a_rank(tmp_path, capsys):
+def test_one_epoch_is_enough_for_a_rank(tmp_path):
     words = [w for w in WORDS if not w.startswith("--epochs")]
     assert main([*words, "--epochs=1", "--arms=none", "--seeds=0", f"--output={tmp_path}/o"]) == 0
-    assert main(["audit", f"{tmp_path}/o"]) == 2
-    assert "two epochs" in capsys.readouterr().err
+    assert main(["audit", f"{tmp_path}/o"]) == 0

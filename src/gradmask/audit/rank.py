@@ -37,7 +37,7 @@ class Ranking:
         suggestions: The most probable class other than the label; -1 where there is none.
         suggestion_probabilities: Mean probability of the suggestion if the label is excluded.
         suspicion: Combined rank in [0, 1], high where the label is suspicious; NaN where training
-            has made less than two visits.
+            has made no visit.
         flagged: Suspicion beyond the threshold, or the share that was asked for.
         planted: Samples that were planted, which are not audited.
         scores: By name, as in `SCORES`.
@@ -189,7 +189,7 @@ def rank(
     Raises:
         DataError: If something is of another length than the samples, or labels are not whole.
         OptionError: If an option is out of range.
-        StateError: If ranks have noted what has not been gathered, or no sample has two visits.
+        StateError: If ranks have noted what has not been gathered, or no sample was visited.
     """
     if share is not None and (not isinstance(share, Real) or not 0 <= share < 1):
         raise OptionError(f"share={share!r} must be at least 0 and below 1.")
@@ -220,8 +220,8 @@ def rank(
     suspicion = combined(scores)
     if not suspicion.isfinite().any():
         raise StateError(
-            "No sample has two visits, which a rank needs: train for two epochs or more. What a "
-            "single visit says is in dynamics.scores()."
+            "No sample was visited: call dynamics.update(ids, logits, targets) in each step of a "
+            "training before rank()."
         )
     known = suspicion.isfinite() & ~chosen
     cut = None

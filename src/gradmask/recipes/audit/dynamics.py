@@ -103,6 +103,7 @@ class RankedRun:
                 "average_precision": float(average_precision_score(wrong, rank_[audited])),
             }
             for name, rank_ in ranks.items()
+            if rank_[audited].isfinite().all()  # halves of a single visit are not known
         }
 
     def flagged(self) -> Found | None:
