@@ -80,8 +80,12 @@ def scores(folder):
 
 def write_scores(folder):
     write_audit_files(scores(folder))
-    json.loads((folder / "audit/audit.json").read_text(encoding="utf-8"))
-    assert (folder / "audit/scores-seed0.csv").read_text(encoding="utf-8").startswith("index,")
+    json.loads((folder / "audit/none-influence/audit.json").read_text(encoding="utf-8"))
+    assert (
+        (folder / "audit/none-influence/scores-seed0.csv")
+        .read_text(encoding="utf-8")
+        .startswith("index,")
+    )
 
 
 def check_theorem(folder):
@@ -129,9 +133,9 @@ READ = {  # a folder, a file in it, and who reads it
     "previous checkpoint": ("stopped", "runs/fisher-seed0/checkpoint.previous.pt", go_on),
     "log": ("stopped", "runs/fisher-seed0/metrics.jsonl", go_on),
     "weights": ("done", "runs/none-seed0/weights/epoch-0002.pt", scores),
-    "measured": ("done", "audit/measured/none-seed0-0002.pt", scores),
-    "audit.json": ("done", "audit/audit.json", write_scores),
-    "scores": ("done", "audit/scores-seed0.csv", write_scores),
+    "measured": ("done", "audit/none-influence/measured/none-seed0-0002.pt", scores),
+    "audit.json": ("done", "audit/none-influence/audit.json", write_scores),
+    "scores": ("done", "audit/none-influence/scores-seed0.csv", write_scores),
     "marker": ("done", ".gradmask", go_on),
     "lock": ("done", ".lock", go_on),
     "theorem1.json": ("theorem", "theorem1.json", report_theorem),

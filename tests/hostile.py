@@ -205,7 +205,7 @@ BENCHES = [
             (["--model=no.such:thing"], "cannot be imported"),
             (["--model=os:nothing"], "cannot be imported"),
             (["--model=os:getcwd"], "cannot run"),
-            (["--model=:"], "cannot be imported"),
+            (["--model=:"], "must be written module:function"),
             (["--model=mlp", "--shape", "3", "8"], "cannot run on samples of shape"),
         )
     ),

@@ -72,7 +72,7 @@ def test_no_new_folder_on_a_read_only_volume(volume, capsys):
 
 def test_finished_runs_on_a_read_only_volume(volume, capsys):
     assert main(WORDS) == 0
-    audit = ["audit", "volume/out", "--probe=40", "--top=2"]
+    audit = ["audit", "volume/out", "--by=influence", "--probe=40", "--top=2"]
     before = files(volume)
     read_only()
     for words in (WORDS, ["report", "volume/out"], audit, [*WORDS, "--seeds=0,1"]):

@@ -681,7 +681,7 @@ def test_errors(arguments, options, error, message):
 
 
 def test_error_of_outputs_that_are_no_logits():
-    for outputs in (lambda x: (x, x), lambda x: x[:, 0], lambda x: {"logits": x}):
+    for outputs in (lambda x: (x, x), lambda x: x[:, 0], lambda x: {"scores": x}):
         model = Net(lambda m, x, outputs=outputs: outputs(m.net(x)), net=mlp())
         with pytest.raises(DataError, match="logits"):
             influence(model, (X, Y), X)

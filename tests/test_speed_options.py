@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmask import FisherMask, fisher_diagonal
+from gradmask.audit import Dynamics
 from gradmask.errors import OptionError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import load_images
@@ -220,9 +221,21 @@ def test_no_step_waits_for_the_device(arm, precision, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(training, "train_epoch", counted)
+    # On CPUs it looks at ids and labels; on other devices see the test below.
+    monkeypatch.setattr(Dynamics, "update", lambda *_: None)
     config = replace(CONFIG, precision=precision, epochs=2, batch_size=20)
     train(config, tmp_path, arm)
     assert counts == [1, 1]  # the epoch's loss
+
+
+def test_dynamics_do_not_wait_for_the_device():
+    ids = torch.empty(8, dtype=torch.int64, device="meta")
+    logits, targets = torch.empty(8, 3, device="meta"), ids
+    dynamics = Dynamics(20)
+    dynamics.update(ids, logits, targets)  # moves the state there
+    with Waits() as waits:
+        dynamics.update(ids, logits, targets)
+    assert waits.count == 0
 
 
 def test_waits_are_counted():
@@ -252,12 +265,12 @@ def test_no_step_waits_for_a_gpu(arm, precision, tmp_path, monkeypatch):
     """CUDA itself tells; the first step of an epoch may wait (copies, lazy state)."""
     original = training.train_epoch
 
-    def checked(run, batches_of, images, steps, precision, after_step):
+    def checked(run, batches_of, images, steps, precision, after_step, *rest):
         def after():
             after_step()
             torch.cuda.set_sync_debug_mode("default" if run.step == steps else "error")
 
-        return original(run, batches_of, images, steps, precision, after)
+        return original(run, batches_of, images, steps, precision, after, *rest)
 
     monkeypatch.setattr(training, "train_epoch", checked)
     try:

@@ -386,4 +386,5 @@ def test_streamed_data_elsewhere(folder, tmp_path):
         warnings.simplefilter("error", GradmaskWarning)
         results = compare(config)
     assert "memorised" in results["runs"][0]["epochs"][0]
-    assert cli.main(["audit", str(tmp_path / "out")]) == 2
+    assert cli.main(["audit", str(tmp_path / "out")]) == 0
+    assert cli.main(["audit", str(tmp_path / "out"), "--by=influence"]) == 2

@@ -417,7 +417,8 @@ class FisherMask:
         Raises:
             StateError: If the state is of another version, other options or another model.
         """
-        check_state({**_LATER, **state}, {**_LATER, **self._options()})
+        earlier = {**_LATER, **state} if isinstance(state, dict) else state
+        check_state(earlier, {**_LATER, **self._options()})
         masks = of_plain_model(state["masks"])
         if masks:
             check_shapes(masks, self._trainable(), "state")

@@ -124,8 +124,9 @@ def _is_binary(logits: Tensor, targets: Tensor, layout: Layout) -> bool:
 
 def _classes_last(logits: Tensor, targets: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     shape = tuple(logits.shape)
-    if len(shape) == 2 and targets.dim() == 1 and not targets.is_floating_point():
-        return logits, targets.long()  # the usual case
+    usual = len(shape) == 2 and targets.dim() == 1 and layout.class_dim in (None, 1, -1)
+    if usual and not targets.is_floating_point():
+        return logits, targets.long()
     found = {
         dim: shape[:dim] + shape[dim + 1 :] == tuple(targets.shape)
         for dim in {1, len(shape) - 1}
