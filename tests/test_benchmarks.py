@@ -217,6 +217,7 @@ def test_command_refuses_unknown_networks(what, capsys):
     assert "Did you mean 'resnet18'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_commands(capsys, tmp_path):
     words = ["--model", "mlp", "--batch-size", "2", "--rounds", "1"]
     assert main(["bench", "fisher", *words, "--batches", "1", "--no-peers"]) == 0

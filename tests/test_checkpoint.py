@@ -444,6 +444,7 @@ def assert_same_comparison(ours: Path, theirs: Path):
     assert names[0] == names[1]  # no checkpoint and no unfinished file is left
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(server, tmp_path):
     kill_and_compare(server, 5, tmp_path)
 

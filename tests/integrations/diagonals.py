@@ -20,8 +20,10 @@ def diagonals(monkeypatch):
 
 def assert_near(found, expected, near):
     assert found.keys() == expected.keys()
+    # Keys' biases have no gradient: what they show is the square of a rounding error.
+    nothing = 1e-12 * max(value.norm() for value in expected.values())
     for name, value in expected.items():
-        assert (found[name] - value).norm() <= near * value.norm(), name
+        assert (found[name] - value).norm() <= near * value.norm() + nothing, name
 
 
 def hooks_of(model):

@@ -108,9 +108,13 @@ WAYS = [
     ("text", {"own_loss": True}),
     ("class", {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 3}),
     ("class", {"eval_data": samples(6, "class"), "eval_strategy": "steps", "eval_steps": 2}),
-    ("class", {"torch_compile": True, "torch_compile_backend": "eager"}),
     ("class", {"bf16": True, "remove_unused_columns": False}),
-    *long([("text", {"bf16": True, "gradient_accumulation_steps": 2})]),
+    *long(
+        [
+            ("text", {"bf16": True, "gradient_accumulation_steps": 2}),
+            ("class", {"torch_compile": True, "torch_compile_backend": "eager"}),
+        ]
+    ),
 ]
 WAYS = pytest.mark.parametrize(("kind", "options"), WAYS)
 
