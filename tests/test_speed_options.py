@@ -164,6 +164,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled(tmp_path):
     config = replace(CONFIG, model="mlp", width=16)
     plain = train(config, tmp_path / "plain")

@@ -40,6 +40,7 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{path}")
 
 
+@pytest.mark.slow
 def test_two_workers_one_of_which_dies(alone, tmp_path):
     """Its run is taken up again from its checkpoint; all else as with one worker."""
     results = compare(train_and_die, ARMS, range(3), tmp_path, jobs=2, threads=1)
