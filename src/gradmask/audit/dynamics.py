@@ -33,7 +33,7 @@ class Dynamics:
     Example:
         ```python
         dynamics = Dynamics(len(dataset))
-        for ids, inputs, targets in loader:     # Indexed(dataset) yields ids as well
+        for inputs, targets, ids in loader:     # Indexed(dataset) yields ids as well
             logits = model(inputs)
             dynamics.update(ids, logits, targets)
             ...

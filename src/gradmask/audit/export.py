@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,18 +123,15 @@ def _text(value: Any) -> str:
 
 
 def _csv(table: dict[str, list[Any]]) -> str:
-    import io
-
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table)
     for row in zip(*table.values(), strict=True):
-        writer.writerow(
-            f"{value:.6g}"
-            if isinstance(value, float)
-            else int(value)
-            if value is True or value is False
-            else value
-            for value in row
-        )
+        writer.writerow(map(_cell, row))
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return int(value) if isinstance(value, bool) else value

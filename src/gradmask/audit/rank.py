@@ -176,7 +176,7 @@ def rank(
         dynamics: What training said of the samples: `Dynamics`, or a `DynamicsCallback`.
         labels: Their given labels, (samples,), or (samples, positions) where each has several.
         extra: Further scores by name, one value a sample, such as those of `gradient_scores`.
-        planted: Samples with a class of their own (`plant`), by which the threshold is calibrated.
+        planted: Samples whose label was made wrong (`plant`), by which the threshold is calibrated.
         false_alarms: Share of the flagged samples whose label may be right (with `planted`).
         share: Flag this share of the samples in place of a threshold, the most suspicious ones.
             Without it and without planted samples none is flagged, since nothing says where to cut.

@@ -71,11 +71,7 @@ def run_clean(words: list[str]) -> int:
     parser.add_argument("--jobs", type=count, help="runs at a time (1)")
     parser.add_argument("--threads", type=count, help="CPU threads of each (an equal share)")
     parser.add_argument("--output", help="where the new runs are kept (clean in the folder)")
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parser.parse_args(words)).items()
-        if value is not None
-    }
+    options = _given(parser.parse_args(words))
     for name in ("folder", "output"):
         if name in options:
             options[name] = usable_path(name, options[name])
@@ -108,11 +104,7 @@ def run_audit(parsed: argparse.Namespace) -> int:
     Raises:
         OptionError: If an option is one of the other kind of audit.
     """
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parsed).items()
-        if value is not None and name not in ("command", "debug", "by")
-    }
+    options = _given(parsed)
     for name in options:
         if name not in (*_SHARED, *_ONLY[parsed.by]):
             other = next(kind for kind in _ONLY if name in _ONLY[kind])
@@ -124,6 +116,15 @@ def run_audit(parsed: argparse.Namespace) -> int:
     for page in audit(options, console):
         console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0
+
+
+def _given(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options of an audit that were given."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parsed).items()
+        if value is not None and name not in ("command", "debug", "by")
+    }
 
 
 def _by_dynamics(options: dict[str, Any], console: Console) -> list[Path]:

@@ -23,6 +23,7 @@ from gradmask.errors import (
     check_choice,
     check_keep,
 )
+from gradmask.integrations.checkpoints import checkpoint_folder, places_of
 from gradmask.integrations.first_step import OwnLossNote, is_compiled
 from gradmask.integrations.numbered import unnumbered
 from gradmask.integrations.online import Online, check_online, mask_of
@@ -233,7 +234,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the mask beside the checkpoint's weights."""
-        folder = _checkpoint(args, state)
+        folder = checkpoint_folder(args, state)
         assert self.mask is not None
         if self._online is not None:
             self._online.gather()
@@ -284,11 +285,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
             # The Trainer looks it up at the next checkpoint.
             state.stateful_callbacks[type(self).__name__] = self.state()
             return
-        given = [self.resume] if self.resume else [args.resume_from_checkpoint]
-        folders = [Path(f) for f in given if isinstance(f, str | Path)]
-        if not self.resume:
-            folders.append(_checkpoint(args, state))
-        for path in [f / FILE for f in folders if (f / FILE).is_file()]:
+        places = places_of(FILE, args, state, self.resume)
+        for path in filter(Path.is_file, places):
             mask.load(path)
             if self._online is not None:
                 self._online.loaded()
@@ -296,7 +294,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
                 return
         raise StateError(
             f"The mask of the checkpoint of step {state.global_step} is not in "
-            f"{' or '.join(str(f / FILE) for f in folders)}: give the folder that goes to "
+            f"{' or '.join(map(str, places))}: give the folder that goes to "
             "train(resume_from_checkpoint=...) to FisherMaskCallback(resume=...) as well."
         )
 
@@ -375,7 +373,3 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
             self._online.end()
         if self.mask is not None:
             self.mask.detach()
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradmask.audit import Dynamics
 from gradmask.audit.state_file import load_state, save_state
 from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
+from gradmask.integrations.checkpoints import checkpoint_folder, places_of
 from gradmask.integrations.numbered import KEY, check_places, number, restore
 from gradmask.integrations.recording import StepRecorder, labels_of, shifts, unwrapped
 
@@ -162,7 +163,7 @@ class DynamicsCallback(TrainerCallback, ExportableState):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the dynamics beside the checkpoint's weights."""
         self._gather()
-        folder = _checkpoint(args, state)
+        folder = checkpoint_folder(args, state)
         # A search keeps its checkpoints in folders of its own; no trial goes on from one.
         if self.dynamics is not None and args.should_save and folder.is_dir():
             about = {"run": self.run, "step": state.global_step}
@@ -227,12 +228,9 @@ class DynamicsCallback(TrainerCallback, ExportableState):
             # The Trainer looks it up at the next checkpoint.
             state.stateful_callbacks[type(self).__name__] = self.state()
             return
-        given = [self.resume] if self.resume else [args.resume_from_checkpoint]
-        folders = [Path(f) for f in given if isinstance(f, str | Path)]
-        if not self.resume:
-            folders.append(_checkpoint(args, state))
+        places = places_of(FILE, args, state, self.resume)
         assert self.dynamics is not None
-        for path in [f / FILE for f in folders if (f / FILE).is_file()]:
+        for path in filter(Path.is_file, places):
             found, about = load_state(path)
             run = saved["attributes"]["run"]
             if about == {"run": run, "step": state.global_step}:
@@ -243,7 +241,7 @@ class DynamicsCallback(TrainerCallback, ExportableState):
                 return
         raise StateError(
             f"The dynamics of the checkpoint of step {state.global_step} are not in "
-            f"{' or '.join(str(f / FILE) for f in folders)}: give the folder that goes to "
+            f"{' or '.join(map(str, places))}: give the folder that goes to "
             "train(resume_from_checkpoint=...) to DynamicsCallback.attach(resume=...) as well."
         )
 
@@ -289,7 +287,3 @@ class DynamicsCallback(TrainerCallback, ExportableState):
 def _problem(model: Any) -> Any:
     """What kind its labels are, once the model knows."""
     return getattr(getattr(model, "config", None), "problem_type", None)
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -111,13 +111,14 @@ def train(trial: Trial) -> None:
     share, kind = trial.options["share"], trial.options.get("labels", "all")
     found: Comparison = from_plain(Comparison, read_results(folder)["config"])
     config = replace(found, plant=0.0, arms=("none",), sweep={})
-    data = load_images(config, trial.seed)
-    if kind == "clean":
-        data = replace(data, train_labels=data.train_clean_labels)
-    elif kind != "all":
+    if kind in ("all", "clean"):
+        data = load_images(config, trial.seed)
+        if kind == "clean":
+            data = replace(data, train_labels=data.train_clean_labels)
+    else:
         audit = DynamicsAudit(folder, seeds=(trial.seed,), share=share)
         (run,) = audit_dynamics(audit)[1]
-        data = _cleaned(data, run, kind, _count(run, share))
+        data = _cleaned(run, kind, _count(run, share))
     directory = trial.directory / "training"
     directory.mkdir(exist_ok=True)
 
@@ -145,9 +146,10 @@ def _count(run: RankedRun, share: float | None) -> int:
     return round(float(share or 0) * int((~run.ranking.planted).sum()))
 
 
-def _cleaned(data: ImageData, run: RankedRun, kind: str, count: int) -> ImageData:
-    """The data without the samples that an arm drops, or with other labels for them."""
-    ranking, labels = run.ranking, data.train_labels
+def _cleaned(run: RankedRun, kind: str, count: int) -> ImageData:
+    """The run's data without the samples that an arm drops, or with other labels for them."""
+    data, ranking = run.data, run.ranking
+    labels = data.train_labels if ranking.originals is None else ranking.originals
     first = _first(ranking.suspicion, ranking.planted, count)
     if kind == "dropped-by-loss":
         share = suspicion_share(ranking.scores[BASELINE], high=True)
@@ -167,6 +169,7 @@ def _cleaned(data: ImageData, run: RankedRun, kind: str, count: int) -> ImageDat
         train_images=data.train_images[kept],
         train_labels=labels[kept],
         train_clean_labels=data.train_clean_labels[kept],
+        planted=None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class RankedRun:
         wrong = self.data.train_labels != self.data.train_clean_labels
         return wrong & ~self.ranking.planted
 
+    @cached_property
     def detection(self) -> dict[str, Found] | None:
         """AUROC and average precision of each score; None where no wrong label is known."""
         audited = ~self.ranking.planted & self.ranking.suspicion.isfinite()
@@ -109,7 +111,7 @@ class RankedRun:
     def flagged(self) -> Found | None:
         """Shares of right labels among the flagged, and of wrong ones that were flagged."""
         flagged = self.ranking.flagged
-        if self.detection() is None or not flagged.any():
+        if self.detection is None or not flagged.any():
             return None
         right, found = ~self.wrong[flagged], flagged[self.wrong]
         return {

@@ -59,7 +59,7 @@ def write_audit(options: DynamicsAudit, config: Comparison, runs: list[RankedRun
                 "config": to_plain(config),
                 "run": run.spec.as_row(),
                 "environment": environment("cpu"),
-                "detection": run.detection(),
+                "detection": run.detection,
                 "threshold": None if cut is None else vars(cut),
                 "flagged": run.flagged(),
             },
@@ -76,7 +76,7 @@ def print_detection(runs: list[RankedRun], console: Console) -> None:
     """
     for sentence in _flagged(runs):
         console.print(sentence, highlight=False)
-    found = {run.spec: detection for run in runs if (detection := run.detection())}
+    found = {run.spec: detection for run in runs if (detection := run.detection)}
     if not found:
         console.print("No wrong label is known, so what this finds has not been measured here.")
         return
