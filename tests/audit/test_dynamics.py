@@ -291,6 +291,20 @@ def test_counts_of_what_belongs_to_no_sample_may_overflow():
     state = new_state(2, torch.device("cpu"))
     state["counts"][2, 0] = 2**31 - 2
     rows = torch.full((9,), -1)
-    add_visits(state, Visits(rows, rows, torch.ones(9, 5)))
+    add_visits(state, [Visits(rows, rows, torch.ones(9, 5))])
     assert state["counts"][:2, 0].tolist() == [0, 0]
     assert state["margins"][:2].sum() == 0
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_where_updates_are_read_changes_no_bit(repeated):
+    """Several updates are added at once, unless a sample is in more than one of them."""
+    often, never = Dynamics(60), Dynamics(60)
+    for batch in history(60, 37, repeated=repeated):
+        for ids, logits, targets in zip(*(part.split(7) for part in batch), strict=True):
+            often.update(ids, logits, targets)
+            often.suggestions()
+            never.update(ids, logits, targets)
+    for name, value in often.state_dict().items():
+        other = never.state_dict()[name]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other

@@ -58,15 +58,32 @@ def _kept_as(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 and device.type == "mps" else dtype
 
 
-def add_visits(state: dict[str, Tensor], visits: Visits) -> None:
+def add_visits(state: dict[str, Tensor], batches: list[Visits]) -> None:
     """Add visits, those of one sample in their order, without waiting for a GPU.
+
+    Several batches on a CPU are added at once, and one after another where a sample is in more than
+    one of them, which is the same to the bit.
 
     Args:
         state: The state, which is changed.
-        visits: The visits of one batch; those of negative rows count for nothing.
+        batches: The visits of each batch; those of negative rows count for nothing.
     """
-    if not len(visits.rows):
-        return
+    if len(batches) > 1 and state["counts"].device.type == "cpu":
+        together = Visits(*(torch.cat(columns) for columns in zip(*batches, strict=True)))
+        if _unique(together.rows):
+            batches = [together]
+    for visits in batches:
+        if len(visits.rows):
+            _add_batch(state, visits)
+
+
+def _unique(rows: Tensor) -> bool:
+    """Whether no sample has two visits."""
+    ordered = rows.sort().values
+    return not bool(((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).any())
+
+
+def _add_batch(state: dict[str, Tensor], visits: Visits) -> None:
     counts, trash = state["counts"], len(state["counts"]) - 1
     order = visits.rows.argsort(stable=True)  # a sample may be in a batch more than once
     rows, other, values = (column.index_select(0, order) for column in visits)

@@ -17,6 +17,8 @@ from gradmask.audit.gather import gather_visits
 from gradmask.audit.visits import IGNORED, REFUSED, Layout, Visits, measure_visits
 from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
 
+_AT_ONCE = 8  # updates: most of their cost is that of calls
+
 
 class Dynamics:
     """Follows every training sample by the logits that training has anyway.
@@ -76,7 +78,7 @@ class Dynamics:
         positions = None if positions is None else int(positions)
         self._layout = Layout(self.samples, positions, multilabel, class_dim, ignore_index)
         self._state = new_state(self.samples * (positions or 1), torch.device("cpu"))
-        self._waiting: list[Visits] = []  # of many processes, until they are gathered
+        self._waiting: list[Visits] = []  # a few updates, or all until the ranks gather
         self._left_out = torch.zeros((), dtype=torch.int64, device="cpu")
 
     @torch.no_grad()
@@ -97,13 +99,13 @@ class Dynamics:
         ids = self._check(ids, logits, targets)
         device = logits.device
         if self._left_out.device != device:
+            if self._ranks() == 1:
+                self._take_up()
             self._state = moved(self._state, device)
             self._left_out = self._left_out.to(device)
-        visits = measure_visits(ids, logits, targets, self._layout)
-        if self._ranks() > 1:
-            self._waiting.append(visits)
-        else:
-            self._add(visits)
+        self._waiting.append(measure_visits(ids, logits, targets, self._layout))
+        if len(self._waiting) >= _AT_ONCE and self._ranks() == 1:
+            self._take_up()
 
     def gather(self) -> None:
         """Take up what all ranks have noted: called by all of them, at the end of each epoch.
@@ -112,9 +114,8 @@ class Dynamics:
         process.
         """
         if self._ranks() > 1:
-            for visits in gather_visits(self._waiting, self._left_out.device, self.group):
-                self._add(visits)
-            self._waiting.clear()
+            self._waiting = gather_visits(self._waiting, self._left_out.device, self.group)
+            self._take_up()
 
     def scores(self) -> dict[str, Tensor]:
         """The scores of every sample so far, by the names of `SCORES`.
@@ -126,7 +127,7 @@ class Dynamics:
         Raises:
             StateError: If ranks have noted what has not been gathered.
         """
-        self._check_gathered("scores()")
+        self._take_up("scores()")
         state = {name: value[:-1].cpu() for name, value in self._state.items()}
         visits, forgotten, last_wrong, _ = state["counts"].double().unbind(1)
         n = torch.where(visits > 0, visits, torch.nan)
@@ -170,7 +171,7 @@ class Dynamics:
         Raises:
             StateError: If ranks have noted what has not been gathered.
         """
-        self._check_gathered("suggestions()")
+        self._take_up("suggestions()")
         counts, votes = (self._state[name][:-1].cpu() for name in ("counts", "votes"))
         share = votes[:, 1].double() / counts[:, 0].clamp_min(1)
         return self._shaped(counts[:, 3].long()), self._shaped(share)
@@ -181,7 +182,7 @@ class Dynamics:
         Raises:
             StateError: If ranks have noted what has not been gathered.
         """
-        self._check_gathered("state_dict()")
+        self._take_up("state_dict()")
         tensors = moved(self._state, self._left_out.device)
         return {"version": 1, **self._size(), "left_out": self._left_out.clone(), **tensors}
 
@@ -248,18 +249,21 @@ class Dynamics:
         positions = self._layout.positions
         return values if positions is None else values.reshape(self.samples, positions)
 
-    def _add(self, visits: Visits) -> None:
-        self._left_out += (visits.rows == REFUSED).sum()
-        add_visits(self._state, visits)
-
     def _ranks(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):
             return 1
         return dist.get_world_size(self.group)
 
-    def _check_gathered(self, doing: str) -> None:
-        if self._waiting:
+    @torch.no_grad()
+    def _take_up(self, asked: str | None = None) -> None:
+        """Add what waits to the state; `asked` is the call for which the ranks must have met."""
+        if asked and self._waiting and self._ranks() > 1:
             raise StateError(
-                f"{doing} after updates of {self._ranks()} ranks: call gather() on all ranks "
+                f"{asked} after updates of {self._ranks()} ranks: call gather() on all ranks "
                 "first, at the end of each epoch and before a checkpoint."
             )
+        for begin in range(0, len(self._waiting), _AT_ONCE):
+            batches = self._waiting[begin : begin + _AT_ONCE]
+            self._left_out += sum((visits.rows == REFUSED).sum() for visits in batches)
+            add_visits(self._state, batches)
+        self._waiting = []
