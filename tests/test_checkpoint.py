@@ -25,10 +25,11 @@ from gradmask.recipes.training import run as train
 from gradmask.recipes.training.checkpoint import NEWEST, PREVIOUS
 from gradmask.recipes.training.run import train_run
 from gradmask.study.budget import EpochBudget, EpochsSpent
-from gradmask.study.files import atomic_file, read_tensors
+from gradmask.study.files import read_tensors
 from gradmask.study.folder import read_results
 from gradmask.study.progress import Progress
 from gradmask.study.trial import Diverged
+from gradmask.tensor_files import atomic_file
 
 CLOCKS = ("seconds", "refresh_seconds", "evaluation_seconds")
 ARMS = ("none", "fisher", "random", "random_matched", "inverse", "sam")

@@ -11,6 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "gradmask"
 # and these foundations.
 CORE = [
     "errors",
+    "tensor_files",
     "named",
     "interrupts",
     "containers",
@@ -37,7 +38,8 @@ CORE = [
     "__init__",
 ]
 TOP = ["study", "audit", "integrations", "recipes", "benchmarks", "cli"]
-PUBLIC = ["__init__", "errors", "named", "interrupts", "seeding", "distributed", "loaders"]
+PUBLIC = ["__init__", "errors", "tensor_files", "named", "interrupts", "seeding"]
+PUBLIC += ["distributed", "loaders"]
 HEAVY = {
     "distributed",
     "torchvision",
@@ -101,7 +103,7 @@ def test_imports_go_one_way(parts, path):
             assert inner in allowed(part), f"{part} imports {name}"
         elif part in CORE:
             package = name.split(".")[0]
-            own = {"triton_products.py": {"triton"}, "mask_files.py": {"safetensors"}}
+            own = {"triton_products.py": {"triton"}, "tensor_files.py": {"safetensors"}}
             own = own.get(path.name, set())
             assert package in {"torch", *own, *sys.stdlib_module_names}, f"the core imports {name}"
 

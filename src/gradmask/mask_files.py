@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from gradmask.distributed import is_sharded
 from gradmask.errors import StateError
 from gradmask.mask_state import check_masks
 from gradmask.parameters import trainable_parameters
+from gradmask.tensor_files import open_tensors, save_tensors
 
 FORMAT, VERSION = "gradmask", "1"
 _OTHER = "/"  # no parameter's name begins so
@@ -57,17 +57,8 @@ def save_masks(
         "sha256": masks_sha256(whole, metadata, others),
     }
     stored = {name: _pack(mask) for name, mask in whole.items()}
-    stored |= {_OTHER + name: t.detach().cpu().contiguous() for name, t in (others or {}).items()}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _safetensors().torch.save_file(stored, temporary, header)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    stored |= {_OTHER + name: tensor for name, tensor in (others or {}).items()}
+    save_tensors(Path(path), stored, header, "masks")
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
@@ -94,26 +85,18 @@ def read_masks(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
     """The same, and the other tensors."""
-    library = _safetensors()
-    try:
-        with library.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT or "shapes" not in header:
-                raise StateError(f"{path} holds no masks: it is another safetensors file.")
-            if header.get("version") != VERSION:
-                raise StateError(
-                    f"{path} is of version {header.get('version')}, this gradmask reads {VERSION}: "
-                    "use the gradmask that wrote it, or a newer one."
-                )
-            shapes, metadata = json.loads(header["shapes"]), json.loads(header["metadata"])
-            masks = {n: _unpack(file.get_tensor(n), shape) for n, shape in shapes.items()}
-            names = [name for name in file.keys() if name.startswith(_OTHER)]  # noqa: SIM118
-            others = {name.removeprefix(_OTHER): file.get_tensor(name) for name in names}
-    except (OSError, library.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
-        if isinstance(e, StateError):
-            raise
-        words = " ".join(str(e).split())[:200]
-        raise StateError(f"{path} cannot be read as a file of masks ({words}).") from e
+    with open_tensors(path, "masks") as (file, header):
+        if header.get("format") != FORMAT or "shapes" not in header:
+            raise StateError(f"{path} holds no masks: it is another safetensors file.")
+        if header.get("version") != VERSION:
+            raise StateError(
+                f"{path} is of version {header.get('version')}, this gradmask reads {VERSION}: "
+                "use the gradmask that wrote it, or a newer one."
+            )
+        shapes, metadata = json.loads(header["shapes"]), json.loads(header["metadata"])
+        masks = {n: _unpack(file.get_tensor(n), shape) for n, shape in shapes.items()}
+        names = [name for name in file.keys() if name.startswith(_OTHER)]  # noqa: SIM118
+        others = {name.removeprefix(_OTHER): file.get_tensor(name) for name in names}
     if masks_sha256(masks, metadata, others) != header.get("sha256"):
         raise StateError(f"{path} is damaged: its masks are not those whose SHA-256 it holds.")
     return masks, metadata, others
@@ -201,14 +184,6 @@ def masks_from_indices(
             mask[places.long()] = True
         masks[name] = mask.view(shape)
     return masks
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("Mask files need safetensors: pip install safetensors") from error
-    return safetensors
 
 
 def _whole(mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gradmask.errors import OptionError
-from gradmask.study.files import atomic_file
+from gradmask.tensor_files import atomic_file
 
 if TYPE_CHECKING:
     from gradmask.audit.rank import Ranking

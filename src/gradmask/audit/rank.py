@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 
 from gradmask.audit.dynamics import Dynamics
 from gradmask.audit.planted import Planted, Threshold, threshold, whole_labels
-from gradmask.audit.scores import combined
+from gradmask.audit.scores import combined, highest
 from gradmask.errors import DataError, OptionError, StateError
 
 FALSE_ALARMS = 0.1
@@ -143,9 +143,17 @@ class Ranking:
 
         Returns:
             The path.
-        """
-        from gradmask.audit.report import write_page
 
+        Raises:
+            ImportError: If the extra `study` is not installed.
+        """
+        try:
+            from gradmask.audit.report import write_page
+        except ImportError as error:
+            raise ImportError(
+                f"The page needs {error.name}: pip install 'gradmask[study]'. (.save('table.csv') "
+                "needs nothing more.)"
+            ) from error
         return write_page(self, Path(path), images, top)
 
     def _whole(self, doing: str, values: Tensor) -> Tensor:
@@ -258,9 +266,7 @@ def _flagged(
     if share is None:
         value = torch.inf if cut is None else cut.value
         return known & (suspicion >= value)
-    order = torch.where(known, suspicion, -1.0).argsort(descending=True, stable=True)
-    first = torch.zeros_like(known).scatter(0, order[: round(share * int(known.sum()))], True)
-    return known & first
+    return highest(suspicion, known, round(share * int(known.sum())))
 
 
 def _names(names: Sequence[str] | Mapping[int, str] | None) -> list[str] | None:

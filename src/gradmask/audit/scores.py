@@ -118,3 +118,19 @@ def suspicion_share(values: Tensor, high: bool) -> Tensor:
     upto = torch.searchsorted(ordered, found, right=True)
     share = (below + upto).double() / (2 * max(1, len(ordered)))
     return torch.where(known, share, torch.nan)
+
+
+def highest(values: Tensor, among: Tensor, count: int) -> Tensor:
+    """Where the largest values are; of equal ones the first.
+
+    Args:
+        values: One of each sample.
+        among: The samples to choose from; those whose value is NaN are not chosen.
+        count: How many.
+
+    Returns:
+        A bool tensor of the same shape.
+    """
+    among = among & ~values.isnan()
+    order = torch.where(among, values, -torch.inf).argsort(descending=True, stable=True)
+    return among & torch.zeros_like(among).scatter(0, order[:count], True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gradmask.errors import StateError
+from gradmask.tensor_files import open_tensors, save_tensors
 
 FORMAT = "gradmask.dynamics"
 
@@ -26,18 +26,10 @@ def save_state(path: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -
     Raises:
         ImportError: If safetensors is not installed.
     """
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     plain = {name: value for name, value in state.items() if name not in tensors}
     header = {"format": FORMAT, "state": json.dumps(plain), "about": json.dumps(dict(about))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _safetensors().torch.save_file(tensors, temporary, header)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    save_tensors(path, tensors, header, "dynamics")
 
 
 def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,26 +45,9 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         StateError: If the file is damaged, or another one.
         ImportError: If safetensors is not installed.
     """
-    library = _safetensors()
-    try:
-        with library.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise StateError(f"{path} holds no dynamics: it is another safetensors file.")
-            state = json.loads(header["state"])
-            state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads(header["about"])
-    except (OSError, library.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
-        if isinstance(e, StateError):
-            raise
-        words = " ".join(str(e).split())[:200]
-        raise StateError(f"{path} cannot be read as a file of dynamics ({words}).") from e
-    return state, about
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("Files of dynamics need safetensors: pip install safetensors") from error
-    return safetensors
+    with open_tensors(path, "dynamics") as (file, header):
+        if header.get("format") != FORMAT:
+            raise StateError(f"{path} holds no dynamics: it is another safetensors file.")
+        state = json.loads(header["state"])
+        state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return state, json.loads(header["about"])

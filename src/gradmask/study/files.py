@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import yaml
 
 from gradmask.errors import StateError
+from gradmask.tensor_files import atomic_file
 
 _TEMPORARY = re.compile(r"\.(.+\.\d+|checkpoint\.shards)\.tmp")
 _OURS = ("runs/*", "runs/*/weights", "figures", "audit/*", "audit/*/measured")
 _DELETE = "delete the run's folder and train again."
-
-
-@contextmanager
-def atomic_file(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of an old one once it is whole and on the disk.
-
-    Args:
-        path: Where to write; its folder must exist.
-        previous: Where the old file goes, if there is one (default: it is given up).
-
-    Yields:
-        The new file, open for writing. If writing it fails, nothing has changed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def is_temporary(path: Path) -> bool:

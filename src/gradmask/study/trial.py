@@ -23,10 +23,11 @@ from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError,
 from gradmask.seeding import random_states, restore_random_states, seed_everything
 from gradmask.study.arms import Arm, parse_arm
 from gradmask.study.controls import new_mask
-from gradmask.study.files import atomic_file, damaged, read_tensors
+from gradmask.study.files import damaged, read_tensors
 from gradmask.study.log import START, RunLog
 from gradmask.study.results import Row
 from gradmask.study.spec import Spec
+from gradmask.tensor_files import atomic_file
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 ERROR = "error.txt"  # the traceback of a run that failed

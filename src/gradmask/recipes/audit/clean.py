@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gradmask.audit.scores import suspicion_share
+from gradmask.audit.scores import highest, suspicion_share
 from gradmask.errors import OptionError
 from gradmask.recipes.audit.dynamics import (
     BASELINE,
@@ -150,13 +149,13 @@ def _cleaned(run: RankedRun, kind: str, count: int) -> ImageData:
     """The run's data without the samples that an arm drops, or with other labels for them."""
     data, ranking = run.data, run.ranking
     labels = data.train_labels if ranking.originals is None else ranking.originals
-    first = _first(ranking.suspicion, ranking.planted, count)
+    first = highest(ranking.suspicion, ~ranking.planted, count)
     if kind == "dropped-by-loss":
         share = suspicion_share(ranking.scores[BASELINE], high=True)
-        first = _first(share, ranking.planted, count)
+        first = highest(share, ~ranking.planted, count)
     elif kind == "dropped-at-random":
         generator = seeded_generator(run.spec.seed, "dropped at random")
-        first = _first(torch.rand(len(labels), generator=generator), ranking.planted, count)
+        first = highest(torch.rand(len(labels), generator=generator), ~ranking.planted, count)
     dropped = first
     if kind == "relabelled":
         likely = first & (ranking.suggestions >= 0)
@@ -171,14 +170,6 @@ def _cleaned(run: RankedRun, kind: str, count: int) -> ImageData:
         train_clean_labels=data.train_clean_labels[kept],
         planted=None,
     )
-
-
-def _first(values: Tensor, left_out: Tensor, count: int) -> Tensor:
-    """Which samples have the largest values; those left out have none."""
-    order = torch.where(left_out, -torch.inf, values.nan_to_num(-1.0)).argsort(
-        descending=True, stable=True
-    )
-    return torch.zeros_like(left_out).scatter(0, order[:count], True)
 
 
 def sentences(results: Results) -> list[str]:

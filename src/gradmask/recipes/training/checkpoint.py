@@ -20,9 +20,10 @@ from gradmask.recipes.identity import data_sum, tensors_sum
 from gradmask.recipes.training.shards import read_plain, read_shards, save_shards
 from gradmask.recipes.training.state import RunState
 from gradmask.recipes.training.weights import check_shapes, shapes
-from gradmask.study.files import atomic_file, damaged, read_tensors
+from gradmask.study.files import damaged, read_tensors
 from gradmask.study.log import Position
 from gradmask.study.options import to_plain
+from gradmask.tensor_files import atomic_file
 
 VERSION = 3
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"

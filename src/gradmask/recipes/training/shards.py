@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from gradmask.errors import StateError
-from gradmask.study.files import atomic_file, read_tensors
+from gradmask.study.files import read_tensors
 from gradmask.study.processes import Processes
+from gradmask.tensor_files import atomic_file
 
 RUN_FILE = "run.pt"
 

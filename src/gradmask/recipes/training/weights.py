@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gradmask.errors import StateError
 from gradmask.recipes.identity import tensors_sum
-from gradmask.study.files import atomic_file, damaged, read_tensors
+from gradmask.study.files import damaged, read_tensors
+from gradmask.tensor_files import atomic_file
 
 _NAME = "epoch-{:04d}.pt"
 _EPOCH = re.compile(r"epoch-(\d{4,9})\.pt", re.ASCII)
