@@ -5,7 +5,7 @@ from gradmask.interrupts import end_at_once
 
 end_at_once()  # PyTorch takes seconds to import; does nothing but on the command line
 
-from gradmask.fisher import fisher_diagonal, register_rule
+from gradmask.fisher import Moments, fisher_diagonal, gradient_moments, register_rule
 from gradmask.influence import gradient_norms, influence
 from gradmask.mask import FisherMask
 from gradmask.mask_files import load_masks, masks_from_indices, masks_to_indices, save_masks
@@ -18,10 +18,12 @@ __version__ = "0.1.0"
 __all__ = [
     "FisherMask",
     "InfluenceMonitor",
+    "Moments",
     "__version__",
     "dampen",
     "fisher_diagonal",
     "global_threshold",
+    "gradient_moments",
     "gradient_norms",
     "influence",
     "load_masks",

@@ -2,7 +2,7 @@
 
 from gradmask.fisher import convolution as convolution  # registers its rules
 from gradmask.fisher import linear as linear
-from gradmask.fisher.diagonal import fisher_diagonal
+from gradmask.fisher.diagonal import Moments, fisher_diagonal, gradient_moments
 from gradmask.fisher.rules import register_rule
 
-__all__ = ["fisher_diagonal", "register_rule"]
+__all__ = ["Moments", "fisher_diagonal", "gradient_moments", "register_rule"]

@@ -23,6 +23,7 @@ from gradmask.fisher.reference import (
     check_independent,
     check_repeatable,
     sample_gradients,
+    zero_means,
 )
 from gradmask.fisher.rules import squared
 from gradmask.fisher.scored import call
@@ -66,8 +67,10 @@ class Pass:
         loss: The negative log-likelihood.
         generator: Source of random directions.
         verify: How it is checked.
+        mean: Whether to add up the gradients themselves as well.
 
     Attributes:
+        means: Sums over the samples of their gradients, by name; None if not wanted.
         alone: Whether all is measured with the whole model, one sample at a time, since a check
             failed.
         reached: Names on which some sample's loss depends.
@@ -81,8 +84,11 @@ class Pass:
         loss: Loss,
         generator: torch.Generator,
         verify: Verify = "spread",
+        *,
+        mean: bool = False,
     ) -> None:
         self.model, self.parameters = model, parameters
+        self._mean = mean
         self.alone = False
         self.reached: set[str] = set()
         self._kind, self._loss = kind, loss
@@ -94,6 +100,8 @@ class Pass:
     def restart(self) -> None:
         """Begin again, from the first batch."""
         self._generator.set_state(self._start)
+        zeros = {name: zero_means(p) for name, p in self.parameters.items()} if self._mean else None
+        self.means: dict[str, Tensor] | None = zeros
         self._schedule = Schedule(self._verify, self.parameters, self._generator.initial_seed())
         self._ways: Ways | None = None
         self._independent = False  # seen to be
@@ -155,7 +163,7 @@ class Pass:
                 check = None if groups else check
                 try:
                     terms = chain([batch.first], batch.rest)
-                    found = capture.add_squares(terms, totals, settle, check)
+                    found = capture.add_squares(terms, totals, settle, check, self.means)
                 except Unmeasurable:
                     forget(self.model)
                     self._trusts = False
@@ -174,7 +182,7 @@ class Pass:
         if cut and n > 1 and (check is not None or not self._independent):
             self._check_independent(inputs, n)
         if rest:
-            self.reached |= add_per_sample_squares(*data, rest, totals, **options)
+            self.reached |= add_per_sample_squares(*data, rest, totals, self.means, **options)
         if check is not None and check.turn == 1 and before is None:
             check_repeatable(self.model, inputs, range(n)[check.rows][0], self._precision)
         if check is None or not handled:

@@ -68,6 +68,7 @@ class Capture:
         self._totals: dict[str, Tensor] | None = None
         self._settle: Settle = lambda _: None
         self._running = False
+        self._means: dict[str, Tensor] | None = None
         self._checked: tuple[Check, Excerpts] | None = None
         self.handled: set[str] = set()
         self.reached: set[str] = set()
@@ -250,16 +251,23 @@ class Capture:
     def _backward(self, term: Tensor) -> None:
         if not self._returned:
             return
-        # Only layer outputs are asked for: hooks on parameters and `.grad` stay out of it.
-        edges = [edge for edge, _ in self._returned]
+        # Without means only layer outputs are asked for: weight gradients are never formed.
+        edges: list[Any] = [edge for edge, _ in self._returned]
+        names = [] if self._means is None else [n for n in self._means if n in self.handled]
+        weights = [self._parameters[name] for name in names]
         self._running = True
         try:
-            gradients = torch.autograd.grad(term, edges, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                term, edges + weights, retain_graph=True, allow_unused=True
+            )
         finally:
             self._running = False
         with torch.no_grad():
-            for (_, calls), g in zip(self._returned, gradients, strict=True):
+            for (_, calls), g in zip(self._returned, gradients[: len(edges)], strict=True):
                 self._receive(calls, g)
+            for name, g in zip(names, gradients[len(edges) :], strict=True):
+                if g is not None:
+                    self._means[name] += g.to_dense()  # type: ignore[index]
 
     def mixed(self, outputs: Any) -> set[str]:
         """Find parameters whose calls mix samples, or do not have them where they should be.
@@ -310,6 +318,7 @@ class Capture:
         totals: dict[str, Tensor],
         settle: Settle = lambda _: None,
         check: Check | None = None,
+        means: dict[str, Tensor] | None = None,
     ) -> Excerpts:
         """Add, over samples and terms, the squared per-sample gradients of each handled name.
 
@@ -319,6 +328,7 @@ class Capture:
             settle: Told the names of totals that a term adds nothing more to, in an order that
                 depends on the model alone.
             check: What to check.
+            means: Sums of the gradients themselves, changed in place; None if not wanted.
 
         Returns:
             Excerpts of the squares of the samples to check, of every handled name.
@@ -329,11 +339,12 @@ class Capture:
             for name in self.handled:
                 excerpts[name] = excerpt(self._parameters[name].detach(), check.turn).abs().mul_(0)
             self._checked = check, excerpts
+        self._means = means
         for term in terms:
             self._backward(term)
             with torch.no_grad():
                 self.square_rest(totals)
-        self._checked = None
+        self._checked = self._means = None
         return excerpts
 
     def listen(self, totals: dict[str, Tensor], settle: Settle = lambda _: None) -> None:

@@ -1,10 +1,10 @@
-"""The public function: the Fisher diagonal of a model over data."""
+"""The public functions: the Fisher diagonal of a model over data, and the mean gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from gradmask.distributed import (
     together,
     unwrapped,
 )
-from gradmask.errors import DataError, check_max_samples
+from gradmask.errors import DataError, ModelError, check_max_samples
 from gradmask.fisher.adapter import Adapter, Unpack, check_batches, check_unpack, started
 from gradmask.fisher.batch import DOING, Pass
 from gradmask.fisher.likelihood import Loss, check_likelihood
@@ -34,6 +34,18 @@ from gradmask.parameters import trainable_parameters
 from gradmask.seeding import derive_seed
 
 Sums = tuple[dict[str, Tensor], int]
+
+
+class Moments(NamedTuple):
+    """Moments of the gradients of single samples, by parameter name.
+
+    Attributes:
+        mean: E[g].
+        square: E[g²], the diagonal of the empirical Fisher information.
+    """
+
+    mean: dict[str, Tensor]
+    square: dict[str, Tensor]
 
 
 def fisher_diagonal(
@@ -100,6 +112,67 @@ def fisher_diagonal(
             read in part and can be read only once.
         DistributedError: If that happened on another rank.
     """
+    options: dict[str, Any] = {"kind": kind, "loss": loss, "max_samples": max_samples}
+    options |= {"seed": seed, "verify": verify, "group": group, "unpack": unpack}
+    return _measure(model, loader, unused=unused, **options).square
+
+
+def gradient_moments(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+    verify: Verify = "spread",
+    group: ProcessGroup | None = None,
+    unused: set[str] | None = None,
+    unpack: Unpack | None = None,
+) -> Moments:
+    """Mean and mean square of the per-sample gradients, at the data's labels, in one pass.
+
+    E[g]_j = (1/n) Σ_i ∂ −log f(x_i) / ∂θ_j, and E[g²]_j, which is `fisher_diagonal`'s. The mean
+    takes the weight gradients of a usual backward pass, which the Fisher diagonal alone does not.
+
+    Args:
+        model: As of `fisher_diagonal`, as are all others.
+        loader: Iterable of batches.
+        loss: Negative log-likelihood.
+        max_samples: Measure on a seeded random part of this size.
+        seed: Seed of that part.
+        verify: What is checked.
+        group: Ranks that measure together.
+        unused: A set to which the names are added on which no sample's loss depends.
+        unpack: From a batch of another form to `(inputs, targets)`.
+
+    Returns:
+        Both, `{parameter name: tensor of the parameter's shape}`, means over samples.
+
+    Raises:
+        ModelError: Also if the parameters are sharded.
+        OptionError: As `fisher_diagonal` does.
+        DataError: As `fisher_diagonal` does.
+        DistributedError: As `fisher_diagonal` does.
+    """
+    options: dict[str, Any] = {"kind": "empirical", "loss": loss, "max_samples": max_samples}
+    options |= {"seed": seed, "verify": verify, "group": group, "unpack": unpack}
+    return _measure(model, loader, mean=True, unused=unused, **options)
+
+
+def _measure(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    kind: str,
+    loss: Loss | None,
+    max_samples: int | None,
+    seed: int,
+    verify: Verify,
+    group: ProcessGroup | None,
+    unused: set[str] | None,
+    unpack: Unpack | None,
+    mean: bool = False,
+) -> Moments:
     check_likelihood(kind, loss := standard_loss(loss))
     check_unpack(unpack)
     check_max_samples(max_samples)
@@ -110,6 +183,11 @@ def fisher_diagonal(
     model = unwrapped(model)
     reshard(model)
     parameters = trainable_parameters(model, loss)
+    if mean and shard_groups(parameters.values()):
+        raise ModelError(
+            "The parameters are sharded, and mean gradients are not measured in shards: take a "
+            "score of the Fisher information or the weights, or measure the whole model."
+        )
     adapter = Adapter(model, loss, unpack)
     seed = derive_seed(seed, "rank", rank) if rank else seed
 
@@ -121,7 +199,7 @@ def fisher_diagonal(
 
     def begin() -> Pass:
         generator = torch.Generator().manual_seed(seed)
-        return Pass(adapter.model, parameters, kind, adapter.loss, generator, verify)
+        return Pass(adapter.model, parameters, kind, adapter.loss, generator, verify, mean=mean)
 
     with undisturbed(loader) as data, measuring(model, parameters.values(), loss):
         if shard_groups(parameters.values()):
@@ -129,6 +207,7 @@ def fisher_diagonal(
             batches = started(in_step(adapter, parsed, groups))
             single_pass = begin()
             totals, count = sharded_sums(single_pass, batches, groups)
+            means: dict[str, Tensor] = {}
         else:
             with together(groups, DOING):
                 read = lambda: adapter.read(chosen(data))  # noqa: E731
@@ -136,13 +215,19 @@ def fisher_diagonal(
                 single_pass = begin()
                 again = None if isinstance(loader, Iterator) else read
                 totals, count = _sums(single_pass, batches, again)
-            totals = {name: sum_over(total, groups) for name, total in totals.items()}
+            totals, means = (
+                {name: sum_over(total, groups) for name, total in sums.items()}
+                for sums in (totals, single_pass.means or {})
+            )
             count = int(sum_over(torch.tensor([count], device="cpu"), groups))
     if count == 0:
         raise DataError("The loader gave no samples: an iterator may be used up already.")
     if unused is not None:
         unused |= parameters.keys() - _of_any_rank(single_pass.reached, list(parameters), groups)
-    return {name: total.div_(count) for name, total in totals.items()}
+    means, totals = (
+        {name: total.div_(count) for name, total in sums.items()} for sums in (means, totals)
+    )
+    return Moments(means, totals)
 
 
 def _sums(

@@ -27,6 +27,12 @@ def zero_squares(parameter: Tensor) -> Tensor:
     return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
 
+def zero_means(parameter: Tensor) -> Tensor:
+    """Zeros of a parameter's shape, contiguous, in its precision but at least float32."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+
+
 class Squares(dict[str, Tensor]):
     """Sums of squares by name, each zero, and made, when it is first asked for.
 
@@ -250,6 +256,7 @@ def add_per_sample_squares(
     targets: Tensor,
     parameters: dict[str, nn.Parameter],
     totals: dict[str, Tensor],
+    means: dict[str, Tensor] | None = None,
     **options: Any,
 ) -> set[str]:
     """Add the sum over samples of squared per-sample gradients, by single-sample autograd.
@@ -260,6 +267,7 @@ def add_per_sample_squares(
         targets: Targets, shape (N, ...).
         parameters: The parameters to differentiate by.
         totals: `{name: tensor of the parameter's shape}`, changed in place.
+        means: Sums of the gradients themselves, changed in place; None if not wanted.
         options: Those of `sample_gradients`.
 
     Returns:
@@ -270,4 +278,6 @@ def add_per_sample_squares(
         reached |= gradients.keys()
         for name, gradient in gradients.items():
             totals[name] += squared(full_precision(gradient))
+            if means is not None:
+                means[name] += gradient
     return reached
