@@ -229,7 +229,7 @@ def test_each_refresh_measures_other_samples(monkeypatch):
         assert options["max_samples"] == 4
         return fisher_diagonal(*args, seed=seed, **options)
 
-    monkeypatch.setattr("gradmask.mask.fisher_diagonal", spy)
+    monkeypatch.setattr("gradmask.scoring.fisher_diagonal", spy)
     for seed in (0, 1):
         mask = FisherMask(model, max_samples=4, seed=seed)
         for _ in range(3):

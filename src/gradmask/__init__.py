@@ -10,12 +10,15 @@ from gradmask.influence import gradient_norms, influence
 from gradmask.mask import FisherMask
 from gradmask.mask_files import load_masks, masks_from_indices, masks_to_indices, save_masks
 from gradmask.monitor import InfluenceMonitor
+from gradmask.scores import SCORES, register_score
+from gradmask.scoring import parameter_scores
 from gradmask.selection import global_threshold, make_masks
 from gradmask.unlearning import dampen
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SCORES",
     "FisherMask",
     "InfluenceMonitor",
     "Moments",
@@ -30,6 +33,8 @@ __all__ = [
     "make_masks",
     "masks_from_indices",
     "masks_to_indices",
+    "parameter_scores",
     "register_rule",
+    "register_score",
     "save_masks",
 ]

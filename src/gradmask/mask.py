@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +11,29 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from gradmask.collect import Collector
-from gradmask.distributed import (
-    Groups,
-    check_same,
-    data_groups,
-    reshard,
-    shard_groups,
-    unwrapped,
-    warn_if_alone,
-)
-from gradmask.errors import (
-    OptionError,
-    check_choice,
-    check_keep,
-    check_max_samples,
-)
-from gradmask.fisher.adapter import Unpack, check_unpack
-from gradmask.fisher.diagonal import fisher_diagonal
-from gradmask.fisher.likelihood import Loss, check_likelihood
-from gradmask.fisher.losses import standard_loss
+from gradmask.distributed import check_same, data_groups, reshard, shard_groups
+from gradmask.errors import OptionError, check_choice, check_keep
+from gradmask.fisher.adapter import Unpack
+from gradmask.fisher.likelihood import Loss
 from gradmask.mask_files import masks_sha256, read_state, save_masks
+from gradmask.mask_source import ScoreSource
 from gradmask.mask_state import check_masks, check_shapes, check_state, of_plain_model, placed
-from gradmask.mask_warnings import warn_of_unused, warn_of_use, without_log
+from gradmask.mask_warnings import warn_of_unused, warn_of_use
 from gradmask.parameters import trainable_parameters
-from gradmask.seeding import derive_seed, seeded_generator
+from gradmask.seeding import seeded_generator
 from gradmask.selection import check_selection, kept_counts, make_masks
 from gradmask.steps import MaskedSteps
 
 SCOPES = ("gradient", "update")
 # The mask from so many samples shares 92 to 95 % with that from all (docs/performance.md).
 MAX_SAMPLES = 4000
-_NOTHING: dict[str, Any] = {"seen": 0, "weight": 0.0, "sums": {}}  # of what is collected
 _OPTIONS = ("keep", "scope", "strategy", "kind", "max_samples", "seed")
-_LATER = {"which": "highest", "per": "network"}  # not in the states of earlier versions
+# Not in the states of earlier versions.
+_LATER = {"which": "highest", "per": "network", "score": "fisher"}
 
 
-class FisherMask:
-    """Mask the gradients of the parameters with the least Fisher information.
+class FisherMask(ScoreSource):
+    """Mask the gradients of the parameters with the least Fisher information, or another score.
 
     θ ← θ − α (g ⊙ M), M_j = 1 where a_jj ≥ k, else 0 (equation 10 of L. Jiang, "Gradient mask and
     neural network generalization"). Until the first `refresh` nothing is masked.
@@ -71,9 +56,11 @@ class FisherMask:
         keep: Share of all trainable parameters together that still learn, in (0, 1].
         scope: `gradient` zeroes masked gradients: momentum and weight decay of the optimizer still
             move a masked weight. `update` also puts masked weights back after the step.
-        strategy: `fisher`, or a control of the same share: `random`, `random_matched` (the share
-            of every tensor as in the Fisher mask) or `inverse` (the least information).
-        which: Keep the `highest` information, or the `lowest`.
+        score: What entries are chosen by: `fisher`, or another of `gradmask.SCORES` (listed by
+            `gradmask scores`), to which `register_score` adds.
+        strategy: `fisher`, which is by the score, or a control of the same share: `random`,
+            `random_matched` (the share of every tensor as by the score) or `inverse` (the lowest).
+        which: Keep the entries with the `highest` score, or the `lowest`.
         per: One threshold for the whole `network`, or one for each `tensor`.
         kind: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
         loss: Negative log-likelihood: `cross_entropy`, `bernoulli`, `mse` or a callable; the
@@ -87,9 +74,11 @@ class FisherMask:
             training's own backward passes are measured (`collect`) from `attach` to `detach`, and
             `refresh()` makes the mask of what was collected.
         every: With `online`: collect one of so many batches.
+        average: β of an exponential average of what is measured, over refreshes; each refresh
+            counts for its information's proportions, not its size (`RunningAverage`).
 
     Raises:
-        OptionError: If an option is out of range or unknown.
+        OptionError: If an option is out of range or unknown, or does not fit the score.
         ModelError: If the model has no trainable parameters, or cannot be measured in shards.
     """
 
@@ -99,6 +88,7 @@ class FisherMask:
         keep: float = 0.25,
         *,
         scope: str = "gradient",
+        score: str = "fisher",
         strategy: str = "fisher",
         which: str = "highest",
         per: str = "network",
@@ -110,28 +100,21 @@ class FisherMask:
         unpack: Unpack | None = None,
         refresh: str = "pass",
         every: int = 10,
+        average: float | None = None,
     ) -> None:
         check_keep(keep)
         check_choice("refresh", refresh, ("pass", "online"))
         check_choice("scope", scope, SCOPES)
         check_selection(strategy, which, per)
-        check_likelihood(kind, standard_loss(loss))
-        check_max_samples(max_samples)
-        check_unpack(unpack)
-        trainable_parameters(model, loss)  # refuses a model that has none
-        self._wrapped, self._group = model, group
-        warn_if_alone(data_groups(model, group))  # refuses shards that cannot be measured
-        self.model, self.scope, self.strategy = unwrapped(model), scope, strategy
-        self.which, self.per = which, per
-        self.kind, self.loss, self.unpack = kind, loss, unpack
-        # NumPy's numbers would neither load without pickle nor seed as Python's do.
-        self.keep, self.seed = float(keep), int(seed)
-        self.max_samples = None if max_samples is None else int(max_samples)
+        options: dict[str, Any] = {"kind": kind, "loss": loss, "max_samples": max_samples}
+        options |= {"seed": seed, "group": group, "unpack": unpack, "average": average}
+        super().__init__(model, score, **options)
+        self.scope, self.strategy, self.which, self.per = scope, strategy, which, per
+        self.keep = float(keep)  # NumPy's numbers would not load without pickle
         self.refreshes = 0
         self._kept: dict[str, int] = {}
         self._warned = False
         self._steps = MaskedSteps(self.model, scope, loss)
-        self._collector: Collector | None = None
         self._online = self.collect(every=every) if refresh == "online" else None
 
     @classmethod
@@ -210,65 +193,29 @@ class FisherMask:
         if self._online is not None:
             self._online.stop()
 
-    def collect(
-        self, *, every: int | None = None, average: float | None = None, scale: float | None = None
-    ) -> Collector:
-        """Measure training's own backward passes; `refresh()` then makes the mask of them.
-
-        Example:
-            ```python
-            for inputs, targets in loader:
-                optimizer.zero_grad()
-                with mask.collect(every=10):
-                    criterion(model(inputs), targets).backward()
-                optimizer.step()
-            mask.refresh()
-            ```
-
-        Args:
-            every: Collect one of so many batches (forward passes in train mode); default: each.
-            average: β of an exponential average over batches; default: the mean of all batches
-                since the last refresh.
-            scale: What the loss multiplies each sample's own loss by (see `Collector`).
-
-        Returns:
-            A context manager, for one training step or around all of them. Each call returns the
-            same one, with these options if there are any.
-
-        Raises:
-            OptionError: If an option is out of range, or the mask is of another kind of labels.
-            ModelError: If the model cannot be measured while it trains.
-        """
-        self._check_measured()
-        if self.kind != "empirical":
-            raise OptionError(
-                f"kind={self.kind!r} draws labels of its own, and training has those of the data: "
-                "use kind='empirical', or mask.refresh(loader)."
-            )
-        given = every is not None or average is not None or scale is not None
-        options: dict[str, Any] = {"average": average, "scale": scale}
-        options["every"] = 1 if every is None else every
-        if self._collector is None:
-            self._collector = Collector(self._wrapped, self.loss, **options)
-        elif given:
-            self._collector.set(**options)
-        return self._collector
-
-    def refresh(self, loader: Iterable[Any] | None = None) -> None:
-        """Measure the Fisher diagonal and make the mask of the next epoch.
+    def refresh(
+        self, loader: Iterable[Any] | None = None, *, protect: Iterable[Any] | None = None
+    ) -> None:
+        """Measure the Fisher diagonal, or the score's data, and make the mask of the next epoch.
 
         Args:
             loader: Iterable of batches (see `fisher_diagonal`); None for what `collect` collected
-                in training since the last refresh.
+                in training since the last refresh, and for scores of the weights alone.
+            protect: Batches of the data whose skills must stay. A score of two data sets (`ratio`)
+                compares `loader` with them. Any other is measured on them in place of `loader`, and
+                what they need least learns: `which="lowest"`.
 
         Raises:
             ModelError: If the model cannot be measured.
             DataError: If the data cannot be used, or the loss is not finite. The mask stays.
             OptimizerError: If weights were moved where the mask could not hold them. It stays.
             DistributedError: If that happened on another rank.
-            OptionError: If the ranks' options differ, or the mask is fixed.
+            OptionError: If the ranks' options differ, the mask is fixed, or data are missing.
         """
         self._check_measured()
+        if protect is not None and not self._score.compares:
+            self._check_protects()
+            loader, protect = protect, None
         same = {"seed": self.seed, "refreshes": self.refreshes, "keep": self.keep}
         groups = data_groups(self._wrapped, self._group)
         check_same(same, groups)
@@ -277,25 +224,12 @@ class FisherMask:
             reshard(self.model)
             self.update({name: p.detach() for name, p in self._trainable().items()})
             return
-        if loader is None:
-            self._refresh_online(groups)
-            return
         unused: set[str] = set()
-        seed = derive_seed(self.seed, "fisher", self.refreshes)
-        fisher = self._measure(loader, self.max_samples, seed, unused)
+        values, average = self._scores(loader, protect, self.refreshes, groups, unused)
         if unused:
-            warn_of_unused(fisher, unused)
-        self.update(fisher, unused)
-
-    def _refresh_online(self, groups: Groups) -> None:
-        if self._collector is None:
-            raise OptionError(
-                "mask.refresh() needs a loader to measure on, or a mask that collects while it "
-                "trains: FisherMask(..., refresh='online'), or mask.collect()."
-            )
-        self.update(self._collector.diagonal(groups))
-        if self._collector.average is None:
-            self._collector.clear()
+            warn_of_unused(values, unused)
+        self.update(values, unused)
+        self._average = average
 
     def check(self, loader: Iterable[Any]) -> None:
         """Measure two samples, so that data, loss or model that do not fit are told at once.
@@ -312,24 +246,15 @@ class FisherMask:
             DataError: If the data cannot be used, or the loss is not finite.
             DistributedError: If that happened on another rank.
         """
-        if self.strategy in ("random", "fixed") or isinstance(loader, Iterator):
-            return
-        with without_log():  # that two samples are few is meant
-            self._measure(loader, 2, self.seed)
-
-    def _measure(
-        self, loader: Any, samples: int | None, seed: int, unused: set[str] | None = None
-    ) -> dict[str, Tensor]:
-        options: dict[str, Any] = {"kind": self.kind, "loss": self.loss, "group": self._group}
-        options |= {"max_samples": samples, "seed": seed, "unused": unused, "unpack": self.unpack}
-        return fisher_diagonal(self._wrapped, loader, **options)
+        if self.strategy not in ("random", "fixed"):
+            self._check_data(loader)
 
     def update(self, fisher: dict[str, Tensor], unused: Collection[str] = ()) -> None:
-        """Make the mask from a Fisher diagonal that was measured already.
+        """Make the mask from a Fisher diagonal, or scores, that were measured already.
 
         Args:
             fisher: `{parameter name: tensor}` for all trainable parameters; the same on all ranks,
-                or DTensors for sharded parameters.
+                or DTensors for sharded parameters. Of another score what `parameter_scores` gives.
             unused: Names on which the loss does not depend in eval mode (`fisher_diagonal` tells
                 them). They learn, whatever the others' threshold is.
 
@@ -403,9 +328,7 @@ class FisherMask:
         """
         masks = {name: mask.clone() for name, mask in self.masks.items()}
         state = {**self._counted(), "masks": masks}
-        if self._collector is not None:
-            state["collected"] = self._collector.state_dict()
-        return state
+        return state | self._measured_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; nothing changes unless all of it fits.
@@ -422,9 +345,7 @@ class FisherMask:
         masks = of_plain_model(state["masks"])
         if masks:
             check_shapes(masks, self._trainable(), "state")
-        collected = state.get("collected")
-        if self._collector is not None or collected is not None:
-            (self._collector or self.collect()).load_state_dict(collected or _NOTHING)
+        self._load_measured(state)
         self._steps.read_parameters()
         parameters = self._steps.parameters
         self.masks = {name: placed(mask, parameters[name]) for name, mask in masks.items()}
@@ -443,7 +364,7 @@ class FisherMask:
         Raises:
             ImportError: If safetensors is not installed.
         """
-        numbers, sums = self._collected()
+        numbers, sums = self._numbers_and_sums()
         save_masks(path, self.masks, {**self._counted(), **numbers}, sums)
 
     def load(self, path: str | Path) -> None:
@@ -457,22 +378,22 @@ class FisherMask:
             ImportError: If safetensors is not installed.
         """
         masks, rest, sums = read_state(path)
-        if "collected" in rest:
-            rest["collected"]["sums"] = sums
+        self._give_sums(rest, sums)
         self.load_state_dict({**rest, "masks": masks})
 
     def sha256(self) -> str:
         """SHA-256 of the state as digits; with sharded parameters every rank must call."""
-        numbers, sums = self._collected()
+        numbers, sums = self._numbers_and_sums()
         return masks_sha256(self._steps.masks, {**self._counted(), **numbers}, sums)
 
-    def _collected(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What was collected in training: numbers, and tensors by name."""
-        if self._collector is None:
-            return {}, {}
-        state = self._collector.state_dict()
-        sums = state.pop("sums")
-        return {"collected": state}, sums
+    def _check_protects(self) -> None:
+        if self.which == "highest" and self.strategy != "inverse":
+            raise OptionError(
+                "which='highest' would move what the protected data need most: build "
+                "FisherMask(which='lowest'), or score='ratio'."
+            )
+        if not self._score.reads_data:
+            raise OptionError(f"score={self.score!r} reads no data that could be protected.")
 
     def _check_measured(self) -> None:
         if self.strategy == "fixed":

@@ -45,8 +45,10 @@ def save_masks(
         ImportError: If safetensors is not installed.
     """
     check_masks(masks)
+    sharded = any(is_sharded(tensor) for tensor in [*masks.values(), *(others or {}).values()])
     whole = {name: _whole(mask) for name, mask in masks.items()}
-    if any(map(is_sharded, masks.values())) and dist.get_rank() != 0:
+    others = {name: _whole(tensor) for name, tensor in (others or {}).items()}
+    if sharded and dist.get_rank() != 0:
         return
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     header = {
@@ -57,7 +59,7 @@ def save_masks(
         "sha256": masks_sha256(whole, metadata, others),
     }
     stored = {name: _pack(mask) for name, mask in whole.items()}
-    stored |= {_OTHER + name: tensor for name, tensor in (others or {}).items()}
+    stored |= {_OTHER + name: tensor for name, tensor in others.items()}
     save_tensors(Path(path), stored, header, "masks")
 
 
@@ -128,7 +130,7 @@ def masks_sha256(
         bits = _pack(_whole(masks[name]))
         add([name, list(masks[name].shape)], bits)
     for name in sorted(others or {}):
-        tensor = (others or {})[name].detach().cpu().contiguous()
+        tensor = _whole((others or {})[name]).detach().cpu().contiguous()
         label = [name, str(tensor.dtype), list(tensor.shape)]
         add(label, tensor.flatten().view(torch.uint8))
     return found.hexdigest()

@@ -68,8 +68,8 @@ def kth_largest(tensors: Iterable[Tensor], k: int, group: ProcessGroup | None = 
         counts = sum_over(counts, groups)
         if first and bool(counts[infinity >> shift :].any()):
             raise DataError(
-                "The Fisher diagonal holds NaN, infinite or negative values: training has "
-                "probably diverged (try a lower learning rate)."
+                "The Fisher diagonal (or the score) holds NaN, infinite or negative values: "
+                "training has probably diverged (try a lower learning rate)."
             )
         above = counts.flip(0).cumsum(0)  # values at or above each digit, from the largest
         place = int(torch.searchsorted(above, remaining))
@@ -162,7 +162,7 @@ def make_masks(
         if per == "tensor" and not any(a.numel() for a in part.values()):
             masks |= {name: torch.ones_like(a, dtype=torch.bool) for name, a in part.items()}
         elif strategy == "random":
-            masks |= _largest(_random_keys(part, generator), kept_count(part, keep))
+            masks |= _largest(random_numbers(part, generator), kept_count(part, keep))
         else:
             threshold = global_threshold(part, keep, group)
             without += part if float(threshold) == 0.0 and keep < 1.0 else ()
@@ -171,8 +171,8 @@ def make_masks(
         where = "" if per == "network" else f" in {first_names(without)}"
         warnings.warn(
             f"The threshold at keep={keep} is 0{where}: more than {1 - keep:.0%} of the parameters "
-            "have no Fisher information, so the mask keeps everything. Measure on more samples, or "
-            "look for dead layers.",
+            "have no Fisher information (a score of 0), so the mask keeps everything. Measure on "
+            "more samples, or look for dead layers.",
             GradmaskWarning,
             stacklevel=2,
         )
@@ -210,13 +210,13 @@ def _chosen(
     masks = _compare(torch.ge, fisher, threshold)
     if strategy == "fisher" and which == "highest":
         return masks
-    keys = _random_keys(fisher, generator)
+    keys = random_numbers(fisher, generator)
     if which == "lowest":
         masks = _lowest(fisher, sum(kept_counts(masks).values()), keys)
     if strategy == "fisher":
         return masks
     if which == "lowest":  # ties were drawn by the same numbers
-        keys = _random_keys(fisher, generator)
+        keys = random_numbers(fisher, generator)
     counts = kept_counts(masks)
     return {name: _largest({name: key}, counts[name])[name] for name, key in keys.items()}
 
@@ -237,13 +237,17 @@ def _compare(
     }
 
 
-def _random_keys(
+def random_numbers(
     like: Mapping[str, Tensor], generator: torch.Generator | None
 ) -> dict[str, Tensor]:
     """A random number for every entry, the same one however the tensors are sharded.
 
     In float64, where the chance of equal ones is about m² / 2⁵⁴ for m entries, and only those at a
     threshold would matter.
+
+    Args:
+        like: Tensors by name, whose shapes, devices and shards they have.
+        generator: CPU generator, in the same state on every rank.
     """
     options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu", "generator": generator}
     return {

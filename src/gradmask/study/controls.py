@@ -82,7 +82,7 @@ class _Hooked(FisherMask):
 class NoMask(_Hooked):
     """Training without a mask: nothing is measured and nothing masked."""
 
-    def refresh(self, loader: Iterable[Any] | None = None) -> None:
+    def refresh(self, loader: Iterable[Any] | None = None, **_: Any) -> None:
         """Measure nothing."""
         self.refreshes += 1
 
@@ -187,5 +187,5 @@ def new_mask(arm: Arm, model: nn.Module, **options: Any) -> FisherMask:
 class FixedMask(FisherMask):
     """A mask from a file: a refresh leaves it as it is."""
 
-    def refresh(self, loader: Iterable[Any] | None = None) -> None:
+    def refresh(self, loader: Iterable[Any] | None = None, **_: Any) -> None:
         """Measure nothing."""
