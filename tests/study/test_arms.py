@@ -34,6 +34,12 @@ def test_an_arm_changes_its_own_options():
         ("sam:scope=update", "scope has no meaning for SAM"),
         ("fisher:rho=0.1", "rho has no meaning for Fisher mask"),
         ("sam:rho=0", "rho=0.0 must be positive"),
+        ("fisher:score=snap", "Unknown score 'snap'. Did you mean 'snip'"),
+        ("fisher:which=most", "Unknown which 'most'"),
+        ("random:per=layer", "Unknown per 'layer'"),
+        ("random:score=snip", "score has no meaning for random mask"),
+        ("inverse:which=lowest", "which has no meaning for inverse mask"),
+        ("fisher:average=1", r"average='1' must be in \[0, 1\)"),
     ],
 )
 def test_arms_that_cannot_work(arm, message):
@@ -86,3 +92,22 @@ def test_random_labels_are_drawn_from_all_classes_once_per_seed():
     assert torch.equal(given.train_labels, data.train_clean_labels)
     with pytest.raises(OptionError, match="label_noise has no meaning with labels='random'"):
         Comparison(labels="random", label_noise=0.1)
+
+
+def test_matched_controls_are_those_of_the_same_score():
+    method = "fisher:score=snip:which=lowest"
+    matched = "random_matched:score=snip:which=lowest", "slow_matched:score=snip:which=lowest"
+    others = "random_matched", "random_matched:score=snip", "slow_matched", "fisher"
+    assert controls(method, ["none", "random", "slow", *matched, *others]) == [
+        *("none", "random", "slow"),
+        *matched,
+    ]
+    assert controls("fisher", ["random_matched", matched[0]]) == ["random_matched"]
+
+
+def test_scores_of_arms_reach_the_mask():
+    config = Comparison(arms=("none", "fisher:score=magnitude:which=lowest:per=tensor"))
+    data = load_images(config, 0)
+    mask = new_mask(config, new_model(config, data, 0), config.arms[1], 0)
+    assert (mask.score, mask.which, mask.per) == ("magnitude", "lowest", "tensor")
+    assert arm_title(config.arms[1]) == "Fisher mask, by magnitude, lowest values, of each tensor"

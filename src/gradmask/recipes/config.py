@@ -28,6 +28,8 @@ VARIED = (
         "rho",
     ),
 )
+# What arms change of their masks only.
+_OF_MASKS = ("file", "patience", "score", "which", "per", "average")
 _OWN_NAMES = {"kind": "fisher_kind", "max_samples": "fisher_samples"}  # as FisherMask has them
 
 
@@ -284,7 +286,7 @@ class Comparison:
         if arm.strategy not in STRATEGIES:
             raise OptionError(f"Arm {name!r} is a function: compare it with `gradmask study`.")
         own = {_OWN_NAMES.get(k, k): v for k, v in arm.options.items()}
-        changes = {k: v for k, v in own.items() if k not in ("file", "patience")}
+        changes = {k: v for k, v in own.items() if k not in _OF_MASKS}
         return self._changed(f"arm {name!r}", changes, arms=(arm.strategy,)) if changes else self
 
     def _changed(self, where: str, changes: dict[str, Any], **others: Any) -> Comparison:

@@ -1,18 +1,20 @@
 """Arms of a study: a kind of mask or control, perhaps with options that differ from the others'.
 
 An arm is written `strategy[:option=value ...]`, for example `none`, `fisher`, `fisher:keep=0.7`,
-`fisher:keep=0.25:scope=update`, `slow:keep=0.25`, `none:labels=random` or `sam:rho=0.1`.
+`fisher:keep=0.25:scope=update`, `fisher:score=snip:which=lowest`, `slow:keep=0.25`,
+`none:labels=random` or `sam:rho=0.1`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
+from gradmask import SCORES
 from gradmask.errors import OptionError, check_choice, check_keep
 from gradmask.study.schema import literal
 
@@ -31,6 +33,9 @@ STRATEGIES = {
 MASKS = ("fisher", "random", "random_matched", "inverse")
 # Their result is one of the method; all other arms are controls.
 _METHODS = ("fisher", "fixed")
+# Whose shares depend on what is measured: a control has to have them as the method does.
+_CHOOSING = ("fisher", "random_matched", "inverse", "slow_matched")
+_CHOSEN_BY = {"score": "fisher", "which": "highest", "per": "network", "average": None}
 # What arms may change of the mask or control itself: those that have it, and its title. All other
 # options are the training function's.
 _OWN: dict[str, tuple[tuple[str, ...], type, str]] = {
@@ -38,11 +43,21 @@ _OWN: dict[str, tuple[tuple[str, ...], type, str]] = {
     "scope": ((*MASKS, "fixed"), str, "scope {}"),
     "kind": ((*MASKS, "slow_matched"), str, "{} Fisher information"),
     "max_samples": ((*MASKS, "slow_matched"), int, "{} samples"),
+    "score": (_CHOOSING, str, "by {}"),
+    "which": (("fisher", "random_matched", "slow_matched"), str, "{} values"),
+    "per": ((*MASKS, "slow_matched"), str, "of each {}"),
+    "average": (_CHOOSING, float, "average {}"),
     "patience": (("early",), int, "patience {}"),
     "file": (("fixed",), str, "{}"),
     "rho": (("sam",), float, "rho {}"),
 }
-_CHOICES = {"scope": ("gradient", "update"), "kind": ("empirical", "sampled", "exact")}
+_CHOICES: dict[str, Collection[str]] = {
+    "scope": ("gradient", "update"),
+    "kind": ("empirical", "sampled", "exact"),
+    "score": SCORES,
+    "which": ("highest", "lowest"),
+    "per": ("network", "tensor"),
+}
 _TITLES = {"labels": "{} labels"}
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
@@ -83,6 +98,11 @@ class Arm:
         """Options of the mask or control."""
         return {name: value for name, value in self.options.items() if name in _OWN}
 
+    @property
+    def _chosen_by(self) -> dict[str, Any]:
+        """What decides how many entries of each tensor learn."""
+        return {name: self.own.get(name, usual) for name, usual in _CHOSEN_BY.items()}
+
     @cached_property
     def others(self) -> dict[str, Any]:
         """Options of the training function; those of an arm of the user's own are the arm's."""
@@ -102,6 +122,8 @@ class Arm:
         # Of a mask from a file, or an arm of the user's own, the size is known if it is given.
         told = method.strategy == "fisher" or "keep" in method.own
         size = told and self.own.get("keep") == method.own.get("keep")
+        if self.strategy in ("random_matched", "slow_matched"):
+            size = size and self._chosen_by == method._chosen_by
         match self.strategy:
             case "none" | "early" | "sam":
                 return self.strategy != "sam"
@@ -161,6 +183,8 @@ def _value(name: str, strategy: str, option: str, text: str) -> Any:
         check_keep(value)
     if option in _CHOICES:
         check_choice(option, value, _CHOICES[option])
+    if option == "average" and not 0 <= value < 1:
+        raise OptionError(f"Arm {name!r}: average={text!r} must be in [0, 1).")
     if option in ("max_samples", "patience") and value < 1:
         raise OptionError(f"Arm {name!r}: {option}={text!r} must be at least 1.")
     return value
