@@ -228,8 +228,9 @@ def test_what_the_protected_data_need_least_learns():
 )
 def test_data_that_are_missing_or_without_use(options, arguments, words):
     mask = FisherMask(network(), 0.3, **options)
-    with pytest.raises(OptionError, match=words):
-        mask.refresh(**arguments)
+    for call in (mask.refresh, mask.check):
+        with pytest.raises(OptionError, match=words):
+            call(**({"loader": None} | arguments))
     assert not mask.masks
 
 

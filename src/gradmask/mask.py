@@ -213,9 +213,7 @@ class FisherMask(ScoreSource):
             OptionError: If the ranks' options differ, the mask is fixed, or data are missing.
         """
         self._check_measured()
-        if protect is not None and not self._score.compares:
-            self._check_protects()
-            loader, protect = protect, None
+        loader, protect = self._read(loader, protect)
         same = {"seed": self.seed, "refreshes": self.refreshes, "keep": self.keep}
         groups = data_groups(self._wrapped, self._group)
         check_same(same, groups)
@@ -231,7 +229,7 @@ class FisherMask(ScoreSource):
         self.update(values, unused)
         self._average = average
 
-    def check(self, loader: Iterable[Any]) -> None:
+    def check(self, loader: Iterable[Any], *, protect: Iterable[Any] | None = None) -> None:
         """Measure two samples, so that data, loss or model that do not fit are told at once.
 
         Mask and count of refreshes stay; random states and the loader as with `refresh`. Nothing
@@ -240,14 +238,17 @@ class FisherMask(ScoreSource):
 
         Args:
             loader: What `refresh` will get.
+            protect: Likewise.
 
         Raises:
             ModelError: If the model cannot be measured.
             DataError: If the data cannot be used, or the loss is not finite.
             DistributedError: If that happened on another rank.
+            OptionError: If data are missing, or without use.
         """
-        if self.strategy not in ("random", "fixed"):
-            self._check_data(loader)
+        data, protect = self._read(loader, protect)
+        if self.reads_data:
+            self._check_data(data, protect)
 
     def update(self, fisher: dict[str, Tensor], unused: Collection[str] = ()) -> None:
         """Make the mask from a Fisher diagonal, or scores, that were measured already.
@@ -303,6 +304,11 @@ class FisherMask(ScoreSource):
             RuntimeError: If the norm is not finite, and must be.
         """
         return self._steps.clip(max_norm, norm_type, finite=error_if_nonfinite)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether a refresh measures on data: not of random and fixed masks, nor of weights."""
+        return self.strategy not in ("random", "fixed") and self._score.reads_data
 
     @property
     def kept_fraction(self) -> float:
@@ -386,7 +392,10 @@ class FisherMask(ScoreSource):
         numbers, sums = self._numbers_and_sums()
         return masks_sha256(self._steps.masks, {**self._counted(), **numbers}, sums)
 
-    def _check_protects(self) -> None:
+    def _read(self, loader: Any, protect: Any) -> tuple[Any, Any]:
+        """The data that are measured, and those that a score of two data sets compares with."""
+        if protect is None or self._score.compares:
+            return loader, protect
         if self.which == "highest" and self.strategy != "inverse":
             raise OptionError(
                 "which='highest' would move what the protected data need most: build "
@@ -394,6 +403,7 @@ class FisherMask(ScoreSource):
             )
         if not self._score.reads_data:
             raise OptionError(f"score={self.score!r} reads no data that could be protected.")
+        return protect, None
 
     def _check_measured(self) -> None:
         if self.strategy == "fixed":

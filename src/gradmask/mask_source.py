@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from gradmask.fisher.losses import standard_loss
 from gradmask.mask_warnings import without_log
 from gradmask.parameters import trainable_parameters
 from gradmask.scores import apply_score
-from gradmask.scoring import find_score, measure, of_weights
+from gradmask.scoring import check_data, find_score, measure, of_weights
 from gradmask.seeding import derive_seed
 
 _NOTHING: dict[str, Any] = {"seen": 0, "weight": 0.0, "sums": {}}  # of what is collected
@@ -169,11 +169,13 @@ class ScoreSource:
         options |= {"max_samples": samples, "seed": seed, "unused": unused, "unpack": self.unpack}
         return measure(self._wrapped, self._score, loader, protect, **options)
 
-    def _check_data(self, loader: Iterable[Any]) -> None:
+    def _check_data(self, loader: Any, protect: Any) -> None:
         """Measure two samples, unless an iterator would be used up by that."""
-        if self._score.reads_data and not isinstance(loader, Iterator):
+        check_data(self._score, loader, protect)
+        read_once = isinstance(loader, Iterator) or isinstance(protect, Iterator)
+        if self._score.reads_data and not read_once:
             with without_log():  # that two samples are few is meant
-                self._measure(loader, loader if self._score.compares else None, 2, self.seed)
+                self._measure(loader, protect, 2, self.seed)
 
     def _check_measured(self) -> None:
         """Raise an error if nothing may be measured."""

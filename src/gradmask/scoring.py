@@ -97,7 +97,7 @@ def check_data(score: Score, loader: Any, protect: Any) -> None:
     """
     if score.compares and (loader is None or protect is None):
         raise OptionError(
-            f"score={score.name!r} compares two data sets: give both, (loader, protect=old_loader)."
+            f"score={score.name!r} compares two data sets: give a loader, and protect=old_loader."
         )
     if protect is not None and not score.compares:
         raise OptionError(

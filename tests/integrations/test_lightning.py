@@ -545,3 +545,15 @@ def test_ddp_on_one_process(monkeypatch):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     assert_same(ours, plain(3, keep=0.3))
+
+
+@pytest.mark.parametrize("options", [{"score": "ratio"}, {"which": "lowest"}])
+def test_protected_data_are_those_of_the_mask(options):
+    old = DataLoader(samples(12), 4)
+    options = {"max_samples": None, **options}
+    callback = FisherMaskCallback(0.3, refresh="start", protect=old, model="net", **options)
+    fitted(callback=callback, max_epochs=1)
+    mask = FisherMask(network(), 0.3, **options)
+    mask.refresh(shuffled(), protect=old)
+    for name, expected in mask.masks.items():
+        assert torch.equal(callback.mask.masks[name], expected), name

@@ -508,3 +508,28 @@ def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'gradmask\[transformers\]'"):
         importlib.import_module(name)
+
+
+@pytest.mark.parametrize("options", [{"score": "ratio"}, {"which": "lowest"}])
+def test_protected_data_are_those_of_the_mask(tmp_path, options):
+    old = DataLoader(samples(8), batch_size=4, collate_fn=collate)
+    callback = FisherMaskCallback(0.3, refresh="start", protect=old, max_samples=None, **options)
+    host = trainer(tmp_path, callback, max_steps=1)
+    host.train()
+    mask = FisherMask(made(), 0.3, max_samples=None, **options)
+    mask.refresh(DataLoader(samples(), batch_size=4, collate_fn=collate), protect=old)
+    assert mask.kept_fractions == callback.mask.kept_fractions
+    assert_same(callback.mask.masks, mask.masks)
+
+
+def test_protected_data_without_use_are_told_before_training(tmp_path):
+    old = DataLoader(samples(8), batch_size=4, collate_fn=collate)
+    host = trainer(tmp_path, FisherMaskCallback(protect=old))
+    with pytest.raises(OptionError, match="which='lowest'"):
+        host.train()
+    host = trainer(tmp_path, FisherMaskCallback(score="ratio"))
+    with pytest.raises(OptionError, match="protect="):
+        host.train()
+    assert host.state.global_step == 0
+    with pytest.raises(OptionError, match="protect="):
+        FisherMaskCallback(refresh="online", protect=old, which="lowest")

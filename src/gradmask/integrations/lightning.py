@@ -57,6 +57,7 @@ class FisherMaskCallback(Callback):
             optimizer steps (of the masked optimizers, together), or `start` (once). `online`: as
             `epoch`, of the batches and the loss that were trained, without a pass over the data.
         data: Batches to measure on (default: the trainer's `train_dataloader`).
+        protect: Batches whose skills must stay (see `FisherMask.refresh`).
         model: Name of the submodule whose forward is measured and masked, such as `net` (default:
             the module itself, whose `forward` must give what `loss` takes).
         every: With `online`: measure one of so many batches, the first after each mask among them.
@@ -78,6 +79,7 @@ class FisherMaskCallback(Callback):
         *,
         refresh: Refresh = "epoch",
         data: Iterable[Any] | None = None,
+        protect: Iterable[Any] | None = None,
         model: str | None = None,
         every: int = 10,
         steps: int | None = None,
@@ -85,11 +87,12 @@ class FisherMaskCallback(Callback):
     ) -> None:
         self._schedule = Schedule(refresh, steps, every)
         if self._schedule.online:
-            check_online(keep, every, options, data)
+            check_online(keep, every, options, data=data, protect=protect)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             FisherMask(nn.Linear(1, 1), keep, **options)  # bad options are told here, not later
         self.keep, self.data, self.model, self.options = keep, data, model, options
+        self.protect = protect
         self.mask: FisherMask | None = None
         self.steps = 0
         self._online: Online | None = None
@@ -193,7 +196,7 @@ class FisherMaskCallback(Callback):
         if self._online is not None:
             self._online.begin(redirected=self._redirected(trainer, pl_module))
             return
-        measured = self.options.get("loss") is None and self.mask.strategy != "random"
+        measured = self.options.get("loss") is None and self.mask.reads_data
         automatic = pl_module.automatic_optimization and not is_compiled(pl_module)
         if first and measured and automatic:
             unpack = self.options.get("unpack")
@@ -268,7 +271,7 @@ class FisherMaskCallback(Callback):
             self._measure(trainer, module, self.mask.refresh)
 
     def _measure(
-        self, trainer: Trainer, module: LightningModule, measure: Callable[[Iterable[Any]], None]
+        self, trainer: Trainer, module: LightningModule, measure: Callable[..., None]
     ) -> None:
         assert self.mask is not None
         plugin, loader = trainer.precision_plugin, self._loader(trainer)
@@ -277,7 +280,7 @@ class FisherMaskCallback(Callback):
         batches = "the training loader" if self.data is None else "data"
         context = plugin.forward_context() if own else nullcontext()
         with trainer_is(None, module), forward_errors(self.mask.model, batches), context:
-            measure(loader)
+            measure(loader, protect=self.protect)
 
     def _compare(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
         note = self._note

@@ -16,20 +16,20 @@ from gradmask.errors import ModelError, OptionError
 from gradmask.integrations.schedule import Schedule
 
 
-def check_online(keep: float, every: int, options: Mapping[str, Any], data: Any = None) -> None:
+def check_online(keep: float, every: int, options: Mapping[str, Any], **data: Any) -> None:
     """Refuse options of passes that training makes none of.
 
     Args:
         keep: Share that learns.
         every: One of so many batches is collected.
         options: Options of `FisherMask`.
-        data: Batches to measure on.
+        data: Loaders to measure on, by name.
 
     Raises:
         OptionError: If one has no use, or is out of range.
         ModelError: If the loss has parameters of its own.
     """
-    given = {"data": data, **{name: options.get(name) for name in ("max_samples", "unpack")}}
+    given = {**data, **{name: options.get(name) for name in ("max_samples", "unpack")}}
     for name, value in given.items():
         if value is not None:
             raise OptionError(

@@ -73,6 +73,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         data: Loader of batches to measure on, of the rank's own samples on many processes.
             Default: the training data, read by a loader of their own, collated as for training.
             Needed where the training data are an iterable dataset, which cannot be read twice.
+        protect: Loader of batches whose skills must stay (see `FisherMask.refresh`).
         resume: Folder of the checkpoint that `train(resume_from_checkpoint=...)` is given, if it
             is not in `args.output_dir`.
         monitor: Options of `InfluenceMonitor`, such as `{"every": 100}` (optimizer steps), whose
@@ -95,6 +96,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         *,
         refresh: Refresh = "epoch",
         data: Iterable[Any] | None = None,
+        protect: Iterable[Any] | None = None,
         resume: str | Path | None = None,
         monitor: Mapping[str, Any] | None = None,
         every: int = 10,
@@ -106,8 +108,9 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
             check_choice("option", name, _OPTIONS)
         self.schedule, self.options = Schedule(refresh, steps, every), options
         if self.schedule.online:
-            check_online(keep, every, options, data if monitor is None else None)
-        self.keep, self.data, self.resume = float(keep), data, resume
+            data_of_mask = data if monitor is None else None
+            check_online(keep, every, options, data=data_of_mask, protect=protect)
+        self.keep, self.data, self.protect, self.resume = float(keep), data, protect, resume
         self.watched = None if monitor is None else dict(monitor)
         self.mask: FisherMask | None = None
         self.monitor: InfluenceMonitor | None = None
@@ -180,7 +183,8 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
             self._refresh(args, state, given["train_dataloader"])
         elif not self.mask.refreshes and self._online is None:
             with self._reading(args):
-                self.mask.check(self._data(args, state, given["train_dataloader"]))
+                data = self._data(args, state, given["train_dataloader"])
+                self.mask.check(data, protect=self.protect)
         self.sha256 = self._sha256()
         each = self.schedule.steps
         if (state.max_steps if each else state.num_train_epochs) <= (each or 1):
@@ -188,7 +192,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
         self.monitor = None
         if self.watched is not None:
             self.monitor = self._monitor(model, args, state, given["train_dataloader"])
-        named = self.options.get("loss") is not None or self.mask.strategy == "random"
+        named = self.options.get("loss") is not None or not self.mask.reads_data
         told = self._online or args.label_smoothing_factor or args.n_gpu > 1 or args.torch_compile
         if not (named or told or is_compiled(model)):
             self._note = OwnLossNote(model)
@@ -304,7 +308,7 @@ class FisherMaskCallback(TrainerCallback, ExportableState):
             self._online.refresh()
         else:
             with self._reading(args):
-                self.mask.refresh(self._data(args, state, loader))
+                self.mask.refresh(self._data(args, state, loader), protect=self.protect)
         self.sha256 = self._sha256()
 
     def _sha256(self) -> str:

@@ -89,7 +89,7 @@ class NoMask(_Hooked):
     def update(self, fisher: dict[str, Tensor], unused: Collection[str] = ()) -> None:
         """Make no mask."""
 
-    def check(self, loader: Iterable[Any]) -> None:
+    def check(self, loader: Iterable[Any], **_: Any) -> None:
         """Measure nothing."""
 
     def collect(self, **_: Any) -> AbstractContextManager[Any]:  # type: ignore[override]
