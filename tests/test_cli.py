@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from gradmask import __version__
+from gradmask import SCORES, __version__
 from gradmask.cli import main
 from gradmask.recipes.config import Comparison
 
@@ -158,6 +158,14 @@ def test_recipes_are_listed(capsys):
     printed = capsys.readouterr().out
     for name in ("compare", "demo", "cifar100-small"):
         assert name in printed
+
+
+def test_scores_are_listed(capsys):
+    assert main(["scores"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for score in SCORES.values():
+        assert f"{score.name} {score.formula}" in printed
+        assert score.source in printed
 
 
 def test_help_names_every_option(capsys):

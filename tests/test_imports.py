@@ -62,7 +62,7 @@ def allowed(part):
     # Whose parts benchmarks compare; a control hooks the optimizers that a mask would.
     # An audit measures gradients as they are measured.
     inner = {
-        "benchmarks": ["fisher", "kernels"],
+        "benchmarks": ["fisher", "kernels", "averaging"],
         "study": ["attach"],
         "audit": ["measuring"],
     }.get(part, [])

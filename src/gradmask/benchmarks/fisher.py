@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from rich.table import Table
 
-from gradmask import fisher_diagonal, make_masks
+from gradmask import fisher_diagonal, gradient_moments, make_masks
 from gradmask.benchmarks.memory import peak_megabytes
 from gradmask.benchmarks.peers import PEERS, Diagonal, in_precision, loop, ours, plain
 from gradmask.benchmarks.refresh import overlap
@@ -22,6 +22,7 @@ TOLERANCE = 1e-5  # some work in float32 whatever they are given; beyond it they
 CHECKED = 4  # samples
 UNCHECKED = "gradmask, verify=False"
 COMPILED = "torch.compile of vmap"
+MOMENTS = "gradmask.gradient_moments"  # the mean gradient beside the squares
 
 
 def bench_fisher(
@@ -68,6 +69,7 @@ def bench_fisher(
         ),
         "gradmask": pass_of_ours,
         UNCHECKED: unchecked,
+        MOMENTS: in_precision(lambda: gradient_moments(model, data), device, precision),
     }
     # Checked in float64: in float32 one activation that rounds to the other side of zero shows.
     few = copy.deepcopy(model).double(), inputs[:CHECKED], targets[:CHECKED]
@@ -77,6 +79,7 @@ def bench_fisher(
     notes = {
         "plain forward + backward": "",
         "gradmask": _error(ours(*few)(), expected),
+        MOMENTS: _error(gradient_moments(few[0], [few[1:]]).square, expected),
     }
     for peer, prepare in PEERS.items() if peers else ():
         try:
@@ -91,7 +94,7 @@ def bench_fisher(
                 tasks[peer] = task
         except Exception as error:
             notes[peer] = f"not measured: {type(error).__name__}: {str(error).splitlines()[0]}"[:60]
-    of_many = ("plain forward + backward", "gradmask", UNCHECKED)
+    of_many = ("plain forward + backward", "gradmask", UNCHECKED, MOMENTS)
     counts = dict.fromkeys(of_many, batches)  # others: one batch
     seconds = {
         way: [total / counts.get(way, 1) for total in totals]
@@ -114,7 +117,7 @@ def bench_fisher(
         ms = 1e3 * median(seconds[way])
         times = ratio(seconds, way, "plain forward + backward")
         memory = ""  # of what is compiled, mostly the compiler's
-        if way != COMPILED:
+        if way not in (COMPILED, MOMENTS):
             memory = f"{peak_megabytes(name, way, len(inputs), device, shape, precision):.0f}"
         table.add_row(way, f"{ms:.1f}", f"{times:.2f}", memory, note)
     return table

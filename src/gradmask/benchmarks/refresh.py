@@ -2,7 +2,8 @@
 
 A network is trained; after some of its epochs the Fisher diagonal is measured on growing random
 parts of the training images, and the masks it gives are compared with the mask of all of them; so
-is the mask of what training's own backward passes collected in that epoch, without BatchNorm.
+are the mask of what training's own backward passes collected in that epoch, without BatchNorm, and
+those of averages over the ends of all epochs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradmask import FisherMask, fisher_diagonal, make_masks
+from gradmask.averaging import RunningAverage
 from gradmask.errors import OptionError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.batches import Batches
@@ -46,6 +48,10 @@ ONLINE: dict[str, dict[str, Any]] = {  # what is collected in training
     "every batch, β = 0.9": {"average": 0.9},
     "every batch, β = 0.98": {"average": 0.98},
 }
+
+SHARES = (0.01, 0.02, 0.05)  # of the images, measured at the end of each epoch and averaged
+BETAS = (0.0, 0.3, 0.5, 0.7, 0.9)
+_FEWEST = 100
 
 
 def bench_refresh(
@@ -75,7 +81,7 @@ def bench_refresh(
         "measurements": [],
     }
     console = Console()
-    online = _Online()
+    online, averaged = _Online(), _Averaged()
 
     def observe(row: Row, model: nn.Module, images: Batches) -> None:
         console.print(
@@ -83,7 +89,7 @@ def bench_refresh(
             f"{row['seconds']:.0f} s",
             highlight=False,
         )
-        collected = online.diagonals(model)
+        collected = online.diagonals(model) | averaged.diagonals(model, images, row["epoch"])
         if row["epoch"] in epochs:
             curves = [overlap_curve(model, images, draw) for draw in range(draws)]
             results["measurements"].append(
@@ -97,7 +103,7 @@ def bench_refresh(
             if collected:
                 full = make_all(fisher_diagonal(model, images))
                 masks = {name: make_all(fisher) for name, fisher in collected.items()}
-                results["measurements"][-1]["online"] = {
+                results["measurements"][-1]["others"] = {
                     name: {str(keep): overlap(found[keep], full[keep]) for keep in KEEPS}
                     for name, found in masks.items()
                 }
@@ -138,10 +144,33 @@ class _Online:
             return {}
         # Of a short epoch perhaps no batch was due.
         collected = {name: c for name, c in self._collectors.items() if not c.empty}
-        found = {name: collector.diagonal() for name, collector in collected.items()}
+        found = {f"online: {name}": one.diagonal() for name, one in collected.items()}
         for name, collector in self._collectors.items():
             if "average" not in ONLINE[name]:
                 collector.clear()
+        return found
+
+
+class _Averaged:
+    """Averages over the ends of epochs, of the diagonals of small random parts of the images."""
+
+    def __init__(self) -> None:
+        pairs = [(share, beta) for share in SHARES for beta in BETAS]
+        self._averages = {pair: RunningAverage(pair[1]) for pair in pairs}
+
+    def diagonals(self, model: nn.Module, images: Batches, epoch: int) -> dict[str, Any]:
+        """The averages up to this epoch."""
+        total, found = len(images.labels), {}
+        for share in SHARES:
+            generator = seeded_generator(epoch, "averaged", str(share))
+            chosen = torch.randperm(total, generator=generator)[: max(_FEWEST, round(share * total))]
+            chosen = chosen.to(images.labels.device)
+            part = replace(images, images=images.images[chosen], labels=images.labels[chosen])
+            measured = {"square": fisher_diagonal(model, part)}
+            for beta in BETAS:
+                average, values = self._averages[share, beta].add(measured, ())
+                self._averages[share, beta] = average
+                found[f"{share:.0%} each epoch, β = {beta}"] = dict(values["square"])
         return found
 
 
@@ -213,8 +242,8 @@ def overlap_table(measurement: dict[str, Any]) -> Table:
             spread = f" ({stdev(found):.4f})" if len(found) > 1 else ""
             cells.append(f"{mean(found):.4f}{spread}")
         table.add_row(f"{points[0]['samples']:,}", f"{share:.3f}", *cells)
-    for name, found in measurement.get("online", {}).items():
-        table.add_row(f"online: {name}", "", *(f"{found[str(keep)]:.4f}" for keep in KEEPS))
+    for name, found in measurement.get("others", {}).items():
+        table.add_row(name, "", *(f"{found[str(keep)]:.4f}" for keep in KEEPS))
     return table
 
 

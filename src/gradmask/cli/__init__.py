@@ -1,4 +1,4 @@
-"""The command line: `gradmask run`, `study`, `recipes`, `report`, `audit`, `cache`, `bench`."""
+"""The command line: `gradmask run`, `study`, `recipes`, `scores`, `report`, `audit`, ..."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gradmask.interrupts import work_begins
 if TYPE_CHECKING:  # heavy imports wait until they are needed: `--version` answers at once
     from gradmask.study.statistics import Results
 
-COMMANDS = ("run", "study", "recipes", "report", "audit", "cache", "bench")
+COMMANDS = ("run", "study", "recipes", "scores", "report", "audit", "cache", "bench")
 _TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
@@ -74,6 +74,7 @@ def _main(words: list[str]) -> int:
     run.add_argument("options", nargs=argparse.REMAINDER)
     commands.add_parser("study", help="compare by a training function: gradmask study module:train")
     commands.add_parser("recipes", help="list the recipes")
+    commands.add_parser("scores", help="list the scores that a mask can choose entries by")
     report = commands.add_parser("report", help="build the report of a run again, or of several")
     report.add_argument("folders", nargs="+", help="output folders of runs")
     report.add_argument("--output", help="the page that shows several (beside the first folder)")
@@ -93,6 +94,8 @@ def _main(words: list[str]) -> int:
     parsed = parser.parse_args(words)
     if parsed.command == "recipes":
         return _recipes()
+    if parsed.command == "scores":
+        return _scores()
     if parsed.command == "cache":
         from gradmask.recipes.data.cache import show_cache
 
@@ -226,4 +229,24 @@ def _recipes() -> int:
         if options:
             console.print(f"    {options}", style="dim", highlight=False)
     console.print("Run one with: gradmask run NAME [--option value ...]", highlight=False)
+    return 0
+
+
+def _scores() -> int:
+    from rich.text import Text
+
+    from gradmask import SCORES
+
+    console = terminal()
+    for score in SCORES.values():
+        console.print(Text.assemble((score.name, "bold"), f"  {score.formula}"))
+        about = [f"published: {score.which}, per {score.per}", f"cost: {score.cost}", score.source]
+        console.print(Text(f"    {'; '.join(filter(None, about))}", style="dim"))
+    console.print(
+        Text(
+            "g: gradient of one sample; ḡ: its mean over samples; w: the weight. Cost: of each "
+            "refresh, in passes (forward and backward) over the data it is measured on.\n"
+            "Use: FisherMask(score=...), or in an arm: fisher:score=snip:which=lowest"
+        )
+    )
     return 0

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PLAIN = {"±": "+-", "÷": "/", "\u00d7": "x", "\u2013": "-", "…": "...", "²": "^2", "ε": "e"}
+_PLAIN |= {"ḡ": "mean(g)"}
 
 
 def terminal(quiet: bool = False) -> Console:
