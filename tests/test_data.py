@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +318,25 @@ def test_cifar100_columns():
     schema = pyarrow.parquet.read_schema(CIFAR100 / "test-00000-of-00001.parquet")
     features = Features.from_arrow_schema(schema)
     assert sources._columns("cifar100", features) == ("img", "fine_label")
+
+
+@pytest.mark.parametrize("noise", ["symmetric", "asymmetric"])
+def test_noisy_validation_is_wrong_as_training_is(noise):
+    config = Comparison(data="digits", label_noise=0.3, noise=noise, validation=0.3)
+    clean, noisy = load_images(config, 0), load_images(replace(config, noisy_validation=True), 0)
+    assert torch.equal(clean.train_labels, noisy.train_labels)
+    assert torch.equal(clean.test_labels, noisy.test_labels)
+    wrong = noisy.val_labels != clean.val_labels
+    assert int(wrong.sum()) == round(0.3 * len(wrong))
+    if noise == "asymmetric":  # to the same classes as in training
+        trained = noisy.train_labels != noisy.train_clean_labels
+        goes = {
+            (int(a), int(b))
+            for a, b in zip(
+                noisy.train_clean_labels[trained], noisy.train_labels[trained], strict=True
+            )
+        }
+        found = zip(clean.val_labels[wrong].tolist(), noisy.val_labels[wrong].tolist(), strict=True)
+        assert set(found) <= goes
+    again = load_images(replace(config, noisy_validation=True), 1)
+    assert not torch.equal(again.val_labels, noisy.val_labels)

@@ -163,7 +163,9 @@ class _Averaged:
         total, found = len(images.labels), {}
         for share in SHARES:
             generator = seeded_generator(epoch, "averaged", str(share))
-            chosen = torch.randperm(total, generator=generator)[: max(_FEWEST, round(share * total))]
+            chosen = torch.randperm(total, generator=generator)[
+                : max(_FEWEST, round(share * total))
+            ]
             chosen = chosen.to(images.labels.device)
             part = replace(images, images=images.images[chosen], labels=images.labels[chosen])
             measured = {"square": fisher_diagonal(model, part)}

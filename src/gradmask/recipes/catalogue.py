@@ -100,6 +100,25 @@ _TABLE1 = (
     "random_matched:keep=0.75:scope=update",
     "sam",
 )
+# Every score that needs one data set, at both ends, each beside its matched control.
+_BY_SCORE = tuple(
+    f"{strategy}:score={score}:which={which}"
+    for score in (
+        *("fisher", "signal_to_noise", "saliency", "snip", "fisher_weight", "magnitude"),
+        "gradient_to_weight",
+    )
+    for which in ("highest", "lowest")
+    for strategy in ("fisher", "random_matched")
+)
+_OVERFIT = tuple(
+    arm
+    for keep in (0.25, 0.5, 0.75)
+    for arm in (
+        *(f"fisher:keep={keep}", f"fisher:keep={keep}:scope=update"),
+        *(f"random_matched:keep={keep}", f"random_matched:keep={keep}:scope=update"),
+        *(f"slow:keep={keep}", f"slow_matched:keep={keep}"),
+    )
+)
 
 
 RECIPES = (
@@ -209,6 +228,31 @@ RECIPES = (
                 "validation": 0.01,
                 "fisher_samples": 4000,
             },
+        },
+    ),
+    Recipe(
+        "overfit",
+        "no augmentation, trained until all is learnt by heart: does the paper's mask help there?",
+        _OVERFITTING | {"arms": ("none", "early", *_OVERFIT), "seeds": tuple(range(10))},
+        {
+            "small": _SIZES["small"] | {"train_size": 2000, "epochs": 20, "fisher_samples": 500},
+            "paper": {"data": "uoft-cs/cifar100", "model": "cifar_resnet18", "epochs": 60},
+            "digits": _SIZES["digits"],
+        },
+    ),
+    Recipe(
+        "noise",
+        "20 % wrong labels, also where the epoch is chosen: every score at both ends, and controls",
+        {
+            "arms": ("none", "slow", "early", "random", *_BY_SCORE),
+            "label_noise": 0.2,
+            "noisy_validation": True,
+            "seeds": tuple(range(5)),
+        },
+        {
+            "small": _SIZES["small"] | {"train_size": 2000, "epochs": 20, "fisher_samples": 500},
+            "paper": {"data": "uoft-cs/cifar100", "model": "cifar_resnet18", "epochs": 120},
+            "digits": _SIZES["digits"] | {"augment": False},
         },
     ),
     Recipe(

@@ -54,6 +54,8 @@ class Comparison:
         label_noise: Share of training labels replaced by a different class, drawn once per seed.
         noise: Which class: any other (`symmetric`), or the one whose mean image is nearest to that
             of the label's class (`asymmetric`).
+        noisy_validation: Whether the validation labels are wrong to the same share, as they are
+            where nobody has cleaned any: they then choose the epoch.
         plant: Share of the training labels made wrong on purpose, once per seed, after the noise:
             by them `gradmask audit` calibrates its threshold.
         labels: `given`, or `random`: every training label drawn from all classes, once per seed.
@@ -144,6 +146,7 @@ class Comparison:
     skip_damaged: bool = False
     label_noise: float = 0.0
     noise: Literal["symmetric", "asymmetric"] = "symmetric"
+    noisy_validation: bool = False
     plant: float = 0.0
     labels: Literal["given", "random"] = "given"
     validation: float | None = None

@@ -106,7 +106,10 @@ def load_images(config: Comparison, seed: int) -> ImageData:
         images[:], sizes = decode_all(config.data, images)
     clean = source.labels[train]
     classes = len(source.class_names)
-    given = _given_labels(config, clean, images[0], classes, seed)
+    similar = _most_similar(images[0], clean, classes) if _asymmetric(config) else None
+    given = _given_labels(config, clean, similar, classes, seed)
+    if config.noisy_validation:
+        val_labels = _with_noise(config, val_labels, similar, classes, seed, "validation noise")
     planted = plant(given, classes, share=config.plant, seed=seed) if config.plant else None
     return ImageData(
         train_images=images[0],
@@ -180,27 +183,37 @@ def _choose_classes(source: Source, classes: int | None) -> Source:
     return replace(source, class_names=names, **changed)
 
 
+def _asymmetric(config: Comparison) -> bool:
+    return config.noise == "asymmetric" and config.label_noise > 0
+
+
 def _given_labels(
-    config: Comparison, clean: Tensor, images: Images, classes: int, seed: int
+    config: Comparison, clean: Tensor, similar: Tensor | None, classes: int, seed: int
 ) -> Tensor:
     if config.labels == "random":
         generator = seeded_generator(seed, "random labels")
         return torch.randint(classes, clean.shape, generator=generator)
-    return _with_noise(config, clean, images, classes, seed)
+    return _with_noise(config, clean, similar, classes, seed, "label noise")
 
 
 def _with_noise(
-    config: Comparison, labels: Tensor, images: Images, classes: int, seed: int
+    config: Comparison,
+    labels: Tensor,
+    similar: Tensor | None,
+    classes: int,
+    seed: int,
+    drawn: str,
 ) -> Tensor:
+    """Labels of which a share is wrong: the similar class if there is one for each, or any."""
     count = round(config.label_noise * len(labels))
     if count and classes < 2:
         raise DataError("label_noise needs at least 2 classes.")
     if not count:
         return labels.clone()
-    generator = seeded_generator(seed, "label noise")
+    generator = seeded_generator(seed, drawn)
     noisy = torch.randperm(len(labels), generator=generator)[:count]
-    if config.noise == "asymmetric":
-        return labels.scatter(0, noisy, _most_similar(images, labels, classes)[labels[noisy]])
+    if similar is not None:
+        return labels.scatter(0, noisy, similar[labels[noisy]])
     # An offset of 1 to K - 1 makes each of the other classes equally likely.
     offset = torch.randint(1, classes, (count,), generator=generator)
     return labels.scatter(0, noisy, (labels[noisy] + offset) % classes)
