@@ -112,6 +112,7 @@ def _run(words: list[str]) -> int:
     config = read_options(words)  # before imports that take seconds
     from gradmask.recipes.compare import run_comparison
     from gradmask.recipes.config import Comparison
+    from gradmask.recipes.theorem.config import TheoremCheck
     from gradmask.recipes.theorem.run import run_theorem
     from gradmask.recipes.training.components import resolve_device
     from gradmask.study.budget import EpochsSpent
@@ -119,7 +120,8 @@ def _run(words: list[str]) -> int:
     from gradmask.study.progress import Progress
 
     work_begins()
-    with joined(cuda=resolve_device(config.device).type == "cuda") as ours:
+    device = getattr(config, "device", "cpu")
+    with joined(cuda=resolve_device(device).type == "cuda") as ours:
         try:
             if isinstance(config, Comparison):
                 progress = Progress(terminal(quiet=not ours.main), config.epochs)
@@ -127,7 +129,11 @@ def _run(words: list[str]) -> int:
                 return _show(config.output, results) if ours.main else 0
             if ours.count > 1:
                 raise OptionError("This recipe runs in one process: start it without torchrun.")
-            return _show_theorem(config.output, run_theorem(config, terminal()))
+            if isinstance(config, TheoremCheck):
+                return _show_theorem(config.output, run_theorem(config, terminal()))
+            from gradmask.recipes.unlearn.run import run_unlearning
+
+            return _show(config.output, run_unlearning(config, Progress(terminal())))
         except EpochsSpent as spent:
             if ours.main:
                 print(f"gradmask: {spent}")

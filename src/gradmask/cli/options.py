@@ -1,6 +1,6 @@
 """The options of `gradmask run` and `study`, from the command line and YAML files.
 
-They are typed once, in the dataclasses `Comparison`, `TheoremCheck` and `StudyOptions`.
+They are typed once, in the dataclasses `Comparison`, `StudyOptions` and those of recipes.
 jsonargparse was chosen to read them because one parser then checks the command line and a YAML file
 alike, by the same types.
 """
@@ -18,16 +18,15 @@ from gradmask.cli.parser import Printing, usable_path
 from gradmask.errors import OptionError, check_choice
 
 if TYPE_CHECKING:
-    from gradmask.recipes.config import Comparison
-    from gradmask.recipes.theorem.config import TheoremCheck
+    from gradmask.recipes.catalogue import Options
     from gradmask.study import StudyOptions
 
-_LISTS = ("arms", "models", "seeds", "monitor", "judge", "front")
+_LISTS = ("arms", "models", "seeds", "levels", "monitor", "judge", "front")
 _SWITCHES = ("augment", "crop", "flip")  # --no-flip is --flip=false
 _MAPPINGS = ("sweep", "options", "metrics")  # name=value, of a sweep name=value,value
 
 
-def read_options(words: list[str]) -> Comparison | TheoremCheck:
+def read_options(words: list[str]) -> Options:
     """Read the options: defaults, over them the recipe's, a YAML file's, the command line's.
 
     Args:
@@ -45,7 +44,7 @@ def read_options(words: list[str]) -> Comparison | TheoremCheck:
     recipe = find_recipe(words[0] if named else "compare")
     size, words = _size(words[named:])
     program = f"gradmask run {recipe.name}", recipe.description
-    found: Comparison | TheoremCheck = _read(program, recipe.config(size), words, recipe.sizes)
+    found: Options = _read(program, recipe.config(size), words, recipe.sizes)
     return found
 
 

@@ -10,6 +10,10 @@ from gradmask.errors import OptionError, check_choice
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.theorem.config import SIZES as THEOREM_SIZES
 from gradmask.recipes.theorem.config import TheoremCheck
+from gradmask.recipes.unlearn.config import SIZES as UNLEARN_SIZES
+from gradmask.recipes.unlearn.config import Unlearning
+
+Options = Comparison | TheoremCheck | Unlearning
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class Recipe:
     description: str
     options: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    kind: type[Comparison] | type[TheoremCheck] = Comparison
+    kind: type[Options] = Comparison
 
-    def config(self, size: str | None = None, **changes: Any) -> Comparison | TheoremCheck:
+    def config(self, size: str | None = None, **changes: Any) -> Options:
         """The recipe's options with some of them changed.
 
         Args:
@@ -254,6 +258,12 @@ RECIPES = (
             "paper": {"data": "uoft-cs/cifar100", "model": "cifar_resnet18", "epochs": 120},
             "digits": _SIZES["digits"] | {"augment": False},
         },
+    ),
+    Recipe(
+        "unlearn",
+        "a trained network forgets a class, or some images: masks and others against retraining",
+        sizes=UNLEARN_SIZES,
+        kind=Unlearning,
     ),
     Recipe(
         "theorem1",

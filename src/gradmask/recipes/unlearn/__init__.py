@@ -1,0 +1,1 @@
+"""Recipe `unlearn`: ways to make a trained network forget, against training anew."""

@@ -1,0 +1,218 @@
+"""Recipe `unlearn`: a trained network forgets some images; how near does it come to retraining?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmask import SCORES, dampen
+from gradmask.errors import OptionError, check_choice
+from gradmask.recipes.audit.detection import auroc
+from gradmask.recipes.data.batches import Batches
+from gradmask.recipes.data.images import ImageData, load_images
+from gradmask.recipes.data.sources import in_memory
+from gradmask.recipes.data.transforms import Normalize
+from gradmask.recipes.networks import trained_network
+from gradmask.recipes.training.components import new_model
+from gradmask.recipes.training.evaluation import evaluate
+from gradmask.recipes.unlearn.config import METHODS, RATES, THRESHOLDS, Unlearning
+from gradmask.seeding import seeded_generator
+from gradmask.study import Trial, compare
+from gradmask.study.options import from_plain, to_plain
+from gradmask.study.progress import Progress
+from gradmask.study.results import Results
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images of a run, as batches: what to forget and what to retain, and others."""
+
+    forget: Batches
+    retain: Batches
+    unseen: Batches  # like those to forget, and never trained on
+    val: Batches
+    test: Batches
+    classes: int
+
+
+def run_unlearning(config: Unlearning, progress: Progress) -> Results:
+    """Compare ways to forget with retraining.
+
+    Args:
+        config: Options.
+        progress: Shows how far the work is.
+
+    Returns:
+        The contents of `results.json`; `test_gap` is the mean distance from the retrained network.
+    """
+    options = {k: v for k, v in to_plain(config).items() if k not in Unlearning.NOT_RESULTS}
+    networks = str((config.output / "networks").resolve())
+    # What cannot work is told before the folder is made.
+    data = load_images(training := config.training(), config.seeds[0])
+    new_model(training, data, config.seeds[0])
+    _forgotten(config, data, config.seeds[0])
+    return compare(
+        train,
+        config.arms,
+        config.seeds,
+        config.output,
+        progress=progress,
+        options={"config": options, "networks": networks},
+        sweep={"level": list(config.levels)},
+        choose="val_gap",
+        judge=("test_gap@last",),
+        metrics={"val_gap": "lower", "test_gap": "lower", "forget_accuracy": "lower"},
+        jobs=config.jobs,
+        threads=config.threads,
+    )
+
+
+def train(trial: Trial) -> None:
+    """Let one network forget, and measure how near it comes to one that never saw the images.
+
+    Args:
+        trial: The run: its options are the method and its level.
+    """
+    config: Unlearning = from_plain(Unlearning, trial.options["config"])
+    method, level = trial.options.get("method", "relabel"), trial.options["level"] - 1
+    check_choice("method", method, METHODS)
+    training, folder = config.training(), Path(trial.options["networks"])
+    data = load_images(training, trial.seed)
+    forgotten = _forgotten(config, data, trial.seed)
+    parts = _parts(data, forgotten, config)
+    retained = replace(
+        data,
+        train_images=data.train_images[~forgotten],
+        train_labels=data.train_labels[~forgotten],
+        train_clean_labels=data.train_clean_labels[~forgotten],
+    )
+    trained = partial(trained_network, training)
+    reference = trained(retained, trial.seed, folder / f"reference-seed{trial.seed}.pt")
+    if method == "retrain":
+        start = 1000 + trial.seed
+        model = trained(retained, start, folder / f"retrained-seed{trial.seed}.pt")
+    else:
+        model = trained(data, trial.seed, folder / f"original-seed{trial.seed}.pt")
+    if method == "dampen":
+        model.eval()
+        dampen(model, parts.forget, parts.retain, threshold=THRESHOLDS[level], seed=trial.seed)
+    elif method in ("finetune", "relabel"):
+        _train_on(trial, model, parts, config, RATES[level], relabel=method == "relabel")
+    report(trial, model, reference, parts, config.more_epochs)
+
+
+def _forgotten(config: Unlearning, data: ImageData, seed: int) -> Tensor:
+    """Which training images are to be forgotten."""
+    count, generator = len(data.train_labels), seeded_generator(seed, "forget")
+    if config.forget == "class":
+        chosen = int(torch.randint(len(data.class_names), (), generator=generator))
+        return data.train_labels == chosen
+    if config.forget_count >= count:
+        raise OptionError(
+            f"forget_count={config.forget_count} leaves none of the {count} training images."
+        )
+    first = torch.randperm(count, generator=generator)[: config.forget_count]
+    return torch.zeros(count, dtype=torch.bool).scatter(0, first, True)
+
+
+def _parts(data: ImageData, forgotten: Tensor, config: Unlearning) -> Parts:
+    """Without the test and validation images of a class that is to be forgotten, set apart."""
+    prepare = Normalize.of(data.train_images)
+    gone = data.train_labels[forgotten].unique() if config.forget == "class" else torch.tensor([-1])
+
+    def batches(images: Any, labels: Tensor, where: Tensor) -> Batches:
+        return Batches(images[where], labels[where], prepare, config.batch_size)
+
+    test_gone = torch.isin(data.test_labels, gone)
+    unseen = test_gone if config.forget == "class" else ~test_gone
+    return Parts(
+        forget=batches(data.train_images, data.train_labels, forgotten),
+        retain=batches(data.train_images, data.train_labels, ~forgotten),
+        unseen=batches(data.test_images, data.test_labels, unseen),
+        val=batches(data.val_images, data.val_labels, ~torch.isin(data.val_labels, gone)),
+        test=batches(data.test_images, data.test_labels, ~test_gone),
+        classes=len(data.class_names),
+    )
+
+
+def _train_on(
+    trial: Trial, model: nn.Module, parts: Parts, config: Unlearning, lr: float, relabel: bool
+) -> None:
+    """Train on, with the trial's mask, which is measured once, on what is to be forgotten."""
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    mask = trial.mask(model, optimizer, max_samples=None)
+    compares = SCORES[mask.score].compares
+    mask.refresh(parts.forget, **({"protect": parts.retain} if compares else {}))
+    images, labels = in_memory(parts.retain.images), parts.retain.labels
+    generator = seeded_generator(trial.seed, "training on")
+    if relabel:
+        offset = torch.randint(1, parts.classes, parts.forget.labels.shape, generator=generator)
+        others = (parts.forget.labels + offset) % parts.classes
+        images = torch.cat([images, in_memory(parts.forget.images)])
+        labels = torch.cat([labels, others])
+    steps = config.more_epochs * math.ceil(len(labels) / config.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for batch in _orders(len(labels), config, generator):
+        optimizer.zero_grad()
+        F.cross_entropy(model(parts.retain.prepare(images[batch])), labels[batch]).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _orders(count: int, config: Unlearning, generator: torch.Generator) -> Iterator[Tensor]:
+    for _ in range(config.more_epochs):
+        order = torch.randperm(count, generator=generator)
+        yield from order.tensor_split(math.ceil(count / config.batch_size))  # no batch of one
+
+
+def report(trial: Trial, model: nn.Module, reference: nn.Module, parts: Parts, epochs: int) -> None:
+    """Report accuracies, how well membership can be told, and the gap to the reference.
+
+    Args:
+        trial: The run.
+        model: The network that should have forgotten.
+        reference: The one trained anew.
+        parts: The images.
+        epochs: Number of the epoch to report.
+    """
+    found, wanted = measured(model, parts), measured(reference, parts)
+    distances = {name: abs(found[name] - wanted[name]) for name in found}
+    gaps = {
+        f"{part}_gap": sum(v for k, v in distances.items() if k != f"{other}_accuracy") / 4
+        for part, other in (("val", "test"), ("test", "val"))
+    }
+    trial.report(epoch=epochs, **gaps, **found)
+
+
+def measured(model: nn.Module, parts: Parts) -> dict[str, float]:
+    """Accuracies, and the AUROC by which losses tell what was to be forgotten from unseen images.
+
+    A half is chance: nothing shows that the images were trained on (the attack of Yeom et al.,
+    2018, by the loss).
+
+    Args:
+        model: The network.
+        parts: The images.
+    """
+    shares = {
+        f"{name}_accuracy": evaluate(model, getattr(parts, name), parts.classes).accuracy
+        for name in ("forget", "retain", "val", "test")
+    }
+    inside, outside = _losses(model, parts.forget), _losses(model, parts.unseen)
+    members = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))]).bool()
+    return shares | {"membership_auroc": auroc(-torch.cat([inside, outside]), members)}
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, batches: Batches) -> Tensor:
+    model.eval()
+    return torch.cat([F.cross_entropy(model(x), y, reduction="none") for x, y in batches])
