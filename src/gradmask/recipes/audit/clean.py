@@ -21,7 +21,7 @@ from gradmask.recipes.data.images import ImageData, load_images
 from gradmask.recipes.training.run import train_run
 from gradmask.seeding import seeded_generator
 from gradmask.study import Trial, compare
-from gradmask.study.folder import read_results
+from gradmask.study.folder import read_results, remove_checkpoints
 from gradmask.study.metrics import Metric, metrics_of
 from gradmask.study.options import from_plain
 from gradmask.study.progress import Progress
@@ -127,6 +127,7 @@ def train(trial: Trial) -> None:
             trial.report(epoch=row["epoch"], **measured)
 
     train_run(config, data, "none", trial.seed, directory, report)
+    remove_checkpoints(directory)
 
 
 def _is_metric(key: str) -> bool:
