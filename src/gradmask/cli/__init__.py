@@ -131,9 +131,18 @@ def _run(words: list[str]) -> int:
                 raise OptionError("This recipe runs in one process: start it without torchrun.")
             if isinstance(config, TheoremCheck):
                 return _show_theorem(config.output, run_theorem(config, terminal()))
+            from gradmask.recipes.finetune.config import FineTuning
+            from gradmask.recipes.finetune.fronts import print_fronts
+            from gradmask.recipes.finetune.run import run_finetuning
             from gradmask.recipes.unlearn.run import run_unlearning
 
-            return _show(config.output, run_unlearning(config, Progress(terminal())))
+            progress = Progress(terminal())
+            if isinstance(config, FineTuning):
+                results = run_finetuning(config, progress)
+                _show(config.output, results)
+                print_fronts(results, terminal())
+                return 0
+            return _show(config.output, run_unlearning(config, progress))
         except EpochsSpent as spent:
             if ours.main:
                 print(f"gradmask: {spent}")

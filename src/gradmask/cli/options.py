@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gradmask.recipes.catalogue import Options
     from gradmask.study import StudyOptions
 
-_LISTS = ("arms", "models", "seeds", "levels", "monitor", "judge", "front")
+_LISTS = ("arms", "models", "seeds", "levels", "rates", "monitor", "judge", "front")
 _SWITCHES = ("augment", "crop", "flip")  # --no-flip is --flip=false
 _MAPPINGS = ("sweep", "options", "metrics")  # name=value, of a sweep name=value,value
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from gradmask.errors import OptionError, check_choice
 from gradmask.recipes.config import Comparison
+from gradmask.recipes.finetune.config import SIZES as FINETUNE_SIZES
+from gradmask.recipes.finetune.config import FineTuning
 from gradmask.recipes.theorem.config import SIZES as THEOREM_SIZES
 from gradmask.recipes.theorem.config import TheoremCheck
 from gradmask.recipes.unlearn.config import SIZES as UNLEARN_SIZES
 from gradmask.recipes.unlearn.config import Unlearning
 
-Options = Comparison | TheoremCheck | Unlearning
+Options = Comparison | TheoremCheck | Unlearning | FineTuning
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,12 @@ RECIPES = (
             "paper": {"data": "uoft-cs/cifar100", "model": "cifar_resnet18", "epochs": 120},
             "digits": _SIZES["digits"] | {"augment": False},
         },
+    ),
+    Recipe(
+        "finetune",
+        "fine-tuning on new classes without forgetting the old: fronts of masks and of others",
+        sizes=FINETUNE_SIZES,
+        kind=FineTuning,
     ),
     Recipe(
         "unlearn",

@@ -1,0 +1,112 @@
+"""Options of the recipe `finetune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gradmask.errors import OptionError
+from gradmask.recipes.config import Comparison
+
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
+_KEEPS = (0.1, 0.25, 0.5)
+_PENALTIES = (0.01, 0.1, 1.0)
+# Those that are no mask measured on the new data alone have a name of their own (`run.OWN`).
+_MASKS = (
+    *("fisher", "fisher:which=lowest", "fisher:score=signal_to_noise", "fisher:score=ratio"),
+    *("old_lowest", "lowest_each_epoch"),
+    *("random", "random_matched", "random_matched:which=lowest"),
+)
+ARMS = (
+    *("none", "probe", "frozen"),
+    *(f"{name}:penalty={penalty}" for name in ("l2sp", "ewc") for penalty in _PENALTIES),
+    *(f"lora:rank={rank}" for rank in (2, 8)),
+    *(f"slow:keep={keep}" for keep in _KEEPS),
+    *(f"{mask}:keep={keep}" for mask in _MASKS for keep in _KEEPS),
+)
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {
+        "data": "uoft-cs/cifar100",
+        "model": "cifar_resnet10",
+        "width": 24,
+        "stem_stride": 2,
+        "epochs": 20,
+    },
+    "paper": {"data": "uoft-cs/cifar100", "model": "cifar_resnet18", "epochs": 100},
+    "digits": {
+        "data": "digits",
+        "model": "small_cnn",
+        "width": 8,
+        "old_classes": 6,
+        "per_class": 5,
+        "epochs": 8,
+        "old_samples": 200,
+    },
+}
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Options of `gradmask run finetune`.
+
+    Attributes:
+        data: `digits`, a Hugging Face hub name, a parquet folder or an image folder.
+        old_classes: Classes of pretraining, a seeded choice; all others are new.
+        per_class: Training images of each new class.
+        model: Model name (see `gradmask run compare --help`), with a linear layer at its end.
+        width: Base width of the model.
+        stem_stride: Stride of the first convolution of the `cifar_resnet` models.
+        epochs: Passes over the images of the old classes in pretraining, once for all runs.
+        batch_size: Images in a training batch.
+        lr: Learning rate of pretraining, the peak of its schedule.
+        more_epochs: Passes over the images of the new classes.
+        old_samples: Images of the old classes that are kept, for masks and penalties.
+        arms: Masks, controls and others: `none`, `fisher:which=lowest:keep=0.25`,
+            `ewc:penalty=0.1`, ...
+        seeds: One run per arm, seed and learning rate; a seed draws the new images and their order.
+        rates: Learning rates that every arm is run with.
+        jobs: Runs at a time.
+        threads: CPU threads of each.
+        output: Folder for results.
+    """
+
+    EXTENDABLE: ClassVar = ("arms", "seeds", "rates")
+    NOT_RESULTS: ClassVar = ("jobs", "threads", "output", "arms", "seeds", "rates")
+
+    data: str = "digits"
+    old_classes: int = 80
+    per_class: int = 25
+    model: str = "small_cnn"
+    width: int | None = None
+    stem_stride: int = 1
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 0.1
+    more_epochs: int = 20
+    old_samples: int = 1000
+    arms: tuple[str, ...] = ARMS
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    rates: tuple[float, ...] = RATES
+    jobs: int = 1
+    threads: int | None = None
+    output: Path = Path("runs/finetune")
+
+    def __post_init__(self) -> None:
+        """Check every option before any work starts.
+
+        Raises:
+            OptionError: If an option's value cannot work.
+        """
+        for name in ("old_classes", "per_class", "more_epochs", "old_samples"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not self.rates or min(self.rates) <= 0:
+            raise OptionError(f"rates={list(self.rates)} must be positive learning rates.")
+        self.pretraining()
+
+    def pretraining(self) -> Comparison:
+        """How the network is trained on the old classes."""
+        names = ("data", "model", "width", "stem_stride", "epochs", "batch_size", "lr", "threads")
+        options = {name: getattr(self, name) for name in names}
+        return Comparison(**options, arms=("none",), evaluate_every=self.epochs)
