@@ -20,6 +20,10 @@ WORDS = [
 ]
 
 
+# These trainings are short.
+pytestmark = pytest.mark.filterwarnings("ignore:At the end of training")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audited") / "out"
@@ -168,3 +172,18 @@ def test_one_epoch_is_enough_for_a_rank(tmp_path):
     words = [w for w in WORDS if not w.startswith("--epochs")]
     assert main([*words, "--epochs=1", "--arms=none", "--seeds=0", f"--output={tmp_path}/o"]) == 0
     assert main(["audit", f"{tmp_path}/o"]) == 0
+
+
+def test_nothing_to_drop_is_told_before_training(folder, tmp_path, capsys):
+    words = ["audit", "clean", str(folder), "--share=0", f"--output={tmp_path / 'clean'}"]
+    assert main(words) == 2
+    assert "Nothing is to be dropped" in capsys.readouterr().err
+    assert not (tmp_path / "clean").exists()
+
+
+def test_a_share_is_not_said_to_promise(folder, capsys):
+    assert main(["audit", str(folder), "--share", "0.3"]) == 0
+    printed = capsys.readouterr().out
+    assert "labels flagged" in printed
+    assert "expected to be right" not in printed
+    assert "of the flagged to be right" not in printed

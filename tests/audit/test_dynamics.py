@@ -308,3 +308,55 @@ def test_where_updates_are_read_changes_no_bit(repeated):
     for name, value in often.state_dict().items():
         other = never.state_dict()[name]
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def test_an_interrupted_sum_counts_nothing_twice(monkeypatch):
+    from gradmask.audit import dynamics as module
+
+    def interrupted(state, batches):
+        add_visits(state, batches)
+        raise KeyboardInterrupt
+
+    dynamics = Dynamics(60)
+    for ids, logits, targets in history(60, 3):
+        dynamics.update(ids, logits, targets)
+    monkeypatch.setattr(module, "add_visits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dynamics.scores()
+    monkeypatch.undo()
+    assert dynamics.scores()["visits"].sum() == 3 * 31
+
+
+def test_what_belongs_to_no_sample_is_in_no_state():
+    often, never = Dynamics(60), Dynamics(60)
+    for ids, logits, targets in history(60, 5):
+        for i, part in enumerate(ids.split(7)):
+            labels = targets.split(7)[i].clone()
+            labels[0] = -100
+            for dynamics in (often, never):
+                dynamics.update(part, logits.split(7)[i], labels)
+            often.scores()
+    for name, value in often.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, never.state_dict()[name]), name
+
+
+def test_copies_share_nothing():
+    dynamics = Dynamics(60)
+    (batch,) = history(60, 1)
+    dynamics.update(*batch)
+    other = copy.copy(dynamics)
+    other.update(*batch)
+    assert other.scores()["visits"].max() == 2
+    assert dynamics.scores()["visits"].max() == 1
+
+
+def test_updates_from_before_the_ranks_met_count_once(monkeypatch):
+    dynamics = Dynamics(60)
+    (batch,) = history(60, 1)
+    dynamics.update(*batch)
+    monkeypatch.setattr(Dynamics, "_ranks", lambda self: 2)
+    assert dynamics.scores()["visits"].sum() == 31
+    dynamics.update(*batch)
+    with pytest.raises(StateError, match="gather"):
+        dynamics.scores()

@@ -3,13 +3,15 @@
 import base64
 import csv
 import io
+import sys
 
 import pytest
 import torch
 
 from gradmask.audit import Dynamics, plant, rank
+from gradmask.audit.planted import Threshold
 from gradmask.audit.report import _encoded
-from gradmask.errors import DataError, OptionError, StateError
+from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
 
 
 def of_three(visits=2):
@@ -70,7 +72,7 @@ def test_planted_samples_get_their_label_back():
     planted, dynamics = plant(given, 5, share=0.2), Dynamics(200)
     for _ in range(2):
         dynamics.update(torch.arange(200), torch.randn(200, 5), planted.labels)
-    ranking = rank(dynamics, planted.labels, planted=planted)
+    ranking = rank(dynamics, planted.labels, planted=planted, share=0.1)
     assert torch.equal(ranking.relabelled()[planted.ids], given[planted.ids])
 
 
@@ -100,3 +102,84 @@ def test_images_with_four_channels_last_and_in_files_are_drawn_as_they_are(tmp_p
     for sample in (array.numpy(), tmp_path / "red.png", (str(tmp_path / "red.png"), 0)):
         drawn = image.open(io.BytesIO(base64.b64decode(_encoded(sample))))
         assert drawn.getpixel((3, 3)) == (255, 0, 0)
+
+
+def of_many(samples=400, sure=3.0):
+    """Dynamics of samples of five classes whose given label is the network's, at a logit."""
+    labels = torch.arange(samples) % 5
+    planted = plant(labels, 5, share=0.1, seed=1)
+    dynamics, generator = Dynamics(samples), torch.Generator().manual_seed(0)
+    for _ in range(6):
+        noise = torch.randn(samples, 5, generator=generator) * 0.3
+        logits = sure * torch.nn.functional.one_hot(labels, 5) + noise
+        dynamics.update(torch.arange(samples), logits, planted.labels)
+    return dynamics, planted
+
+
+def test_a_share_promises_nothing():
+    dynamics, planted = of_many()
+    table = rank(dynamics, planted.labels, planted=planted, share=0.3)
+    assert table.threshold is None
+    assert int(table.flagged.sum()) == round(0.3 * 360)
+    assert not (table.flagged & table.planted).any()
+
+
+def test_labels_that_are_not_learnt_are_told(monkeypatch):
+    promise = Threshold(0.9, 0.05, 0.2, 0.5)
+    monkeypatch.setattr(sys.modules["gradmask.audit.rank"], "threshold", lambda *_: promise)
+    dynamics, planted = of_many(sure=0.5)
+    with pytest.warns(GradmaskWarning, match="not learnt yet"):
+        rank(dynamics, planted.labels, planted=planted)
+    dynamics, planted = of_many(sure=4.0)
+    rank(dynamics, planted.labels, planted=planted)
+
+
+def test_a_data_set_of_another_length_is_refused():
+    with pytest.raises(DataError, match="2 samples, and 3"):
+        rank(of_three(), share=0.4).clean([0, 1])
+
+
+def test_extra_scores_have_the_tables_shape():
+    with pytest.raises(DataError, match="mine"):
+        rank(of_three(), extra={"mine": torch.zeros(3, 2)})
+    dynamics = Dynamics(3, positions=2)
+    dynamics.update(torch.arange(3), torch.randn(3, 2, 4), torch.zeros(3, 2).long())
+    table = rank(dynamics, extra={"mine": torch.arange(6.0).reshape(3, 2).numpy()})
+    assert table.scores["mine"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_issues_of_positions_say_whose_they_are():
+    pytest.importorskip("pandas")
+    labels = torch.tensor([[0, 1], [2, -100], [3, 0]])
+    dynamics = Dynamics(3, positions=2)
+    dynamics.update(torch.arange(3), torch.randn(3, 2, 4), labels)
+    table = rank(dynamics, labels, share=0.4).issues()
+    assert table["sample"].tolist() == [0, 0, 1, 2, 2]
+    assert table["position"].tolist() == [0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("image", "brightest"),
+    [
+        (torch.eye(4).bool(), 255),
+        (torch.eye(4).int(), 255),
+        (torch.tensor([[0, 256], [512, 65535]], dtype=torch.int32), 255),
+        (torch.tensor([[0, 7], [100, 200]], dtype=torch.uint8), 200),
+    ],
+)
+def test_pixels_of_other_types_are_drawn(image, brightest):
+    from PIL import Image
+
+    drawn = Image.open(io.BytesIO(base64.b64decode(_encoded(image))))
+    values = torch.tensor(list(drawn.convert("L").getdata()))
+    assert values.max() == brightest
+    assert values.min() == 0
+
+
+def test_names_of_files_may_be_written_in_capitals(tmp_path):
+    assert rank(of_three(), share=0.4).save(tmp_path / "table.CSV").is_file()
+
+
+def test_false_alarms_are_checked_without_planted_samples():
+    with pytest.raises(OptionError, match="false_alarms"):
+        rank(of_three(), false_alarms=float("nan"))

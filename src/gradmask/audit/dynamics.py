@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from numbers import Integral
@@ -79,7 +80,12 @@ class Dynamics:
         self._layout = Layout(self.samples, positions, multilabel, class_dim, ignore_index)
         self._state = new_state(self.samples * (positions or 1), torch.device("cpu"))
         self._waiting: list[Visits] = []  # a few updates, or all until the ranks gather
+        self._ranks_of_waiting = 1
         self._left_out = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def __copy__(self) -> Dynamics:
+        """A whole copy: a shallow one would share the sums, and not what waits to be added."""
+        return copy.deepcopy(self)
 
     @torch.no_grad()
     def update(self, ids: Tensor, logits: Tensor, targets: Tensor) -> None:
@@ -97,14 +103,17 @@ class Dynamics:
                 at, which would wait for it: those out of range count for nothing.)
         """
         ids = self._check(ids, logits, targets)
-        device = logits.device
+        device, ranks = logits.device, self._ranks()
+        if self._ranks_of_waiting != ranks and self._ranks_of_waiting == 1:
+            self._take_up()
+        self._ranks_of_waiting = ranks
         if self._left_out.device != device:
-            if self._ranks() == 1:
+            if ranks == 1:
                 self._take_up()
             self._state = moved(self._state, device)
             self._left_out = self._left_out.to(device)
         self._waiting.append(measure_visits(ids, logits, targets, self._layout))
-        if len(self._waiting) >= _AT_ONCE and self._ranks() == 1:
+        if len(self._waiting) >= _AT_ONCE and ranks == 1:
             self._take_up()
 
     def gather(self) -> None:
@@ -114,6 +123,8 @@ class Dynamics:
         process.
         """
         if self._ranks() > 1:
+            if self._ranks_of_waiting == 1:  # noted before the ranks met
+                self._take_up()
             self._waiting = gather_visits(self._waiting, self._left_out.device, self.group)
             self._take_up()
 
@@ -184,6 +195,8 @@ class Dynamics:
         """
         self._take_up("state_dict()")
         tensors = moved(self._state, self._left_out.device)
+        for name, empty in new_state(0, self._left_out.device).items():
+            tensors[name][-1:] = empty  # what belongs to no sample says nothing
         return {"version": 1, **self._size(), "left_out": self._left_out.clone(), **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -223,6 +236,8 @@ class Dynamics:
         if not (targets.dim() and logits.dim()):
             raise DataError("logits and targets must have a dimension of samples, the first one.")
         ids = ids.long()
+        if logits.device.type == "cpu":
+            ids = ids.cpu()
         if not len(ids) == len(targets) == len(logits):
             raise DataError(
                 f"{len(ids)} ids, {len(logits)} logits and {len(targets)} targets: one of each "
@@ -257,13 +272,13 @@ class Dynamics:
     @torch.no_grad()
     def _take_up(self, asked: str | None = None) -> None:
         """Add what waits to the state; `asked` is the call for which the ranks must have met."""
-        if asked and self._waiting and self._ranks() > 1:
+        if asked and self._waiting and self._ranks_of_waiting > 1:
             raise StateError(
-                f"{asked} after updates of {self._ranks()} ranks: call gather() on all ranks "
-                "first, at the end of each epoch and before a checkpoint."
+                f"{asked} after updates of {self._ranks_of_waiting} ranks: call gather() on all "
+                "ranks first, at the end of each epoch and before a checkpoint."
             )
-        for begin in range(0, len(self._waiting), _AT_ONCE):
-            batches = self._waiting[begin : begin + _AT_ONCE]
+        waiting, self._waiting = self._waiting, []  # none twice if this is interrupted
+        for begin in range(0, len(waiting), _AT_ONCE):
+            batches = waiting[begin : begin + _AT_ONCE]
             self._left_out += sum((visits.rows == REFUSED).sum() for visits in batches)
             add_visits(self._state, batches)
-        self._waiting = []

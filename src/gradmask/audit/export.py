@@ -60,10 +60,11 @@ def save_table(ranking: Ranking, path: Path) -> Path:
     """
     table = columns(ranking)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".csv":
+    kind = path.suffix.lower()
+    if kind == ".csv":
         with atomic_file(path) as file:
             file.write(_csv(table).encode())
-    elif path.suffix == ".parquet":
+    elif kind == ".parquet":
         try:
             import pyarrow
             import pyarrow.parquet
@@ -86,7 +87,8 @@ def issues(ranking: Ranking) -> Any:
 
     Returns:
         A pandas `DataFrame` with `is_label_issue`, `label_score`, `given_label` and
-        `predicted_label`, in the order of the data.
+        `predicted_label`, in the order of the data; of several labels a sample also `sample` and
+        `position`.
 
     Raises:
         OptionError: If pandas is not installed, or no labels are known.
@@ -97,8 +99,10 @@ def issues(ranking: Ranking) -> Any:
         raise OptionError("cleanlab's form is a table of pandas: pip install pandas.") from error
     if ranking.labels is None:
         raise OptionError("No labels are known: give rank(..., labels=...).")
+    places = {} if ranking.positions is None else {"position": ranking.positions.numpy()}
     return pandas.DataFrame(
         {
+            **({"sample": ranking.ids.numpy(), **places} if places else {}),
             "is_label_issue": ranking.flagged.numpy(),
             "label_score": (1 - ranking.suspicion).numpy(),
             "given_label": _named(ranking.labels, ranking.class_names),

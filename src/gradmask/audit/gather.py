@@ -28,7 +28,7 @@ def gather_visits(
     lengths = torch.tensor(
         [len(visits.rows) for visits in waiting], dtype=torch.int64, device="cpu"
     )
-    parts = [visits.packed() for visits in waiting]
+    parts = [visits.packed().to(moved) for visits in waiting]  # whichever device each came from
     whole = torch.cat(parts) if parts else torch.zeros(0, 7, dtype=torch.float64, device=moved)
     ranks = [
         [Visits.unpacked(part.to(device)) for part in rows.split(counts.tolist())]

@@ -62,6 +62,7 @@ def gradient_scores(
         check_choice("score", name, GRADIENT_SCORES)
     if "influence" in which and probe is None:
         raise OptionError("influence is measured on others: give probe=, a batch of inputs.")
+    labels = torch.as_tensor(labels)
     if len(labels) != len(dataset):
         raise DataError(f"{len(labels)} labels and {len(dataset)} samples: one for each.")
     found: dict[str, list[Tensor]] = {name: [] for name in which}

@@ -128,6 +128,12 @@ class Threshold:
     found_share: float
 
 
+def check_false_alarms(share: float) -> None:
+    """Raise an OptionError unless a share is between 0 and 1."""
+    if not isinstance(share, Real) or not 0 < share < 1:
+        raise OptionError(f"false_alarms={share!r} must be between 0 and 1.")
+
+
 def threshold(suspicion: Tensor, planted: Tensor, false_alarms: float) -> Threshold:
     """The lowest cut at which no more than a share of the flagged samples is expected to be right.
 
@@ -149,8 +155,7 @@ def threshold(suspicion: Tensor, planted: Tensor, false_alarms: float) -> Thresh
     Raises:
         OptionError: If there are too few samples, or the share is out of range.
     """
-    if not isinstance(false_alarms, Real) or not 0 < false_alarms < 1:
-        raise OptionError(f"false_alarms={false_alarms!r} must be between 0 and 1.")
+    check_false_alarms(false_alarms)
     if len(planted) < FEWEST or not len(suspicion):
         raise OptionError(f"{len(planted)} planted samples are too few: plant at least {FEWEST}.")
     cuts, ordered = planted.double().sort().values, suspicion.double().sort().values

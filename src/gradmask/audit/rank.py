@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -13,9 +15,15 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from gradmask.audit.dynamics import Dynamics
-from gradmask.audit.planted import Planted, Threshold, threshold, whole_labels
+from gradmask.audit.planted import (
+    Planted,
+    Threshold,
+    check_false_alarms,
+    threshold,
+    whole_labels,
+)
 from gradmask.audit.scores import combined, highest
-from gradmask.errors import DataError, OptionError, StateError
+from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
 
 FALSE_ALARMS = 0.1
 COLUMNS = (  # of the table, beside the scores
@@ -86,7 +94,13 @@ class Ranking:
         Args:
             dataset: What was trained on, with the same numbers.
         """
-        return Subset(dataset, self._whole("clean", ~self.flagged).nonzero().flatten().tolist())
+        kept = self._whole("clean", ~self.flagged)
+        if hasattr(dataset, "__len__") and len(dataset) != len(kept):
+            raise DataError(
+                f"The data set has {len(dataset)} samples, and {len(kept)} were ranked: give the "
+                "one that was trained on."
+            )
+        return Subset(dataset, kept.nonzero().flatten().tolist())
 
     def relabelled(self, minimum: float = 0.5) -> Tensor:
         """The given labels, but for flagged samples the suggestion, where it is probable enough.
@@ -208,8 +222,9 @@ def rank(
     for name, value in (extra or {}).items():
         if name in (*scores, *COLUMNS):
             raise OptionError(f"The table has a column {name!r}: give the score another name.")
-        _check_length(name, value, len(scores["visits"]))
-        scores[name] = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten()
+        values = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        _check_length(name, values.flatten(), len(scores["visits"]))
+        scores[name] = values.flatten()
     suggestions, probabilities = (value.flatten() for value in dynamics.suggestions())
     rows = len(suggestions)
     positions = rows // dynamics.samples
@@ -233,11 +248,13 @@ def rank(
         )
     known = suspicion.isfinite() & ~chosen
     cut = None
-    if planted is not None:
+    check_false_alarms(false_alarms)
+    if planted is not None and share is None:
         cut = threshold(suspicion[known], suspicion[chosen & suspicion.isfinite()], false_alarms)
-        if planted.kind == "class":
-            own = int(planted.labels.max())
-            suggestions = torch.where(suggestions == own, -1, suggestions)
+        _warn_if_not_learnt(scores["last_loss"][known], cut)
+    if planted is not None and planted.kind == "class":
+        own = int(planted.labels.max())
+        suggestions = torch.where(suggestions == own, -1, suggestions)
     flagged = _flagged(suspicion, known, cut, share)
     unlabelled = torch.full_like(suggestions, -1)
     right = unlabelled if labels is None else torch.where(scores["visits"] > 0, labels, -1)
@@ -258,6 +275,19 @@ def rank(
         originals=None if planted is None else planted.originals,
     )
     return found if positions == 1 else _labelled(found)
+
+
+def _warn_if_not_learnt(last_loss: Tensor, cut: Threshold) -> None:
+    """Right labels that are not learnt yet look like planted ones."""
+    open_ = float((last_loss > math.log(2)).double().mean())
+    if open_ > 0.5 and cut.value < math.inf:
+        warnings.warn(
+            f"At the end of training {open_:.0%} of the labels have a probability below a half: "
+            "they are not learnt yet, right ones neither, and the promised rate of false alarms "
+            "does not hold. Train longer, or give share=.",
+            GradmaskWarning,
+            stacklevel=3,
+        )
 
 
 def _flagged(

@@ -149,6 +149,10 @@ def _picture(values: Tensor) -> Any:
     if values.is_floating_point():  # perhaps normalised: spread over what can be shown
         low, high = values.min(), values.max()
         values = ((values - low) / (high - low).clamp_min(1e-12) * 255).round()
+    elif values.dtype == torch.bool or values.max() <= 1:
+        values = values.to(torch.int64) * 255
+    elif values.max() > 255:  # of more bits than are shown
+        values = (values.double() / values.max() * 255).round()
     if values.shape[0] == 2:
         values = values[:1]
     array = values.to(torch.uint8).cpu().movedim(0, -1).numpy()

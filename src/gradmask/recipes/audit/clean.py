@@ -21,6 +21,7 @@ from gradmask.recipes.data.images import ImageData, load_images
 from gradmask.recipes.training.run import train_run
 from gradmask.seeding import seeded_generator
 from gradmask.study import Trial, compare
+from gradmask.study.files import write_json
 from gradmask.study.folder import read_results, remove_checkpoints
 from gradmask.study.metrics import Metric, metrics_of
 from gradmask.study.options import from_plain
@@ -39,6 +40,7 @@ ARMS = {
     RANDOM: "dropping as many at random",
     CLEAN: "training on all with their true labels",
 }
+CHANGED = "changed.json"  # in a run's folder: how many labels were dropped and relabelled
 LIKELY = 0.5  # mean probability from which on a suggestion is followed
 
 
@@ -84,8 +86,12 @@ def run_clean(options: Clean, progress: Progress) -> Results:
         raise OptionError(
             f"{options.folder} holds a sweep: audit runs of one value of each option."
         )
-    for run in runs:
-        _count(run, options.share)
+    counts = [_count(run, options.share) for run in runs]  # of each, so that each is checked
+    if not any(counts):
+        raise OptionError(
+            "Nothing is to be dropped: no label is estimated to be wrong. Give --share to drop "
+            "the most suspicious ones all the same."
+        )
     arms = [arm for arm in ARMS if arm != CLEAN or config.label_noise]
     return compare(
         train,
@@ -117,7 +123,9 @@ def train(trial: Trial) -> None:
     else:
         audit = DynamicsAudit(folder, seeds=(trial.seed,), share=share)
         (run,) = audit_dynamics(audit)[1]
-        data = _cleaned(run, kind, _count(run, share))
+        data, changed = _cleaned(run, kind, _count(run, share))
+        dropped = len(run.data.train_labels) - len(data.train_labels)
+        write_json(trial.directory / CHANGED, {"dropped": dropped, "relabelled": changed})
     directory = trial.directory / "training"
     directory.mkdir(exist_ok=True)
 
@@ -146,8 +154,8 @@ def _count(run: RankedRun, share: float | None) -> int:
     return round(float(share or 0) * int((~run.ranking.planted).sum()))
 
 
-def _cleaned(run: RankedRun, kind: str, count: int) -> ImageData:
-    """The run's data without the samples that an arm drops, or with other labels for them."""
+def _cleaned(run: RankedRun, kind: str, count: int) -> tuple[ImageData, int]:
+    """The run's data without the samples that an arm drops; how many have another label."""
     data, ranking = run.data, run.ranking
     labels = data.train_labels if ranking.originals is None else ranking.originals
     first = highest(ranking.suspicion, ~ranking.planted, count)
@@ -157,20 +165,21 @@ def _cleaned(run: RankedRun, kind: str, count: int) -> ImageData:
     elif kind == "dropped-at-random":
         generator = seeded_generator(run.spec.seed, "dropped at random")
         first = highest(torch.rand(len(labels), generator=generator), ~ranking.planted, count)
-    dropped = first
+    dropped, changed = first, 0
     if kind == "relabelled":
         likely = first & (ranking.suggestions >= 0)
         likely &= ranking.suggestion_probabilities >= LIKELY
         labels = torch.where(likely, ranking.suggestions, labels)
-        dropped = first & ~likely
+        dropped, changed = first & ~likely, int(likely.sum())
     kept = (~dropped).nonzero().flatten()
-    return replace(
+    cleaned = replace(
         data,
         train_images=data.train_images[kept],
         train_labels=labels[kept],
         train_clean_labels=data.train_clean_labels[kept],
         planted=None,
     )
+    return cleaned, changed
 
 
 def sentences(results: Results) -> list[str]:
