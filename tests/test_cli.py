@@ -202,3 +202,11 @@ def test_warnings_are_one_line_without_code(capsys):
     assert capsys.readouterr().err == "Warning: odd\n"
     show_warning(lambda *given: others.append(given), UserWarning("x"), UserWarning, "f", 1)
     assert len(others) == 1
+
+
+def test_a_switch_needs_no_value(tmp_path):
+    for words in (["--noisy-validation"], ["--noisy-validation", "true"]):
+        folder = tmp_path / str(len(words))
+        run = ["run", *SMALL, "--arms=none", "--seeds=0", *words, "--output", str(folder)]
+        assert main(run) == 0
+        assert result(folder)["config"]["noisy_validation"] is True

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gradmask.study import StudyOptions
 
 _LISTS = ("arms", "models", "seeds", "levels", "rates", "monitor", "judge", "front")
-_SWITCHES = ("augment", "crop", "flip")  # --no-flip is --flip=false
+_SWITCHES = ("augment", "crop", "flip", "noisy_validation")  # --no-flip is --flip=false
 _MAPPINGS = ("sweep", "options", "metrics")  # name=value, of a sweep name=value,value
 
 
@@ -130,6 +130,9 @@ def _normal_form(words: list[str], known: list[str]) -> list[str]:
         name = name.replace("-", "_")
         if name.removeprefix("no_") in _SWITCHES and name not in known and not equals:
             name, equals, value = name.removeprefix("no_"), "=", "false"
+        if name in _SWITCHES and not equals:
+            told = place < len(words) and not words[place].startswith("--")
+            equals, value = ("", value) if told else ("=", "true")
         check_choice("option", name, known)
         if name in _LISTS:
             items = [value] if equals else []
