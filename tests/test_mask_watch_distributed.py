@@ -72,6 +72,6 @@ def check(rank, world, way):
     assert mask.refreshes == 4
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_all_ranks_stop_together(way, tmp_path):
     run_processes(check, 2, tmp_path, way)

@@ -241,7 +241,7 @@ RECIPES = (
         "no augmentation, trained until all is learnt by heart: does the paper's mask help there?",
         _OVERFITTING | {"arms": ("none", "early", *_OVERFIT), "seeds": tuple(range(10))},
         {
-            "small": _SIZES["small"] | {"train_size": 2000, "epochs": 20, "fisher_samples": 500},
+            "small": _SIZES["small"] | {"train_size": 2000, "epochs": 16, "fisher_samples": 500},
             "paper": {"data": "uoft-cs/cifar100", "model": "cifar_resnet18", "epochs": 60},
             "digits": _SIZES["digits"],
         },
