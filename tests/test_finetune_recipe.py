@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
+from gradmask.cli import main
 from gradmask.errors import OptionError
 from gradmask.recipes.catalogue import find_recipe
 from gradmask.recipes.finetune.config import ARMS, FineTuning
@@ -51,6 +52,12 @@ def test_every_arm_is_measured_on_old_and_new_classes(results):
     print_fronts(results, Console(file=printed, width=120))
     assert "probe" in printed.getvalue()
     assert "The best front is that of" in " ".join(printed.getvalue().split())
+
+
+def test_a_report_has_the_fronts(results, tmp_path_factory, capsys):
+    folder = next(tmp_path_factory.getbasetemp().glob("finetune*")) / "out"
+    assert main(["report", str(folder)]) == 0
+    assert "Fronts over learning rates" in capsys.readouterr().out
 
 
 def test_old_and_new_classes_are_apart():

@@ -132,16 +132,12 @@ def _run(words: list[str]) -> int:
             if isinstance(config, TheoremCheck):
                 return _show_theorem(config.output, run_theorem(config, terminal()))
             from gradmask.recipes.finetune.config import FineTuning
-            from gradmask.recipes.finetune.fronts import print_fronts
             from gradmask.recipes.finetune.run import run_finetuning
             from gradmask.recipes.unlearn.run import run_unlearning
 
             progress = Progress(terminal())
             if isinstance(config, FineTuning):
-                results = run_finetuning(config, progress)
-                _show(config.output, results)
-                print_fronts(results, terminal())
-                return 0
+                return _show(config.output, run_finetuning(config, progress))
             return _show(config.output, run_unlearning(config, progress))
         except EpochsSpent as spent:
             if ours.main:
@@ -216,6 +212,10 @@ def _show(directory: Path, results: Results) -> int:
 
     console = terminal()
     print_summary(results, console)
+    if results["config"].get("train") == "gradmask.recipes.finetune.run:train":
+        from gradmask.recipes.finetune.fronts import print_fronts
+
+        print_fronts(results, console)
     page = write_report(directory, results)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0
