@@ -111,8 +111,8 @@ class RunningAverage:
 
 def _scale(squares: Mapping[str, Tensor], groups: Groups) -> float:
     """1 / the mean of all entries; 1 if all are 0."""
-    own = [float(local(t).double().sum()) for t in squares.values()]
-    count = float(sum(local(t).numel() for t in squares.values()))
-    numbers = torch.tensor([sum(own), count], dtype=torch.float64, device="cpu")
+    parts = [local(t) for t in squares.values()]
+    own = sum(float(t.double().sum()) for t in parts), sum(t.numel() for t in parts)
+    numbers = torch.tensor(own, dtype=torch.float64, device="cpu")
     total, entries = sum_over(numbers, groups).tolist()
     return entries / total if total > 0 else 1.0

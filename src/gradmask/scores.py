@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradmask.distributed import local, shard_like
 from gradmask.errors import DataError, OptionError, check_choice
+from gradmask.selection import PER, WHICH
 
 NEEDS = ("mean", "square", "weight", "protected", "random")
 
@@ -150,8 +151,8 @@ def register_score(
         raise OptionError(f"needs={needs!r} must be a list of {', '.join(NEEDS)}.")
     for need in needs:
         check_choice("need", need, NEEDS)
-    check_choice("which", which, ("highest", "lowest"))
-    check_choice("per", per, ("network", "tensor"))
+    check_choice("which", which, WHICH)
+    check_choice("per", per, PER)
 
     def register(function: F) -> F:
         SCORES[name] = Score(name, formula, frozenset(needs), which, per, cost, source, function)

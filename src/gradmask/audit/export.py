@@ -99,10 +99,12 @@ def issues(ranking: Ranking) -> Any:
         raise OptionError("cleanlab's form is a table of pandas: pip install pandas.") from error
     if ranking.labels is None:
         raise OptionError("No labels are known: give rank(..., labels=...).")
-    places = {} if ranking.positions is None else {"position": ranking.positions.numpy()}
+    places = {}
+    if ranking.positions is not None:
+        places = {"sample": ranking.ids.numpy(), "position": ranking.positions.numpy()}
     return pandas.DataFrame(
         {
-            **({"sample": ranking.ids.numpy(), **places} if places else {}),
+            **places,
             "is_label_issue": ranking.flagged.numpy(),
             "label_score": (1 - ranking.suspicion).numpy(),
             "given_label": _named(ranking.labels, ranking.class_names),

@@ -16,8 +16,16 @@ from gradmask.errors import GradmaskWarning
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PLAIN = {"±": "+-", "÷": "/", "\u00d7": "x", "\u2013": "-", "…": "...", "²": "^2", "ε": "e"}
-_PLAIN |= {"ḡ": "mean(g)"}
+_PLAIN = {
+    "±": "+-",
+    "÷": "/",
+    "\u00d7": "x",
+    "\u2013": "-",
+    "…": "...",
+    "²": "^2",
+    "ε": "e",
+    "ḡ": "mean(g)",
+}
 
 
 def terminal(quiet: bool = False) -> Console:

@@ -172,14 +172,7 @@ def _cleaned(run: RankedRun, kind: str, count: int) -> tuple[ImageData, int]:
         labels = torch.where(likely, ranking.suggestions, labels)
         dropped, changed = first & ~likely, int(likely.sum())
     kept = (~dropped).nonzero().flatten()
-    cleaned = replace(
-        data,
-        train_images=data.train_images[kept],
-        train_labels=labels[kept],
-        train_clean_labels=data.train_clean_labels[kept],
-        planted=None,
-    )
-    return cleaned, changed
+    return replace(data, train_labels=labels, planted=None).trained_on(kept), changed
 
 
 def sentences(results: Results) -> list[str]:

@@ -64,6 +64,16 @@ class ImageData:
         }
         return replace(self, **tensors)
 
+    def trained_on(self, kept: Tensor) -> ImageData:
+        """The same with some of the training images only.
+
+        Args:
+            kept: Their places, or a mask of them.
+        """
+        names = ("train_images", "train_labels", "train_clean_labels")
+        parts: dict[str, Any] = {name: getattr(self, name)[kept] for name in names}
+        return replace(self, **parts)
+
 
 def load_images(config: Comparison, seed: int) -> ImageData:
     """Load the images of a comparison and make its choices in order.

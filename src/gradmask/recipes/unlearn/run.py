@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,7 @@ def train(trial: Trial) -> None:
     data = load_images(training, trial.seed)
     forgotten = _forgotten(config, data, trial.seed)
     parts = _parts(data, forgotten, config)
-    retained = replace(
-        data,
-        train_images=data.train_images[~forgotten],
-        train_labels=data.train_labels[~forgotten],
-        train_clean_labels=data.train_clean_labels[~forgotten],
-    )
+    retained = data.trained_on(~forgotten)
     trained = partial(trained_network, training)
     reference = trained(retained, trial.seed, folder / f"reference-seed{trial.seed}.pt")
     if method == "retrain":
