@@ -1,6 +1,7 @@
 """The recipe `finetune`, on digits, and its fronts on made-up numbers."""
 
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from gradmask.cli import main
-from gradmask.errors import OptionError
+from gradmask.errors import GradmaskError, OptionError
 from gradmask.recipes.catalogue import find_recipe
 from gradmask.recipes.finetune.config import ARMS, FineTuning
 from gradmask.recipes.finetune.fronts import SHARES, fronts, print_fronts
@@ -19,7 +20,7 @@ from gradmask.study.arms import parse_arm
 from gradmask.study.progress import Progress
 
 SMALL = {"data": "digits", "model": "small_cnn", "width": 4, "old_classes": 6, "per_class": 4}
-SMALL |= {"epochs": 3, "more_epochs": 2, "old_samples": 60, "threads": 1}
+SMALL |= {"epochs": 3, "updates": 5, "old_samples": 60, "threads": 1}
 OTHERS = ["frozen", "l2sp:penalty=1", "ewc:penalty=1", "old_lowest:keep=0.3"]
 OTHERS += ["lowest_each_epoch:keep=0.3", "fisher:score=ratio:keep=0.3", "slow:keep=0.3"]
 
@@ -58,6 +59,25 @@ def test_a_report_has_the_fronts(results, tmp_path_factory, capsys):
     folder = next(tmp_path_factory.getbasetemp().glob("finetune*")) / "out"
     assert main(["report", str(folder)]) == 0
     assert "Fronts over learning rates" in capsys.readouterr().out
+
+
+def test_network_of_another_study(results, tmp_path_factory, tmp_path):
+    path = next(tmp_path_factory.getbasetemp().glob("finetune*")) / "out/networks/pretrained.pt"
+    found = run(tmp_path / "out", pretrained=path, arms=("none",), seeds=(0,), rates=(0.03,))
+    (expected,) = (
+        r["epochs"]
+        for r in results["runs"]
+        if (r["arm"], r["seed"], r["values"]["lr"]) == ("none", 0, 0.03)
+    )
+    assert found["runs"][0]["epochs"] == expected
+    assert not list((tmp_path / "out/networks").glob("pretrained*"))
+    with pytest.raises(GradmaskError, match="of another network"):
+        run(tmp_path / "other", pretrained=path, width=8, seeds=(0,))
+    assert not (tmp_path / "other").exists()
+    changed = tmp_path / "changed.pt"
+    torch.save({k: v + 1 for k, v in torch.load(path).items()}, changed)
+    with pytest.raises(GradmaskError, match="pretrained"):
+        run(tmp_path / "out", pretrained=changed, arms=("none",), seeds=(0, 1), rates=(0.03,))
 
 
 def test_old_and_new_classes_are_apart():
@@ -179,6 +199,8 @@ def test_a_seed_is_not_judged_at_what_it_chose_itself():
         ({"per_class": 5000}, "per_class=5000"),
         ({"rates": ()}, "rates"),
         ({"rates": (-1.0,)}, "rates"),
+        ({"pretrained": Path("nowhere.pt")}, "is no file"),
+        ({"device": "nowhere"}, "device"),
     ],
 )
 def test_options_that_cannot_work(options, words, tmp_path):

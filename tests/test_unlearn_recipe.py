@@ -90,6 +90,7 @@ def test_parts_are_apart(forget):
         ({"levels": (5,)}, "levels"),
         ({"model": "resnet"}, "resnet"),
         ({"epochs": 0}, "epochs"),
+        ({"device": "nowhere"}, "device"),
     ],
 )
 def test_options_that_cannot_work(options, words, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -303,3 +303,14 @@ class Comparison:
         except Wrong as error:
             raise OptionError(f"{where[0].upper()}{where[1:]}: {error}.") from error
         return replace(self, **changes, **others, sweep={})
+
+
+def training_of(options: Any) -> Comparison:
+    """How a network that other recipes begin with is trained: without a mask.
+
+    Args:
+        options: Those of the recipe; what a comparison calls by the same names is taken from them.
+    """
+    names = {f.name for f in fields(Comparison)} & vars(options).keys()
+    shared = {name: getattr(options, name) for name in names - {"arms", "seeds", "jobs", "output"}}
+    return Comparison(**shared, arms=("none",), evaluate_every=shared["epochs"])

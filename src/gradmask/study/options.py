@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -68,8 +68,10 @@ def from_plain(kind: type[Kind], options: dict[str, Any]) -> Kind:
     turned: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
     }
-    if "output" in turned:
-        turned["output"] = Path(turned["output"])
+    hints = get_type_hints(kind)
+    for name in [n for n, v in turned.items() if isinstance(v, str)]:
+        if hints[name] == Path or Path in get_args(hints[name]):
+            turned[name] = Path(turned[name])
     return kind(**turned)
 
 

@@ -172,7 +172,7 @@ def _cleaned(run: RankedRun, kind: str, count: int) -> tuple[ImageData, int]:
         labels = torch.where(likely, ranking.suggestions, labels)
         dropped, changed = first & ~likely, int(likely.sum())
     kept = (~dropped).nonzero().flatten()
-    return replace(data, train_labels=labels, planted=None).trained_on(kept), changed
+    return replace(data, train_labels=labels, planted=None).only(train=kept), changed
 
 
 def sentences(results: Results) -> list[str]:

@@ -64,15 +64,16 @@ class ImageData:
         }
         return replace(self, **tensors)
 
-    def trained_on(self, kept: Tensor) -> ImageData:
-        """The same with some of the training images only.
+    def only(self, **parts: Tensor) -> ImageData:
+        """The same with some of the images only.
 
         Args:
-            kept: Their places, or a mask of them.
+            parts: Of `train`, `val` or `test`, the places of those to keep, or a mask of them.
         """
-        names = ("train_images", "train_labels", "train_clean_labels")
-        parts: dict[str, Any] = {name: getattr(self, name)[kept] for name in names}
-        return replace(self, **parts)
+        names = (n for n in vars(self) if n.endswith(("images", "labels")))
+        found = {n: parts[n.partition("_")[0]] for n in names if n.partition("_")[0] in parts}
+        chosen: dict[str, Any] = {name: getattr(self, name)[kept] for name, kept in found.items()}
+        return replace(self, **chosen)
 
 
 def load_images(config: Comparison, seed: int) -> ImageData:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gradmask.errors import OptionError
-from gradmask.recipes.config import Comparison
+from gradmask.recipes.config import Comparison, training_of
 
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 _KEEPS = (0.1, 0.25, 0.5)
@@ -22,16 +22,16 @@ ARMS = (
     *("none", "probe", "frozen"),
     *(f"{name}:penalty={penalty}" for name in ("l2sp", "ewc") for penalty in _PENALTIES),
     *(f"lora:rank={rank}" for rank in (2, 8)),
-    *(f"slow:keep={keep}" for keep in _KEEPS),
+    "slow:keep=0.25",  # without a mask at a lower rate, which is on the front of `none`
     *(f"{mask}:keep={keep}" for mask in _MASKS for keep in _KEEPS),
 )
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "data": "uoft-cs/cifar100",
         "model": "cifar_resnet10",
-        "width": 24,
+        "width": 16,
         "stem_stride": 2,
-        "epochs": 20,
+        "epochs": 30,
     },
     "paper": {"data": "uoft-cs/cifar100", "model": "cifar_resnet18", "epochs": 100},
     "digits": {
@@ -41,6 +41,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "old_classes": 6,
         "per_class": 5,
         "epochs": 8,
+        "updates": 20,
         "old_samples": 200,
     },
 }
@@ -60,19 +61,22 @@ class FineTuning:
         epochs: Passes over the images of the old classes in pretraining, once for all runs.
         batch_size: Images in a training batch.
         lr: Learning rate of pretraining, the peak of its schedule.
-        more_epochs: Passes over the images of the new classes.
+        pretrained: Weights of another study of this recipe with the same data, old classes and
+            model, in place of pretraining: its `networks/pretrained.pt`.
+        updates: Optimizer steps on the new classes.
         old_samples: Images of the old classes that are kept, for masks and penalties.
         arms: Masks, controls and others: `none`, `fisher:which=lowest:keep=0.25`,
             `ewc:penalty=0.1`, ...
         seeds: One run per arm, seed and learning rate; a seed draws the new images and their order.
         rates: Learning rates that every arm is run with.
+        device: `auto`, `cpu`, `cuda`, ...
         jobs: Runs at a time.
         threads: CPU threads of each.
         output: Folder for results.
     """
 
     EXTENDABLE: ClassVar = ("arms", "seeds", "rates")
-    NOT_RESULTS: ClassVar = ("jobs", "threads", "output", "arms", "seeds", "rates")
+    NOT_RESULTS: ClassVar = ("device", "jobs", "threads", "output", "arms", "seeds", "rates")
 
     data: str = "digits"
     old_classes: int = 80
@@ -83,11 +87,13 @@ class FineTuning:
     epochs: int = 20
     batch_size: int = 64
     lr: float = 0.1
-    more_epochs: int = 20
+    pretrained: Path | None = None
+    updates: int = 60
     old_samples: int = 1000
     arms: tuple[str, ...] = ARMS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     rates: tuple[float, ...] = RATES
+    device: str = "auto"
     jobs: int = 1
     threads: int | None = None
     output: Path = Path("runs/finetune")
@@ -98,15 +104,18 @@ class FineTuning:
         Raises:
             OptionError: If an option's value cannot work.
         """
-        for name in ("old_classes", "per_class", "more_epochs", "old_samples"):
+        for name in ("old_classes", "per_class", "updates", "old_samples"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)} must be at least 1.")
         if not self.rates or min(self.rates) <= 0:
             raise OptionError(f"rates={list(self.rates)} must be positive learning rates.")
+        if self.pretrained is not None and not self.pretrained.is_file():
+            raise OptionError(
+                f"pretrained={str(self.pretrained)!r} is no file: give the weights that another "
+                "study of this recipe has kept, its networks/pretrained.pt."
+            )
         self.pretraining()
 
     def pretraining(self) -> Comparison:
         """How the network is trained on the old classes."""
-        names = ("data", "model", "width", "stem_stride", "epochs", "batch_size", "lr", "threads")
-        options = {name: getattr(self, name) for name in names}
-        return Comparison(**options, arms=("none",), evaluate_every=self.epochs)
+        return training_of(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,20 @@ from torch.optim import Optimizer
 
 from gradmask import SCORES, FisherMask, fisher_diagonal
 from gradmask.errors import OptionError
-from gradmask.recipes.data.sources import in_memory
 from gradmask.recipes.finetune.config import FineTuning
-from gradmask.recipes.finetune.tasks import Tasks, accuracies, load_tasks, pretrained
+from gradmask.recipes.finetune.tasks import (
+    Tasks,
+    accuracies,
+    load_tasks,
+    pretrained,
+    set_head,
+    start,
+)
+from gradmask.recipes.identity import tensors_sum
+from gradmask.recipes.networks import remembered, shared_folder, train_on
 from gradmask.seeding import seeded_generator
 from gradmask.study import Trial, compare
+from gradmask.study.files import read_tensors
 from gradmask.study.options import from_plain, to_plain
 from gradmask.study.progress import Progress
 from gradmask.study.results import Results
@@ -51,14 +59,15 @@ def run_finetuning(config: FineTuning, progress: Progress) -> Results:
     """
     options = {k: v for k, v in to_plain(config).items() if k not in FineTuning.NOT_RESULTS}
     # What cannot work is told before the folder is made.
-    load_tasks(config, config.seeds[0])
+    tasks = load_tasks(config, config.seeds[0])
+    network = None if config.pretrained is None else _sum_of(config.pretrained, config, tasks)
     return compare(
         train,
         {arm: OWN.get(arm.partition(":")[0]) for arm in config.arms},
         config.seeds,
         config.output,
         progress=progress,
-        options={"config": options, "networks": str((config.output / "networks").resolve())},
+        options={"config": options, "pretrained_sum": network},
         sweep={"lr": list(config.rates)},
         choose="val_new_accuracy",
         judge=("test_new_accuracy@last", "test_kept@last"),
@@ -80,10 +89,14 @@ def train(trial: Trial) -> None:
     """
     config: FineTuning = from_plain(FineTuning, trial.options["config"])
     tasks, strategy = load_tasks(config, trial.seed), trial.arm.strategy
-    model: nn.Module = pretrained(config, tasks, Path(trial.options["networks"]))
-    before, lr = accuracies(model, tasks), trial.options["lr"]
+    folder, lr = shared_folder(trial), trial.options["lr"]
+    expected = trial.options["pretrained_sum"]
+    network = pretrained(config, tasks, folder / "pretrained.pt", expected)
+    begun = remembered(folder / f"start-seed{trial.seed}.json", lambda: start(network, tasks))
+    set_head(network, begun)
+    model: nn.Module = network
     if strategy == "frozen":  # the first half of the body
-        weights = list(model.body.parameters())  # type: ignore[union-attr]
+        weights = list(network.body.parameters())
         for parameter in weights[: len(weights) // 2]:
             parameter.requires_grad_(False)
     elif strategy == "lora":
@@ -92,28 +105,29 @@ def train(trial: Trial) -> None:
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, lr, momentum=0.9)
     mask = trial.mask(model, optimizer, loss=tasks.loss, max_samples=None)
-    refresh(mask, strategy, tasks)
-    generator = seeded_generator(trial.seed, "fine-tuning")
-    images, labels = in_memory(tasks.train.images), tasks.train.labels
-    count = len(labels)
-    parts = math.ceil(count / config.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.more_epochs * parts)
-    for epoch in range(config.more_epochs if strategy != "probe" else 0):
-        if epoch and strategy == "lowest_each_epoch":
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return tasks.loss(outputs, labels) / len(labels) + penalty()
+
+    def before_pass(number: int) -> None:
+        if number == 0 or strategy == "lowest_each_epoch":
             refresh(mask, strategy, tasks)
-        for batch in torch.randperm(count, generator=generator).tensor_split(parts):
-            optimizer.zero_grad()
-            outputs = model(tasks.train.prepare(images[batch]))
-            loss = tasks.loss(outputs, labels[batch]) / len(batch)
-            (loss + penalty()).backward()
-            optimizer.step()
-            schedule.step()
-    after = accuracies(model, tasks)
+
+    updates = 0 if strategy == "probe" else config.updates
+    generator = seeded_generator(trial.seed, "fine-tuning")
+    train_on(model, tasks.train, loss, optimizer, updates, generator, before_pass)
+    before, after = begun["before"], accuracies(model, tasks)
     kept = {
         f"{part}_kept": after[f"{part}_old_accuracy"] / max(before[f"{part}_old_accuracy"], 1e-9)
         for part in ("val", "test")
     }
-    trial.report(epoch=config.more_epochs, **after, **kept)
+    trial.report(epoch=config.updates, **after, **kept)
+
+
+def _sum_of(path: Path, config: FineTuning, tasks: Tasks) -> str:
+    """The sum of weights that are given, by which a study knows them again."""
+    pretrained(config, tasks, path)  # which checks that they fit
+    return tensors_sum(read_tensors(path))
 
 
 def refresh(mask: FisherMask, strategy: str, tasks: Tasks) -> None:

@@ -16,7 +16,8 @@ from gradmask.recipes.data.batches import Batches
 from gradmask.recipes.data.images import ImageData, load_images
 from gradmask.recipes.data.transforms import Normalize
 from gradmask.recipes.finetune.config import FineTuning
-from gradmask.recipes.networks import trained_network
+from gradmask.recipes.networks import read_network, trained_network
+from gradmask.recipes.training.components import resolve_device
 from gradmask.seeding import seeded_generator
 
 _SPLIT = 0  # the seed by which classes are old or new, and the network starts
@@ -74,9 +75,10 @@ def load_tasks(config: FineTuning, seed: int) -> Tasks:
         for name in ("train_labels", "train_clean_labels", "val_labels", "test_labels")
     }
     names = tuple(data.class_names[i] for i in order.tolist())
-    data = replace(data, class_names=names, **labels)
+    data = replace(data, class_names=names, **labels).to(resolve_device(config.device))
     prepare, generator = Normalize.of(data.train_images), seeded_generator(seed, "new images")
     shuffled = torch.randperm(len(data.train_labels), generator=generator)
+    shuffled = shuffled.to(data.train_labels.device)
     chosen = []
     for label in range(old, classes):
         found = shuffled[data.train_labels[shuffled] == label]
@@ -120,34 +122,57 @@ class TwoHeads(nn.Module):
         return torch.cat([self.old(features), self.new(features)], 1)
 
 
-def pretrained(config: FineTuning, tasks: Tasks, folder: Path) -> TwoHeads:
-    """The network of all runs, with a new head that is a linear probe of its features.
+def pretrained(
+    config: FineTuning, tasks: Tasks, path: Path, expected: str | None = None
+) -> TwoHeads:
+    """The network of all runs, trained on the old classes, with a new head yet to be fitted.
 
     Args:
         config: Options.
         tasks: The images.
-        folder: Where the network of the old classes is kept.
+        path: Where its weights are kept, unless there is a pretrained network.
+        expected: Sum of the weights of that.
     """
-    data, parts = tasks.data, dict[str, Any]()
-    for part in ("train", "val", "test"):
-        is_old = getattr(data, f"{part}_labels") < tasks.old
-        parts[f"{part}_images"] = getattr(data, f"{part}_images")[is_old]
-        parts[f"{part}_labels"] = getattr(data, f"{part}_labels")[is_old]
-    parts["train_clean_labels"] = parts["train_labels"]
-    of_old = replace(data, class_names=data.class_names[: tasks.old], **parts)
-    network = trained_network(config.pretraining(), of_old, _SPLIT, folder / "pretrained.pt")
+    data = tasks.data
+    labels = {"train": data.train_labels, "val": data.val_labels, "test": data.test_labels}
+    old = data.only(**{part: found < tasks.old for part, found in labels.items()})
+    old = replace(old, class_names=data.class_names[: tasks.old])
+    how = config.pretraining()
+    if config.pretrained is None:
+        network = trained_network(how, old, _SPLIT, path)
+    else:
+        network = read_network(how, old, _SPLIT, config.pretrained, expected)
     model = TwoHeads(network, tasks.classes - tasks.old).eval()
+    return model.to(data.train_labels.device)
+
+
+def start(model: TwoHeads, tasks: Tasks) -> dict[str, Any]:
+    """A linear probe of the network's features for the new classes, and the accuracy before.
+
+    Args:
+        model: The network.
+        tasks: The images.
+
+    Returns:
+        `weight` and `bias` of the new head, and what `accuracies` gives with it (`before`).
+    """
     with torch.no_grad():
-        features = torch.cat([model.body(inputs) for inputs, _ in tasks.train])
-        labels = tasks.train.labels - tasks.old
-        probe = LogisticRegression(C=1.0, max_iter=2000).fit(features.numpy(), labels.numpy())
-        weight = torch.from_numpy(probe.coef_).float()
-        bias = torch.from_numpy(probe.intercept_).float()
-        if len(weight) == 1:  # of two classes the library keeps the difference
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        model.new.weight.copy_(weight)
-        model.new.bias.copy_(bias)
-    return model
+        features = torch.cat([model.body(inputs) for inputs, _ in tasks.train]).cpu()
+    labels = tasks.train.labels.cpu() - tasks.old
+    probe = LogisticRegression(C=1.0, max_iter=2000).fit(features.numpy(), labels.numpy())
+    weight, bias = torch.from_numpy(probe.coef_), torch.from_numpy(probe.intercept_)
+    if len(weight) == 1:  # of two classes the library keeps the difference
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    head = {"weight": weight.tolist(), "bias": bias.tolist()}
+    set_head(model, head)
+    return head | {"before": accuracies(model, tasks)}
+
+
+@torch.no_grad()
+def set_head(model: TwoHeads, head: dict[str, Any]) -> None:
+    """Give the new head the weight and bias that `start` found."""
+    model.new.weight.copy_(torch.tensor(head["weight"]))
+    model.new.bias.copy_(torch.tensor(head["bias"]))
 
 
 @torch.no_grad()

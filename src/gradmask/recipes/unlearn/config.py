@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from gradmask.errors import OptionError, check_choice
-from gradmask.recipes.config import Comparison
+from gradmask.recipes.config import Comparison, training_of
 
 METHODS = {
     "original": "the network as it was trained",
@@ -71,13 +71,14 @@ class Unlearning:
         arms: Masks and controls, each with a method: `none:method=retrain`, ...
         seeds: One run per arm, seed and level.
         levels: Strengths of each method, 1 to 4.
+        device: `auto`, `cpu`, `cuda`, ...
         jobs: Runs at a time.
         threads: CPU threads of each.
         output: Folder for results.
     """
 
     EXTENDABLE: ClassVar = ("arms", "seeds")
-    NOT_RESULTS: ClassVar = ("jobs", "threads", "output", "arms", "seeds", "levels")
+    NOT_RESULTS: ClassVar = ("device", "jobs", "threads", "output", "arms", "seeds", "levels")
 
     data: str = "digits"
     train_size: int | None = None
@@ -94,6 +95,7 @@ class Unlearning:
     arms: tuple[str, ...] = ARMS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     levels: tuple[int, ...] = (1, 2, 3, 4)
+    device: str = "auto"
     jobs: int = 1
     threads: int | None = None
     output: Path = Path("runs/unlearn")
@@ -114,6 +116,4 @@ class Unlearning:
 
     def training(self) -> Comparison:
         """How the network that is to forget is trained."""
-        names = ("data", "train_size", "classes", "model", "width", "stem_stride", "epochs")
-        options = {name: getattr(self, name) for name in (*names, "batch_size", "lr", "threads")}
-        return Comparison(**options, arms=("none",), evaluate_every=self.epochs)
+        return training_of(self)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +18,8 @@ from gradmask.recipes.data.batches import Batches
 from gradmask.recipes.data.images import ImageData, load_images
 from gradmask.recipes.data.sources import in_memory
 from gradmask.recipes.data.transforms import Normalize
-from gradmask.recipes.networks import trained_network
-from gradmask.recipes.training.components import new_model
+from gradmask.recipes.networks import remembered, shared_folder, train_on, trained_network
+from gradmask.recipes.training.components import new_model, resolve_device
 from gradmask.recipes.training.evaluation import evaluate
 from gradmask.recipes.unlearn.config import METHODS, RATES, THRESHOLDS, Unlearning
 from gradmask.seeding import seeded_generator
@@ -54,8 +52,8 @@ def run_unlearning(config: Unlearning, progress: Progress) -> Results:
         The contents of `results.json`; `test_gap` is the mean distance from the retrained network.
     """
     options = {k: v for k, v in to_plain(config).items() if k not in Unlearning.NOT_RESULTS}
-    networks = str((config.output / "networks").resolve())
     # What cannot work is told before the folder is made.
+    resolve_device(config.device)
     data = load_images(training := config.training(), config.seeds[0])
     new_model(training, data, config.seeds[0])
     _forgotten(config, data, config.seeds[0])
@@ -65,7 +63,7 @@ def run_unlearning(config: Unlearning, progress: Progress) -> Results:
         config.seeds,
         config.output,
         progress=progress,
-        options={"config": options, "networks": networks},
+        options={"config": options},
         sweep={"level": list(config.levels)},
         choose="val_gap",
         judge=("test_gap@last",),
@@ -84,13 +82,12 @@ def train(trial: Trial) -> None:
     config: Unlearning = from_plain(Unlearning, trial.options["config"])
     method, level = trial.options.get("method", "relabel"), trial.options["level"] - 1
     check_choice("method", method, METHODS)
-    training, folder = config.training(), Path(trial.options["networks"])
-    data = load_images(training, trial.seed)
+    training, folder = config.training(), shared_folder(trial)
+    data = load_images(training, trial.seed).to(resolve_device(config.device))
     forgotten = _forgotten(config, data, trial.seed)
     parts = _parts(data, forgotten, config)
-    retained = data.trained_on(~forgotten)
+    retained = data.only(train=~forgotten)
     trained = partial(trained_network, training)
-    reference = trained(retained, trial.seed, folder / f"reference-seed{trial.seed}.pt")
     if method == "retrain":
         start = 1000 + trial.seed
         model = trained(retained, start, folder / f"retrained-seed{trial.seed}.pt")
@@ -101,39 +98,45 @@ def train(trial: Trial) -> None:
         dampen(model, parts.forget, parts.retain, threshold=THRESHOLDS[level], seed=trial.seed)
     elif method in ("finetune", "relabel"):
         _train_on(trial, model, parts, config, RATES[level], relabel=method == "relabel")
-    report(trial, model, reference, parts, config.more_epochs)
+    reference = folder / f"reference-seed{trial.seed}.pt"
+    wanted = remembered(
+        folder / f"measured-seed{trial.seed}.json",
+        lambda: measured(trained(retained, trial.seed, reference), parts),
+    )
+    found = measured(model, parts)
+    trial.report(epoch=config.more_epochs, **distances(found, wanted), **found)
 
 
 def _forgotten(config: Unlearning, data: ImageData, seed: int) -> Tensor:
     """Which training images are to be forgotten."""
-    count, generator = len(data.train_labels), seeded_generator(seed, "forget")
+    labels, generator = data.train_labels, seeded_generator(seed, "forget")
     if config.forget == "class":
         chosen = int(torch.randint(len(data.class_names), (), generator=generator))
-        return data.train_labels == chosen
-    if config.forget_count >= count:
+        return labels == chosen
+    if config.forget_count >= len(labels):
         raise OptionError(
-            f"forget_count={config.forget_count} leaves none of the {count} training images."
+            f"forget_count={config.forget_count} leaves none of the {len(labels)} training images."
         )
-    first = torch.randperm(count, generator=generator)[: config.forget_count]
-    return torch.zeros(count, dtype=torch.bool).scatter(0, first, True)
+    first = torch.randperm(len(labels), generator=generator)[: config.forget_count]
+    return torch.zeros_like(labels, dtype=torch.bool).scatter(0, first.to(labels.device), True)
 
 
 def _parts(data: ImageData, forgotten: Tensor, config: Unlearning) -> Parts:
     """Without the test and validation images of a class that is to be forgotten, set apart."""
     prepare = Normalize.of(data.train_images)
-    gone = data.train_labels[forgotten].unique() if config.forget == "class" else torch.tensor([-1])
+    gone = data.train_labels[forgotten] if config.forget == "class" else data.train_labels[:0]
 
-    def batches(images: Any, labels: Tensor, where: Tensor) -> Batches:
+    def batches(part: str, where: Tensor) -> Batches:
+        images, labels = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
         return Batches(images[where], labels[where], prepare, config.batch_size)
 
     test_gone = torch.isin(data.test_labels, gone)
-    unseen = test_gone if config.forget == "class" else ~test_gone
     return Parts(
-        forget=batches(data.train_images, data.train_labels, forgotten),
-        retain=batches(data.train_images, data.train_labels, ~forgotten),
-        unseen=batches(data.test_images, data.test_labels, unseen),
-        val=batches(data.val_images, data.val_labels, ~torch.isin(data.val_labels, gone)),
-        test=batches(data.test_images, data.test_labels, ~test_gone),
+        forget=batches("train", forgotten),
+        retain=batches("train", ~forgotten),
+        unseen=batches("test", test_gone if config.forget == "class" else ~test_gone),
+        val=batches("val", ~torch.isin(data.val_labels, gone)),
+        test=batches("test", ~test_gone),
         classes=len(data.class_names),
     )
 
@@ -146,46 +149,29 @@ def _train_on(
     mask = trial.mask(model, optimizer, max_samples=None)
     compares = SCORES[mask.score].compares
     mask.refresh(parts.forget, **({"protect": parts.retain} if compares else {}))
-    images, labels = in_memory(parts.retain.images), parts.retain.labels
-    generator = seeded_generator(trial.seed, "training on")
+    batches, generator = parts.retain, seeded_generator(trial.seed, "training on")
     if relabel:
-        offset = torch.randint(1, parts.classes, parts.forget.labels.shape, generator=generator)
-        others = (parts.forget.labels + offset) % parts.classes
-        images = torch.cat([images, in_memory(parts.forget.images)])
-        labels = torch.cat([labels, others])
-    steps = config.more_epochs * math.ceil(len(labels) / config.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    for batch in _orders(len(labels), config, generator):
-        optimizer.zero_grad()
-        F.cross_entropy(model(parts.retain.prepare(images[batch])), labels[batch]).backward()
-        optimizer.step()
-        schedule.step()
+        forget = parts.forget
+        offset = torch.randint(1, parts.classes, forget.labels.shape, generator=generator)
+        others = (forget.labels + offset.to(forget.labels.device)) % parts.classes
+        images = torch.cat([in_memory(batches.images), in_memory(forget.images)])
+        batches = replace(batches, images=images, labels=torch.cat([batches.labels, others]))
+    updates = config.more_epochs * math.ceil(len(batches.labels) / config.batch_size)
+    train_on(model.train(), batches, F.cross_entropy, optimizer, updates, generator)
 
 
-def _orders(count: int, config: Unlearning, generator: torch.Generator) -> Iterator[Tensor]:
-    for _ in range(config.more_epochs):
-        order = torch.randperm(count, generator=generator)
-        yield from order.tensor_split(math.ceil(count / config.batch_size))  # no batch of one
-
-
-def report(trial: Trial, model: nn.Module, reference: nn.Module, parts: Parts, epochs: int) -> None:
-    """Report accuracies, how well membership can be told, and the gap to the reference.
+def distances(found: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str, float]:
+    """Mean distance in what `measured` gives, with test (or validation) images only.
 
     Args:
-        trial: The run.
-        model: The network that should have forgotten.
-        reference: The one trained anew.
-        parts: The images.
-        epochs: Number of the epoch to report.
+        found: Of the network that should have forgotten.
+        wanted: Of the one trained anew.
     """
-    found, wanted = measured(model, parts), measured(reference, parts)
-    distances = {name: abs(found[name] - wanted[name]) for name in found}
-    gaps = {
-        f"{part}_gap": sum(v for k, v in distances.items() if k != f"{other}_accuracy") / 4
+    apart = {name: abs(found[name] - wanted[name]) for name in found}
+    return {
+        f"{part}_gap": sum(v for k, v in apart.items() if k != f"{other}_accuracy") / 4
         for part, other in (("val", "test"), ("test", "val"))
     }
-    trial.report(epoch=epochs, **gaps, **found)
 
 
 def measured(model: nn.Module, parts: Parts) -> dict[str, float]:
