@@ -37,14 +37,19 @@ def expected(total, g, x, positions, offsets):
 def check(arguments, exact, threads):
     """Both kernels, of a total and of weights, against what is exact."""
     total, weights, *read = arguments
-    before = torch.get_num_threads()
+    before, alone = torch.get_num_threads(), total.clone()
+    sums = torch.ones_like(total)
     try:
         torch.set_num_threads(threads)
-        add_squared_products(total, *read)
+        add_squared_products(total, *read, sums)
+        add_squared_products(alone, *read)
         values = weigh_squared_products(weights, *read)
     finally:
         torch.set_num_threads(before)
+    assert torch.equal(alone, total)
     tolerance = 1e-13 if total.dtype == torch.float64 else 1e-5
+    *exact, plain = exact
+    torch.testing.assert_close(sums.double(), 1 + plain, rtol=10 * tolerance, atol=20 * tolerance)
     for found, truth in zip((total, values), exact, strict=True):
         assert ((found.double() - truth).abs() / truth).max() < tolerance
 
@@ -69,8 +74,9 @@ def test_squared_products(samples, outputs, inputs, places, dtype, threads):
     positions = torch.randint(100, (places,))
     offsets = torch.randint(100, (inputs,))
     total, weights = torch.rand(2, outputs, inputs, dtype=dtype)
-    squares = gradients(g.double(), x.double(), positions, offsets).square()
-    exact = total.double() + squares.sum(0), (squares * weights).sum((1, 2))
+    plain = gradients(g.double(), x.double(), positions, offsets)
+    squares = plain.square()
+    exact = total.double() + squares.sum(0), (squares * weights).sum((1, 2)), plain.sum(0)
     check((total, weights, g, x, Places(positions, offsets)), exact, threads)
 
 
@@ -98,8 +104,9 @@ def test_groups(samples, groups, outputs, kernel, size, dtype, threads):
     g = torch.randn(samples, groups, len(positions), outputs, dtype=dtype).transpose(2, 3)
     total, weights = torch.rand(2, groups, outputs, len(offsets), dtype=dtype)
     patches = x.double().flatten(2)[:, :, positions[:, None] + offsets]
-    squares = torch.einsum("ngkp,ngpd->ngkd", g.double(), patches).square()
-    exact = total.double() + squares.sum(0), (squares * weights).sum((1, 2, 3))
+    plain = torch.einsum("ngkp,ngpd->ngkd", g.double(), patches)
+    squares = plain.square()
+    exact = total.double() + squares.sum(0), (squares * weights).sum((1, 2, 3)), plain.sum(0)
     check((total, weights, g, x, Places(positions, offsets)), exact, threads)
 
 

@@ -126,7 +126,13 @@ def products(dice):
     }
 
 
-def squares(matrix, g, x, p, d):
+def products_and_sums(dice):
+    arguments = products(dice)
+    matrix = arguments["matrix"]
+    return arguments | {"s": some(dice, matrix.shape, matrix.dtype)}
+
+
+def contractions(matrix, g, x, p, d):
     assert len({t.dtype for t in (matrix, g, x)}) == 1
     assert p.dtype == d.dtype == torch.int64
     assert g.dim() in (3, 4)
@@ -140,15 +146,22 @@ def squares(matrix, g, x, p, d):
         last = sum((n - 1) * step for n, step in inner)
         memory = x.as_strided((*outer, last + 1), (*x.stride()[: len(outer)], 1)).double()
         patches = memory[..., p[:, None] + d]
-    return torch.einsum("...kp,...pd->...kd", g.double(), patches).square()
+    return torch.einsum("...kp,...pd->...kd", g.double(), patches)
 
 
 def added(**given):
-    return {"matrix": given["matrix"].double() + squares(**given).sum(0)}
+    return {"matrix": given["matrix"].double() + contractions(**given).square().sum(0)}
+
+
+def added_both(s, **given):
+    assert s.dtype == given["matrix"].dtype
+    assert s.shape == given["matrix"].shape
+    return added(**given) | {"s": s.double() + contractions(**given).sum(0)}
 
 
 def weighed(**given):
-    return {"result": (squares(**given) * given["matrix"].double()).flatten(1).sum(1)}
+    weighed = contractions(**given).square() * given["matrix"].double()
+    return {"result": weighed.flatten(1).sum(1)}
 
 
 def digits(dice):
@@ -208,18 +221,23 @@ def selected(**given):
     return truth
 
 
-def with_places(matrix, g, x, p, d):
-    return matrix, g, x, Places(p, d)
+def with_places(matrix, g, x, p, d, *sums):
+    return matrix, g, x, Places(p, d), *sums
 
 
 KERNELS = {
-    "add": (products, added, lambda a: add_squared_products(*with_places(**a))),
-    "weigh": (products, weighed, lambda a: weigh_squared_products(*with_places(**a))),
+    "add": (products, added, lambda a: add_squared_products(*with_places(*a.values()))),
+    "both": (
+        products_and_sums,
+        added_both,
+        lambda a: add_squared_products(*with_places(*a.values())),
+    ),
+    "weigh": (products, weighed, lambda a: weigh_squared_products(*with_places(*a.values()))),
     "count": (digits, counted, lambda a: count_digits(*a.values())),
     "keep": (kept, selected, lambda a: keep_where(*columns(a))),
     "replace": (lambda d: kept(d, "tmo"), selected, lambda a: keep_where(*columns(a))),
 }
-WRITTEN = {"add": "matrix", "weigh": None, "count": "counts", "keep": None, "replace": None}
+WRITTEN = {"add": {"matrix"}, "both": {"matrix", "s"}, "count": {"counts"}}
 
 
 def spoil(dice, arguments):
@@ -283,9 +301,13 @@ def attack(kernel, dice):
         raise
     if overlapping and keeps:
         return "right"  # one after the other, or at once: nothing was lost
-    nothing = kernel == "add" and not (arguments["matrix"].numel() and arguments["g"].numel())
+    nothing = kernel in ("add", "both") and not (
+        arguments["matrix"].numel() and arguments["g"].numel()
+    )
     read = set(overlapping) - {"p", "d"}  # of which there are copies
-    assert nothing or len(read) < 2 or WRITTEN[kernel] not in read, "wrote into what it read"
+    assert nothing or len(read) < 2 or not WRITTEN.get(kernel, set()) & read, (
+        "wrote into what it read"
+    )
     unknown = not small if known else keeps
     assert truth is not None or unknown, "accepted what does not fit"
     for name, value in (truth or {}).items():

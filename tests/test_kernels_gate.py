@@ -91,6 +91,29 @@ def test_a_total_in_the_memory_of_what_is_read():
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("sums", "error", "message"),
+    [
+        (lambda m: m[:20].view(4, 5), ValueError, "memory of the total"),
+        (lambda m: m[19:39].view(4, 5), ValueError, "memory of the total"),
+        (lambda m: m[40:60].view(4, 5), ValueError, "lies in the memory"),
+        (lambda m: torch.zeros(5, 4), ValueError, "must be of shape"),
+        (lambda m: torch.zeros(5, 4).t(), ValueError, "contiguous"),
+        (lambda m: torch.zeros(4, 5).double(), TypeError, "must be a tensor of torch.float32"),
+        (lambda m: freed(torch.zeros(4, 5)), ValueError, "in memory"),
+    ],
+)
+def test_sums_refused(sums, error, message):
+    memory = torch.ones(100)
+    arguments = products(matrix=memory[:20].view(4, 5), g=memory[40:64].view(2, 4, 3))
+    with pytest.raises(error, match=message):
+        add_squared_products(*arguments, sums(memory))
+    assert (memory == 1).all()
+    add_squared_products(*arguments, memory[20:40].view(4, 5))
+    assert memory[20] == 1 + 2 * 3
+
+
+@needs_compiler
 def test_a_default_device_changes_nothing():
     arguments = products()
     expected = weigh_squared_products(*arguments)

@@ -200,7 +200,7 @@ def _register(name: str, formula: str, *needs: str, **about: str) -> Callable[[F
     return register_score(name, formula=formula, needs=needs, **about)
 
 
-_PASS, _BOTH = "1.1 to 1.5 passes", "1.7 to 1.9 passes"
+_PASS, _BOTH = "1.1 to 1.5 passes", "1.2 to 1.7 passes"
 
 
 @_register(

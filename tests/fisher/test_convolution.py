@@ -59,6 +59,31 @@ def test_all_ways_agree_with_autograd(case, samples, elements, monkeypatch):
         torch.testing.assert_close(found, 1 + expected.square().sum(0), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("case", LAYERS)
+def test_moments_agree_with_autograd(case, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(convolution, "can_add_squared_products", lambda *_: False)
+    layer = LAYERS[case]().double()
+    size = {"1d": (9,), "3d": (4, 5, 6)}.get(case, (8, 7))
+    x = torch.randn(3, 4, *size, dtype=torch.float64)
+    g = torch.randn_like(layer(x))
+    own = dict(layer.named_parameters())
+    single = [
+        torch.autograd.grad(layer(x[n : n + 1]), list(own.values()), g[n : n + 1]) for n in range(3)
+    ]
+    expected = {
+        name: torch.stack(e) for name, e in zip(own, zip(*single, strict=True), strict=True)
+    }
+    totals, sums = ({n: torch.ones_like(p.detach()) for n, p in own.items()} for _ in range(2))
+    with torch.no_grad():
+        rules.find_rule(layer).add_moments(layer, x, g, totals, sums)
+    for name, gradients in expected.items():
+        torch.testing.assert_close(sums[name], 1 + gradients.sum(0), rtol=1e-10, atol=1e-10)
+        squares = 1 + gradients.square().sum(0)
+        torch.testing.assert_close(totals[name], squares, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     ("layer", "kernels", "way"),

@@ -210,10 +210,15 @@ def test_ways_to_the_squares_of_a_linear_layer(way, shape, monkeypatch):
     positions, inputs = shape
     x = torch.randn(4, positions, inputs, dtype=torch.float64)
     g = torch.randn(6, positions, 4, dtype=torch.float64).permute(2, 1, 0)
-    total = torch.rand(6, inputs, dtype=torch.float64)
-    expected = total + torch.einsum("npk,npd->nkd", g, x).square().sum(0)
+    total, sums = torch.rand(2, 6, inputs, dtype=torch.float64)
+    gradients = torch.einsum("npk,npd->nkd", g, x)
+    expected, plain = total + gradients.square().sum(0), sums + gradients.sum(0)
+    both = total.clone()
     linear.add_linear_squares(total, x, g)
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    linear.add_linear_squares(both, x, g, sums)
+    assert torch.equal(both, total)
+    torch.testing.assert_close(sums, plain, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.cpu

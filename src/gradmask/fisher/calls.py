@@ -39,6 +39,7 @@ class Call:
     """
 
     kind: tuple[Any, ...]
+    adds_moments = False  # whether `add_moments` does
 
     def __init__(self, names: dict[str, str], edges: list[GradientEdge]) -> None:
         self.names, self.edges = names, edges
@@ -65,6 +66,13 @@ class Call:
 
     def add_squares(self, totals: dict[str, Tensor], samples: slice = ALL) -> bool:
         """Add the squares over samples to `{model's name: total}`; False if it cannot."""
+        return False
+
+    def add_moments(self, totals: dict[str, Tensor], sums: dict[str, Tensor]) -> bool:
+        """Add the squares over samples to totals, and the gradients themselves to sums, likewise.
+
+        False if it cannot.
+        """
         return False
 
 
@@ -97,16 +105,26 @@ class LayerCall(Call):
         if self.rule.add_squares is None:
             square_together([self], totals, len(self.x), samples)
         else:
-            own = {local: totals[name] for local, name in self.names.items()}
-            self.rule.add_squares(self.module, *self.pair(samples), own)
+            self.rule.add_squares(self.module, *self.pair(samples), self._own(totals))
+        return True
+
+    @property
+    def adds_moments(self) -> bool:  # type: ignore[override]
+        """Whether `add_moments` does."""
+        return self.rule.add_moments is not None
+
+    def add_moments(self, totals: dict[str, Tensor], sums: dict[str, Tensor]) -> bool:
+        """By the rule's way, if it has one."""
+        if self.rule.add_moments is None:
+            return False
+        self.rule.add_moments(self.module, *self.pair(), self._own(totals), self._own(sums))
         return True
 
     def weigh_squares(self, weights: dict[str, Tensor], samples: slice = ALL) -> Tensor | None:
         """Each sample's weighted sum of squares, by the rule's way; None if it has none."""
         if self.rule.weigh_squares is None:
             return None
-        own = {local: weights[name] for local, name in self.names.items()}
-        return self.rule.weigh_squares(self.module, *self.pair(samples), own)
+        return self.rule.weigh_squares(self.module, *self.pair(samples), self._own(weights))
 
     def as_product(self, samples: slice = ALL) -> Product | None:
         """The gradients of weight and bias as products of matrices, where the layer has them so."""
@@ -124,6 +142,10 @@ class LayerCall(Call):
         g = self.gradients[0]
         assert g is not None
         return self.x.nbytes + g.nbytes
+
+    def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By the layer's own names."""
+        return {local: tensors[name] for local, name in self.names.items()}
 
     def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {self.names[local]: t for local, t in tensors.items() if local in self.names}

@@ -224,11 +224,8 @@ class Capture:
                 self._norms[call, place] = rows.double().norm(dim=1)
                 continue
             call.gradients[place] = g.detach()
-            alone = len(call.edges) == 1 and all(
-                self._owner[name] == [call] for name in call.names.values()
-            )
             # Squared at once, so that the gradient need not be kept.
-            if alone and self._totals is not None and call.add_squares(self._totals):
+            if self._is_alone(call) and self._adds(call):
                 self._excerpt(call.names.values(), call.add_squares)
                 call.gradients[place] = None
                 self._settle(call.names.values())
@@ -236,6 +233,17 @@ class Capture:
                     call.let_go()
             elif self._listens:
                 call.keep()
+
+    def _is_alone(self, call: Call) -> bool:
+        """Whether no other call has its parameters, and its gradients come all at once."""
+        names = call.names.values()
+        return len(call.edges) == 1 and all(self._owner[name] == [call] for name in names)
+
+    def _adds(self, call: Call) -> bool:
+        if self._totals is None:
+            return False
+        with_sums = self._means is not None and call.add_moments(self._totals, self._means)
+        return with_sums or call.add_squares(self._totals)
 
     def _excerpt(
         self, names: Iterable[str], add: Callable[[dict[str, Tensor], slice], Any]
@@ -251,9 +259,12 @@ class Capture:
     def _backward(self, term: Tensor) -> None:
         if not self._returned:
             return
-        # Without means only layer outputs are asked for: weight gradients are never formed.
+        # Only layer outputs are asked for: weight gradients are never formed, unless their means
+        # are wanted and the layers cannot add them up.
         edges: list[Any] = [edge for edge, _ in self._returned]
-        names = [] if self._means is None else [n for n in self._means if n in self.handled]
+        added = (c for c in self._calls if c.adds_moments and self._is_alone(c))
+        by_calls = {name for call in added for name in call.names.values()}
+        names = [n for n in self._means or () if n in self.handled and n not in by_calls]
         weights = [self._parameters[name] for name in names]
         self._running = True
         try:

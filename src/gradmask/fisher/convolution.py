@@ -114,9 +114,13 @@ def _contraction(
     return matrix.flatten(1).unflatten(0, groups), outputs, inputs, places
 
 
-def add_by_products(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> None:
+def add_by_products(
+    module: _ConvNd, x: Tensor, g: Tensor, total: Tensor, sums: Tensor | None = None
+) -> None:
     """Add the squares by the kernel that forms no per-sample gradient."""
-    add_squared_products(*_contraction(module, x, g, total))
+    groups = module.groups, -1
+    sums = None if sums is None else sums.flatten(1).unflatten(0, groups)
+    add_squared_products(*_contraction(module, x, g, total), sums)
 
 
 def by_groups(module: _ConvNd, x: Tensor, g: Tensor) -> Tensor:
@@ -220,6 +224,24 @@ def _add_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tens
         totals["bias"] += g.flatten(2).sum(2).square_().sum(0)
 
 
+def _add_moments(
+    module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor], sums: dict[str, Tensor]
+) -> None:
+    assert isinstance(module, _ConvNd)
+    if "weight" in totals:
+        total = totals["weight"]
+        way = fastest_way(module, x, g, total)
+        if way is add_by_products and not x.is_cuda:
+            add_by_products(module, x, g, total, sums["weight"])
+        else:
+            way(module, x, g, total)
+            sums["weight"] += weight_gradient(module, _padded(module, x), g)[0]
+    if "bias" in totals:
+        gradients = g.flatten(2).sum(2)
+        sums["bias"] += gradients.sum(0)
+        totals["bias"] += gradients.square_().sum(0)
+
+
 def _weigh_squares(
     module: nn.Module, x: Tensor, g: Tensor, weights: dict[str, Tensor]
 ) -> Tensor | None:
@@ -251,6 +273,7 @@ def _as_product(module: nn.Module, x: Tensor, g: Tensor) -> Product | None:
     add_squares=_add_squares,
     weigh_squares=_weigh_squares,
     as_product=_as_product,
+    add_moments=_add_moments,
 )
 def convolution(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Per-sample gradients; input (N, C, ...), output gradient (N, K, ...)."""

@@ -26,26 +26,34 @@ def tokens_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
-def add_linear_squares(total: Tensor, x: Tensor, g: Tensor) -> None:
+def add_linear_squares(total: Tensor, x: Tensor, g: Tensor, sums: Tensor | None = None) -> None:
     """Add Σ_n (Σ_p g[n, p, k] · x[n, p, d])² to total[k, d], the fastest way there is.
 
     Args:
         total: Shape (K, D), changed in place.
         x: Inputs, shape (N, P, D), any strides.
         g: Gradients of the outputs, shape (N, P, K), any strides.
+        sums: Like `total`: Σ_n Σ_p g[n, p, k] · x[n, p, d] is added to it.
     """
+    small = x.shape[1] > 1 and not _is_large(total, x)
+    if small and not (x.is_cuda and sums is not None) and can_add_squared_products(total, g, x):
+        add_squared_products(total, g.mT, x, _places(x.shape[1:], x.stride()[1:]), sums)
+        return
     if x.shape[1] == 1:
         total.addmm_(g[:, 0].square().t(), x[:, 0].square())
-    elif not _is_large(total, x) and can_add_squared_products(total, g, x):
-        add_squared_products(total, g.mT, x, _places(x.shape[1:], x.stride()[1:]))
     elif x.is_cuda:
         chunk = chunk_size([total])
         for xp, gp in zip(x.split(chunk), g.split(chunk), strict=True):
             add_squares(total, gp.mT @ xp, spare=True)
     else:
-        for xn, gn in zip(x, g, strict=True):  # one gradient stays in cache between its two uses
+        for xn, gn in zip(x, g, strict=True):  # one gradient stays in cache between its uses
             gradient = gn.t() @ xn
             total.addcmul_(gradient, gradient)
+            if sums is not None:
+                sums += gradient
+        return
+    if sums is not None:
+        sums.addmm_(g.flatten(0, 1).t(), x.flatten(0, 1))
 
 
 @lru_cache(maxsize=1024)
@@ -62,19 +70,21 @@ def _is_large(total: Tensor, x: Tensor) -> bool:
     return x.shape[1] >= LOOP_POSITIONS and total.numel() >= LOOP_ELEMENTS and not x.is_cuda
 
 
-def _add_linear_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
+def _add_linear_squares(
+    module: nn.Module,
+    x: Tensor,
+    g: Tensor,
+    totals: dict[str, Tensor],
+    sums: dict[str, Tensor] | None = None,
+) -> None:
     x, g = tokens_of(x), tokens_of(g)
-    if g.shape[1] == 1:
-        squares = g[:, 0].square()
-        if "weight" in totals:  # a gradient of rank one: its square is the product of the squares
-            totals["weight"].addmm_(squares.t(), x[:, 0].square())
-        if "bias" in totals:
-            totals["bias"] += squares.sum(0)
-        return
+    sums = sums or {}
     if "weight" in totals:
-        add_linear_squares(totals["weight"], x, g)
+        add_linear_squares(totals["weight"], x, g, sums.get("weight"))
     if "bias" in totals:
         totals["bias"] += g.sum(1).square_().sum(0)
+    if "bias" in sums:
+        sums["bias"] += g.sum((0, 1))
 
 
 def _weigh_linear_squares(
@@ -104,6 +114,7 @@ def _as_linear_product(module: nn.Module, x: Tensor, g: Tensor) -> Product:
     add_squares=_add_linear_squares,
     weigh_squares=_weigh_linear_squares,
     as_product=_as_linear_product,
+    add_moments=_add_linear_squares,
 )
 def linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Σ_t g_t x_tᵀ over the positions t; input (N, ..., in), output gradient (N, ..., out)."""

@@ -20,6 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 AddSquares = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], None]
+AddMoments = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]], None]
 WeighSquares = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], Tensor | None]
 
 
@@ -55,6 +56,7 @@ class LayerRule:
     parameters: tuple[str, ...]
     weigh_squares: WeighSquares | None = None
     as_product: AsProduct | None = None
+    add_moments: AddMoments | None = None
 
 
 _RULES: dict[type[nn.Module], LayerRule] = {}
@@ -66,6 +68,7 @@ def register_rule(
     parameters: tuple[str, ...] = ("weight", "bias"),
     weigh_squares: WeighSquares | None = None,
     as_product: AsProduct | None = None,
+    add_moments: AddMoments | None = None,
 ) -> Callable[[Rule], Rule]:
     """Register a per-sample gradient rule for layer types, as a decorator.
 
@@ -87,6 +90,9 @@ def register_rule(
             returns shape (samples,), or None where it cannot.
         as_product: Optional function `(module, input, grad_output)` that gives the gradients of
             `weight` and `bias` as a product of matrices, or None.
+        add_moments: Optional function `(module, input, grad_output, totals, sums)` that does what
+            `add_squares` does, and adds the sum over samples of the gradients themselves to the
+            tensors in `sums`, a dict like `totals`; without it autograd sums them up.
 
     Returns:
         The decorator; it returns the rule unchanged.
@@ -95,7 +101,7 @@ def register_rule(
     def decorate(rule: Rule) -> Rule:
         for layer in layers:
             _RULES[layer] = LayerRule(
-                layer, rule, add_squares, parameters, weigh_squares, as_product
+                layer, rule, add_squares, parameters, weigh_squares, as_product, add_moments
             )
         return rule
 

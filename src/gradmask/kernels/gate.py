@@ -304,6 +304,12 @@ def check_products(
     return Contraction(matrix, g, x, *places.on(g.device))
 
 
+def check_apart(total: Tensor, sums: Tensor) -> None:
+    """Refuse two results that lie in the same memory."""
+    if all(map(is_plain, (total, sums))) and not _are_apart([total, sums]):
+        raise ValueError("the sums lie in the memory of the total")
+
+
 def _check_memory(
     name: str,
     tensor: Tensor,

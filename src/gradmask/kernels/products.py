@@ -10,7 +10,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gradmask.kernels.gate import REALS, Contraction, Places, check_products, is_plain, pointer
+from gradmask.kernels.gate import (
+    REALS,
+    Contraction,
+    Places,
+    check_apart,
+    check_products,
+    is_plain,
+    pointer,
+)
 from gradmask.kernels.library import load
 
 
@@ -35,7 +43,9 @@ def _triton() -> ModuleType | None:
         return None
 
 
-def add_squared_products(total: Tensor, g: Tensor, x: Tensor, places: Places) -> None:
+def add_squared_products(
+    total: Tensor, g: Tensor, x: Tensor, places: Places, sums: Tensor | None = None
+) -> None:
     """Add squared per-sample contractions: total[k, d] += Σ_n (Σ_p g[n, k, p] · x_n[p + d])².
 
     Here x_n[p + d] is the element of sample n at `positions[p] + offsets[d]` in its memory: an
@@ -46,6 +56,7 @@ def add_squared_products(total: Tensor, g: Tensor, x: Tensor, places: Places) ->
         g: Shape (N, K, P), or (N, G, K, P); any strides.
         x: Samples in dimension 0, and groups in dimension 1; within these any strides.
         places: P positions and D offsets.
+        sums: Like `total`: Σ_n Σ_p g[n, k, p] · x_n[p + d] is added to it; on CPUs only.
 
     Raises:
         TypeError: If a dtype is not one that the kernel has.
@@ -53,17 +64,20 @@ def add_squared_products(total: Tensor, g: Tensor, x: Tensor, places: Places) ->
             sample, the total overlaps what is read, or there is no kernel for these here.
         MemoryError: If there is no memory for a copy of one sample's `g`.
     """
+    if sums is not None:
+        check_apart(total, sums)
+        check_products(sums, g, x, places, written=True)
     work = check_products(total, g, x, places, written=True)
     if work is None:
         return
-    if g.is_cuda and can_add_squared_products(total, g, x):
+    if g.is_cuda and sums is None and can_add_squared_products(total, g, x):
         triton_products = _triton()
         assert triton_products is not None
         for group, total in enumerate(work.matrix):
             one = work._replace(matrix=total, g=work.g[:, group], x=work.x[:, group])
             triton_products.add_squared_products(one)
     else:
-        _run(work, None)
+        _run(work, sums=sums)
 
 
 def weigh_squared_products(weights: Tensor, g: Tensor, x: Tensor, places: Places) -> Tensor:
@@ -88,11 +102,11 @@ def weigh_squared_products(weights: Tensor, g: Tensor, x: Tensor, places: Places
     work = check_products(weights, g, x, places, written=False)
     values = torch.zeros(len(g), dtype=torch.float64, device="cpu")
     if work is not None:
-        _run(work, values)
+        _run(work, values=values)
     return values
 
 
-def _run(work: Contraction, values: Tensor | None) -> None:
+def _run(work: Contraction, sums: Tensor | None = None, values: Tensor | None = None) -> None:
     matrix, g, x, positions, offsets = work
     library = load("squared_products.c", Real=REALS[g.dtype]) if g.is_cpu else None
     if library is None:
@@ -106,6 +120,7 @@ def _run(work: Contraction, values: Tensor | None) -> None:
         pointer(positions),
         pointer(offsets),
         pointer(matrix),
+        None if sums is None else pointer(sums),
         None if values is None else pointer(values),
         ctypes.c_int(torch.get_num_threads()),
     ]

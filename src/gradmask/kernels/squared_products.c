@@ -1,6 +1,6 @@
 /* Of G[n][k][d] = Σ_p g[n][k][p] · x[n][position[p] + offset[d]], for each group of channels, one of
 
-   total[k][d] += Σ_n G[n][k][d]²
+   total[k][d] += Σ_n G[n][k][d]²     (and if wanted sums[k][d] += Σ_n G[n][k][d])
    values[n] += Σ_kd weights[k][d] · G[n][k][d]²
 
    G are the per-sample weight gradients of a convolution (implicit unfolding) or of a linear layer
@@ -62,6 +62,14 @@ static inline void add_squares(Vector sum[DEPTH][2], Vector total[DEPTH][2])
     }
 }
 
+static inline void add_plain(Vector sum[DEPTH][2], Vector total[DEPTH][2])
+{
+    for (int d = 0; d < DEPTH; d++) {
+        total[d][0] += sum[d][0];
+        total[d][1] += sum[d][1];
+    }
+}
+
 static inline Real weigh_squares(Vector sum[DEPTH][2], Vector weights[DEPTH][2])
 {
     Vector lanes = {0};
@@ -100,19 +108,30 @@ typedef struct {
     const Real *x;
     int64_t x_sample;
     const int64_t *position, *padded;
-    Real *matrix;
+    Real *matrix, *sums;
     double *values;
 } Work;
+
+/* A tile's part of what is added up in memory; `corner` is where it begins. */
+static void add_tile(Vector tile[DEPTH][2], int64_t width, int64_t depth, int64_t inputs,
+                     Real *corner)
+{
+    for (int64_t k = 0; k < width; k++)
+        for (int64_t d = 0; d < depth; d++)
+            corner[k * inputs + d] += tile[d][k / LANES][k % LANES];
+}
 
 /* A tile at (a, b) of the samples from `start` to `end`: added up, or weighted and summed. */
 static void use_tile(const Work *work, int64_t a, int64_t b, int64_t first, int64_t start,
                      int64_t end)
 {
-    Vector tile[DEPTH][2], sum[DEPTH][2];
+    Vector tile[DEPTH][2], plain[DEPTH][2], sum[DEPTH][2];
     int64_t width = least(WIDTH, work->outputs - a * WIDTH);
     int64_t depth = least(DEPTH, work->inputs - b * DEPTH);
-    Real *corner = work->matrix + a * WIDTH * work->inputs + b * DEPTH;
+    int64_t place = a * WIDTH * work->inputs + b * DEPTH;
+    Real *corner = work->matrix + place;
     memset(tile, 0, sizeof tile);
+    memset(plain, 0, sizeof plain);
     if (work->values)
         for (int64_t k = 0; k < width; k++)
             for (int64_t d = 0; d < depth; d++)
@@ -125,18 +144,21 @@ static void use_tile(const Work *work, int64_t a, int64_t b, int64_t first, int6
             work->values[first + n] += weigh_squares(sum, tile);
         else
             add_squares(sum, tile);
+        if (work->sums)
+            add_plain(sum, plain);
     }
     if (!work->values)
-        for (int64_t k = 0; k < width; k++)
-            for (int64_t d = 0; d < depth; d++)
-                corner[k * work->inputs + d] += tile[d][k / LANES][k % LANES];
+        add_tile(tile, width, depth, work->inputs, corner);
+    if (work->sums)
+        add_tile(plain, width, depth, work->inputs, work->sums + place);
 }
 
 /* Many outputs in one group: vectors of outputs. */
 static int many_outputs(int64_t samples, int64_t outputs, int64_t inputs, int64_t positions,
                         const Real *g, int64_t g_sample, int64_t g_output, int64_t g_position,
                         const Real *x, int64_t x_sample, const int64_t *position,
-                        const int64_t *offset, Real *matrix, double *values, int threads)
+                        const int64_t *offset, Real *matrix, Real *sums, double *values,
+                        int threads)
 {
     int64_t across = (outputs + WIDTH - 1) / WIDTH, down = (inputs + DEPTH - 1) / DEPTH;
     int64_t size = positions * WIDTH;
@@ -152,7 +174,7 @@ static int many_outputs(int64_t samples, int64_t outputs, int64_t inputs, int64_
     for (int64_t d = 0; d < down * DEPTH; d++) /* what is beyond the last is not kept */
         padded[d] = offset[least(d, inputs - 1)];
     Work work = {outputs, inputs, positions, across, panels, x, x_sample, position, padded,
-                 matrix, values};
+                 matrix, sums, values};
 
 #pragma omp parallel num_threads(threads)
     for (int64_t first = 0; first < samples; first += together) {
@@ -219,7 +241,7 @@ static int few_outputs(int64_t samples, int64_t groups, int64_t outputs, int64_t
                        int64_t positions, const Real *g, int64_t g_sample, int64_t g_group,
                        int64_t g_output, int64_t g_position, const Real *x, int64_t x_sample,
                        int64_t x_group, const int64_t *position, const int64_t *offset,
-                       Real *matrix, double *values, int threads)
+                       Real *matrix, Real *sums, double *values, int threads)
 {
     int failed = 0;
     int64_t chunks = 0, last = 0, reach = 0;
@@ -244,7 +266,8 @@ static int few_outputs(int64_t samples, int64_t groups, int64_t outputs, int64_t
 #pragma omp parallel num_threads(threads)
     {
         Real *copy = calloc(reach + LANES, sizeof(Real));
-        Vector *tile = aligned_alloc(BYTES, blocks * CHUNKS * BYTES);
+        Vector *tile = aligned_alloc(BYTES, 2 * blocks * CHUNKS * BYTES);
+        Vector *plain = tile + blocks * CHUNKS;
         if (!copy || !tile)
 #pragma omp atomic write
             failed = 1;
@@ -260,7 +283,7 @@ static int few_outputs(int64_t samples, int64_t groups, int64_t outputs, int64_t
             for (int64_t k = k0; k < k1; k++) {
                 Real *row = matrix + k * inputs;
                 int64_t group = k / outputs;
-                memset(tile, 0, blocks * CHUNKS * BYTES);
+                memset(tile, 0, 2 * blocks * CHUNKS * BYTES);
                 if (values)
                     for (int64_t c = 0; c < chunks; c++)
                         for (int64_t i = 0; i < chunk[c].count; i++)
@@ -274,6 +297,8 @@ static int few_outputs(int64_t samples, int64_t groups, int64_t outputs, int64_t
                         form_chunks(positions, own, g_position, copy, position, offset, chunk + b,
                                     sum);
                         for (int c = 0; c < CHUNKS; c++) {
+                            if (sums)
+                                plain[b + c] += sum[c];
                             sum[c] *= sum[c];
                             if (values)
                                 for (int64_t i = 0; i < chunk[b + c].count; i++)
@@ -289,6 +314,10 @@ static int few_outputs(int64_t samples, int64_t groups, int64_t outputs, int64_t
                     for (int64_t c = 0; c < chunks; c++)
                         for (int64_t i = 0; i < chunk[c].count; i++)
                             row[chunk[c].first + i] += tile[c][i];
+                if (sums)
+                    for (int64_t c = 0; c < chunks; c++)
+                        for (int64_t i = 0; i < chunk[c].count; i++)
+                            sums[k * inputs + chunk[c].first + i] += plain[c][i];
             }
         }
         free(copy);
@@ -298,22 +327,24 @@ static int few_outputs(int64_t samples, int64_t groups, int64_t outputs, int64_t
     return failed;
 }
 
-/* `matrix` (groups, outputs, inputs) is the total, or with `values` the weights.
+/* `matrix` (groups, outputs, inputs) is the total, or with `values` the weights; `sums` is of its
+   shape, or null, and null with `values`.
    Returns 0, or 1 if there is no memory for copies. */
 int squared_products(int64_t samples, int64_t groups, int64_t outputs, int64_t inputs,
                      int64_t positions, const Real *g, int64_t g_sample, int64_t g_group,
                      int64_t g_output, int64_t g_position, const Real *x, int64_t x_sample,
                      int64_t x_group, const int64_t *position, const int64_t *offset,
-                     Real *matrix, double *values, int threads)
+                     Real *matrix, Real *sums, double *values, int threads)
 {
     if (outputs < LANES)
         return few_outputs(samples, groups, outputs, inputs, positions, g, g_sample, g_group,
                            g_output, g_position, x, x_sample, x_group, position, offset, matrix,
-                           values, threads);
+                           sums, values, threads);
     int failed = 0;
     for (int64_t a = 0; a < groups && !failed; a++)
         failed = many_outputs(samples, outputs, inputs, positions, g + a * g_group, g_sample,
                               g_output, g_position, x + a * x_group, x_sample, position, offset,
-                              matrix + a * outputs * inputs, values, threads);
+                              matrix + a * outputs * inputs,
+                              sums ? sums + a * outputs * inputs : NULL, values, threads);
     return failed;
 }
