@@ -32,10 +32,12 @@ test: $(READY) ## run the tests, two at a time
 test-slow: $(READY) ## run every test, the long ones too
 	$(BIN)/pytest -m ""
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy, and the forms of what GitHub reads
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
 format: $(READY) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

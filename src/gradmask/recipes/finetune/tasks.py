@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +63,8 @@ def load_tasks(config: FineTuning, seed: int) -> Tasks:
         OptionError: If there are too few classes.
         DataError: If a new class has too few images.
     """
-    data, old = load_images(config.pretraining(), _SPLIT), config.old_classes
+    data, old = _old_classes_first(config), config.old_classes
     classes = len(data.class_names)
-    if old >= classes - 1:
-        raise OptionError(
-            f"old_classes={old} of {classes} leaves fewer than two new classes: lower it."
-        )
-    order = torch.randperm(classes, generator=seeded_generator(_SPLIT, "old and new classes"))
-    renamed = torch.empty_like(order).scatter(0, order, torch.arange(classes))
-    labels: dict[str, Any] = {
-        name: renamed[getattr(data, name)]
-        for name in ("train_labels", "train_clean_labels", "val_labels", "test_labels")
-    }
-    names = tuple(data.class_names[i] for i in order.tolist())
-    data = replace(data, class_names=names, **labels).to(resolve_device(config.device))
     prepare, generator = Normalize.of(data.train_images), seeded_generator(seed, "new images")
     shuffled = torch.randperm(len(data.train_labels), generator=generator)
     shuffled = shuffled.to(data.train_labels.device)
@@ -85,7 +74,7 @@ def load_tasks(config: FineTuning, seed: int) -> Tasks:
         if len(found) < config.per_class:
             raise DataError(
                 f"per_class={config.per_class} is more than the {len(found)} training images of "
-                f"class {names[label]!r}."
+                f"class {data.class_names[label]!r}."
             )
         chosen.append(found[: config.per_class])
     kept = shuffled[data.train_labels[shuffled] < old][: config.old_samples]
@@ -100,6 +89,26 @@ def load_tasks(config: FineTuning, seed: int) -> Tasks:
         parts |= {f"{part}_old": batches(part, is_old), f"{part}_new": batches(part, ~is_old)}
     train = batches("train", torch.cat(chosen))
     return Tasks(data, old, classes, train, batches("train", kept), parts)
+
+
+@lru_cache(maxsize=1)  # for the runs of a process, which differ in the draw only
+def _old_classes_first(config: FineTuning) -> ImageData:
+    """All images; the labels of old classes, a seeded choice, come first."""
+    data = load_images(config.pretraining(), _SPLIT)
+    classes = len(data.class_names)
+    if config.old_classes >= classes - 1:
+        raise OptionError(
+            f"old_classes={config.old_classes} of {classes} leaves fewer than two new classes: "
+            "lower it."
+        )
+    order = torch.randperm(classes, generator=seeded_generator(_SPLIT, "old and new classes"))
+    renamed = torch.empty_like(order).scatter(0, order, torch.arange(classes))
+    labels: dict[str, Any] = {
+        name: renamed[getattr(data, name)]
+        for name in ("train_labels", "train_clean_labels", "val_labels", "test_labels")
+    }
+    names = tuple(data.class_names[i] for i in order.tolist())
+    return replace(data, class_names=names, **labels).to(resolve_device(config.device))
 
 
 class TwoHeads(nn.Module):

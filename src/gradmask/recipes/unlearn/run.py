@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +53,8 @@ def run_unlearning(config: Unlearning, progress: Progress) -> Results:
     """
     options = {k: v for k, v in to_plain(config).items() if k not in Unlearning.NOT_RESULTS}
     # What cannot work is told before the folder is made.
-    resolve_device(config.device)
-    data = load_images(training := config.training(), config.seeds[0])
-    new_model(training, data, config.seeds[0])
+    data = _images(config, config.seeds[0])
+    new_model(config.training(), data, config.seeds[0])
     _forgotten(config, data, config.seeds[0])
     return compare(
         train,
@@ -83,7 +82,7 @@ def train(trial: Trial) -> None:
     method, level = trial.options.get("method", "relabel"), trial.options["level"] - 1
     check_choice("method", method, METHODS)
     training, folder = config.training(), shared_folder(trial)
-    data = load_images(training, trial.seed).to(resolve_device(config.device))
+    data = _images(config, trial.seed)
     forgotten = _forgotten(config, data, trial.seed)
     parts = _parts(data, forgotten, config)
     retained = data.only(train=~forgotten)
@@ -105,6 +104,11 @@ def train(trial: Trial) -> None:
     )
     found = measured(model, parts)
     trial.report(epoch=config.more_epochs, **distances(found, wanted), **found)
+
+
+@lru_cache(maxsize=1)  # for the runs of a process
+def _images(config: Unlearning, seed: int) -> ImageData:
+    return load_images(config.training(), seed).to(resolve_device(config.device))
 
 
 def _forgotten(config: Unlearning, data: ImageData, seed: int) -> Tensor:
