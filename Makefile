@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO_READY := .venv/.ready-demo
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-oldest lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -31,6 +31,11 @@ test: $(READY) ## run the tests, two at a time
 
 test-slow: $(READY) ## run every test, the long ones too
 	$(BIN)/pytest -m ""
+
+test-oldest: $(READY) ## run the tests with the oldest versions that pyproject.toml allows
+	$(BIN)/uv venv --quiet --allow-existing --python 3.11 .venv-oldest
+	$(BIN)/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[experiments,integrations,dev]'
+	.venv-oldest/bin/pytest -n 2 --dist worksteal
 
 lint: $(READY) ## ruff, mypy, and the forms of what GitHub reads
 	$(BIN)/ruff check .
@@ -61,4 +66,4 @@ bench: $(READY) ## measure speed and memory, with other libraries beside
 	$(BIN)/gradmask bench processes
 
 clean: ## remove the environment and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build dist
