@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from gradmask import influence
 from gradmask.errors import DataError, ModelError, OptionError
 from gradmask.fisher.likelihood import draw_directions
-from gradmask.influence import distribution, forms, samples, setting, steps
+from gradmask.influence import distribution, forms, problem, samples, steps
 
 sys.path.insert(0, str(Path(__file__).parent / "fisher"))
 import cases
@@ -361,8 +361,8 @@ def test_memory_makes_uneven_blocks(monkeypatch):
     found = set()
     collect = steps._pairs
 
-    def record(given, value, together, *change):
-        for rows, columns, values in collect(given, value, together, *change):
+    def record(given, value, batched, *change):
+        for rows, columns, values in collect(given, value, batched, *change):
             found.add((rows.stop - rows.start, columns.stop - columns.start))
             yield rows, columns, values
 
@@ -384,7 +384,7 @@ def test_sampled(name, monkeypatch):
     assert not torch.equal(found, case.measure(fisher="sampled", pairwise=True, seed=2))
     drawn = []
     keep = lambda *given: drawn.append(draw_directions(*given)) or drawn[-1]  # noqa: E731
-    monkeypatch.setattr(setting, "draw_directions", keep)
+    monkeypatch.setattr(problem, "draw_directions", keep)
     case.measure(fisher="sampled", seed=1)
     directions = torch.cat(drawn)
     g = source_gradients(case.model.eval(), case.sources, case.loss)
@@ -497,8 +497,10 @@ def test_rows_that_are_samples_by_chance_only(counts):
 def test_batches_that_are_captured_in_different_ways(name, monkeypatch):
     """What layers explain in one batch may take the slow way in the other."""
     probing = iter([True, False])
-    safe_ways = setting.safe_ways
-    monkeypatch.setattr(setting, "safe_ways", lambda *a: safe_ways(*a) if next(probing) else {})
+    safe_strategies = problem.safe_strategies
+    monkeypatch.setattr(
+        problem, "safe_strategies", lambda *a: safe_strategies(*a) if next(probing) else {}
+    )
     case = CASES[name]()
     pairs, _ = expected_forms(case, given)
     assert_close(case.measure(fisher="empirical", pairwise=True), pairs)

@@ -135,7 +135,7 @@ def shard_groups(tensors: Iterable[Tensor]) -> Groups:
     """Groups over which the entries of sharded tensors are spread; none if they are not."""
     for tensor in filter(is_sharded, tensors):
         mesh, placements = _spread(tensor)
-        return tuple(mesh.get_group(i) for i, place in enumerate(placements) if place.is_shard())
+        return tuple(mesh.get_group(i) for i, kind in enumerate(placements) if kind.is_shard())
     return ()
 
 
@@ -185,7 +185,7 @@ def _mesh_groups(parameters: Mapping[str, Tensor], sharded: Mapping[str, Tensor]
         if name not in sharded:
             raise ModelError(f"Parameter {name!r} is not sharded, and others are: shard all.")
         own, placements = _spread(parameter)
-        if own != mesh or sum(place.is_shard() for place in placements) > 1:
+        if own != mesh or sum(kind.is_shard() for kind in placements) > 1:
             raise ModelError(
                 f"Parameter {name!r} has placements {placements} on {own}: use fully_shard with "
                 "one mesh for all parameters, of one dimension or (replicate, shard); tensor "
@@ -194,7 +194,7 @@ def _mesh_groups(parameters: Mapping[str, Tensor], sharded: Mapping[str, Tensor]
     return tuple(mesh.get_group(i) for i in range(mesh.ndim))
 
 
-def place(groups: Groups) -> tuple[int, int]:
+def rank_and_world_size(groups: Groups) -> tuple[int, int]:
     """Number of this rank among all ranks of the groups, and how many they are."""
     number = 0
     for group in groups:
@@ -213,17 +213,17 @@ def sum_over(values: Tensor, groups: Groups) -> Tensor:
 
 
 @contextmanager
-def together(groups: Groups, doing: str) -> Iterator[None]:
+def all_ranks_raise(groups: Groups, activity: str) -> Iterator[None]:
     """Fail on every rank if the work inside fails on one, so that none waits for another.
 
     Args:
         groups: Groups of the ranks.
-        doing: What is done, for the message.
+        activity: What is done, for the message.
 
     Raises:
         DistributedError: On the ranks that have not failed, if another has.
     """
-    number, count = place(groups)
+    number, count = rank_and_world_size(groups)
     failed = torch.zeros(count, dtype=torch.int32, device="cpu")
     try:
         yield
@@ -234,7 +234,7 @@ def together(groups: Groups, doing: str) -> Iterator[None]:
     others = sum_over(failed, groups).nonzero().flatten().tolist()
     if others:
         raise DistributedError(
-            f"Rank {', '.join(map(str, others))} of {count} failed while {doing}: its own error "
+            f"Rank {', '.join(map(str, others))} of {count} failed while {activity}: its own error "
             "says why."
         )
 
@@ -246,7 +246,7 @@ def check_same(values: Mapping[str, float], groups: Groups) -> None:
         values: Options by name.
         groups: Groups of the ranks.
     """
-    number, count = place(groups)
+    number, count = rank_and_world_size(groups)
     table = torch.zeros(count, len(values), dtype=torch.float64, device="cpu")
     table[number] = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu")
     table = sum_over(table, groups)

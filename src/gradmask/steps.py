@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmask.attach import held_parameters, optimizers_to_hook
-from gradmask.distributed import Groups, is_sharded, local, reshard, shard_like, together
+from gradmask.distributed import Groups, all_ranks_raise, is_sharded, local, reshard, shard_like
 from gradmask.errors import OptimizerError, StateError
 from gradmask.kernels import clip_where, keep_where
 from gradmask.parameters import named_parameters
@@ -139,7 +139,7 @@ class MaskedSteps:
             DistributedError: If they were on another rank.
         """
         self.read_parameters()
-        with together(groups, "checking that weights moved in masked steps only"):
+        with all_ranks_raise(groups, "checking that weights moved in masked steps only"):
             self._watch.check(self.parameters, self.masks, self._holders())
 
     def moved_unmasked(self) -> bool:

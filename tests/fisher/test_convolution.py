@@ -11,7 +11,7 @@ from gradmask.fisher.convolution import (
     add_by_samples,
     add_by_unfolding,
     by_groups,
-    fastest_way,
+    fastest_method,
 )
 from gradmask.kernels import can_add_squared_products
 
@@ -48,14 +48,14 @@ def test_all_ways_agree_with_autograd(case, samples, elements, monkeypatch):
     expected = torch.stack(single)
     layer.requires_grad_(False)
     torch.testing.assert_close(by_groups(layer, x, g), expected, rtol=1e-10, atol=1e-12)
-    ways = [add_by_groups, add_by_samples]
+    methods = [add_by_groups, add_by_samples]
     if can_add_squared_products(x, g):
-        ways.append(add_by_products)
+        methods.append(add_by_products)
     if isinstance(layer, nn.Conv2d):
-        ways.append(add_by_unfolding)
-    for way in ways:
+        methods.append(add_by_unfolding)
+    for method in methods:
         found = torch.ones(layer.weight.shape, dtype=torch.float64)
-        way(layer, x, g, found)
+        method(layer, x, g, found)
         torch.testing.assert_close(found, 1 + expected.square().sum(0), rtol=1e-10, atol=1e-12)
 
 
@@ -86,7 +86,7 @@ def test_moments_agree_with_autograd(case, kernels, monkeypatch):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("layer", "kernels", "way"),
+    ("layer", "kernels", "method"),
     [
         (nn.Conv2d(2, 3, 3), True, "add_by_products"),
         (nn.Conv2d(2, 3, 1), True, "add_by_groups"),  # few outputs, and no neighbours
@@ -98,11 +98,11 @@ def test_moments_agree_with_autograd(case, kernels, monkeypatch):
         (nn.ConvTranspose2d(200, 200, 3), False, "add_by_samples"),
     ],
 )
-def test_way_depends_on_the_shape(layer, kernels, way, monkeypatch):
+def test_way_depends_on_the_shape(layer, kernels, method, monkeypatch):
     monkeypatch.setattr(convolution, "can_add_squared_products", lambda *_: kernels)
     total = torch.zeros(layer.weight.shape)
     x = torch.randn(2, layer.in_channels, *[4] * (layer.weight.dim() - 2))
-    assert fastest_way(layer, x, layer(x), total).__name__ == way
+    assert fastest_method(layer, x, layer(x), total).__name__ == method
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from gradmask.fisher import batch
 @pytest.fixture
 def probes(monkeypatch):
     """Number of samples of the batches of which two were asked."""
-    found, ask = [], batch.safe_ways
+    found, ask = [], batch.safe_strategies
 
     def counted(model, inputs, *args, **options):
         found.append(len(inputs))
         return ask(model, inputs, *args, **options)
 
-    monkeypatch.setattr(batch, "safe_ways", counted)
+    monkeypatch.setattr(batch, "safe_strategies", counted)
     return found
 
 

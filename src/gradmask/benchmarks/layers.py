@@ -1,8 +1,9 @@
-"""`gradmask bench layers`: every way to a convolution's squares, and the one that is chosen."""
+"""`gradmask bench layers`: every method for a convolution's squares, and the one that is chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gradmask.benchmarks.timing import interleave
 from gradmask.benchmarks.workloads import make
-from gradmask.fisher.convolution import WAYS, fastest_way, weight_gradient
+from gradmask.fisher.convolution import METHODS, fastest_method, weight_gradient
 from gradmask.kernels import can_add_squared_products
 
 
@@ -25,7 +26,7 @@ def bench_layers(
     device: str = "cpu",
     shape: Sequence[int] | None = None,
 ) -> Table:
-    """Time the ways for each shape of convolution in a network, at the sizes it has there.
+    """Time the methods for each shape of convolution in a network, at the sizes it has there.
 
     Args:
         name: A workload (see `gradmask.benchmarks.workloads.find_workload`).
@@ -36,7 +37,7 @@ def bench_layers(
 
     Returns:
         Table: milliseconds (median) of the ordinary weight gradient of the whole batch and of each
-        way to the squares of the per-sample ones; * marks the way that is chosen.
+        method for the squares of the per-sample ones; * marks the one that is chosen.
     """
     model, inputs, _ = make(name, batch_size, device, shape)
     table = Table(title=f"{name}, batch {len(inputs)}, {device}, ms, * chosen")
@@ -44,25 +45,25 @@ def bench_layers(
         "layer",
         "input",
         "weight gradient",
-        *(way.__name__.removeprefix("add_") for way in WAYS),
+        *(method.__name__.removeprefix("add_") for method in METHODS),
     ):
         table.add_column(title, justify="left" if title in ("layer", "input") else "right")
     for layer, x in _shapes(model, inputs):
         g = torch.randn_like(layer(x))
         total = torch.zeros(layer.weight.shape, device=x.device)
         tasks: dict[str, Callable[[], Any]] = {
-            way.__name__: (lambda way=way, a=(layer, x, g, total): way(*a))  # type: ignore[misc]
-            for way in WAYS
-            if _works(way, layer, x, total)
+            method.__name__: partial(method, layer, x, g, total)
+            for method in METHODS
+            if _works(method, layer, x, total)
         }
-        tasks["plain"] = lambda a=(layer, x, g): _weight_gradient(*a)  # type: ignore[misc]
+        tasks["plain"] = partial(_weight_gradient, layer, x, g)
         with torch.no_grad():
             seconds = interleave(tasks, rounds, device)
-        chosen = fastest_way(layer, x, g, total).__name__
+        chosen = fastest_method(layer, x, g, total).__name__
         cells = []
-        for way in ("plain", *(way.__name__ for way in WAYS)):
-            text = f"{1e3 * median(seconds[way]):.2f}" if way in seconds else ""
-            cells.append(f"{text} *" if way == chosen else text)
+        for method in ("plain", *(method.__name__ for method in METHODS)):
+            text = f"{1e3 * median(seconds[method]):.2f}" if method in seconds else ""
+            cells.append(f"{text} *" if method == chosen else text)
         groups = f", {layer.groups} groups" if layer.groups > 1 else ""
         kernel = "x".join(map(str, layer.kernel_size))
         sizes = f"{layer.in_channels} to {layer.out_channels}, {kernel}{groups}"
@@ -70,10 +71,10 @@ def bench_layers(
     return table
 
 
-def _works(way: Any, layer: _ConvNd, x: Tensor, total: Tensor) -> bool:
-    if way.__name__ == "add_by_products":
+def _works(method: Any, layer: _ConvNd, x: Tensor, total: Tensor) -> bool:
+    if method.__name__ == "add_by_products":
         return can_add_squared_products(total, x)
-    return way.__name__ != "add_by_unfolding" or isinstance(layer, nn.Conv2d)
+    return method.__name__ != "add_by_unfolding" or isinstance(layer, nn.Conv2d)
 
 
 def _weight_gradient(layer: _ConvNd, x: Tensor, g: Tensor) -> Tensor:

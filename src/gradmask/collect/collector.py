@@ -20,14 +20,14 @@ from gradmask.containers import map_tensors, sample_count, tensors_in
 from gradmask.distributed import is_sharded, unwrapped
 from gradmask.errors import ModelError, OptionError
 from gradmask.fisher.calls import differentiable
-from gradmask.fisher.capture import Capture, Ways
+from gradmask.fisher.capture import Capture, Strategies
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.losses import likelihood_of, standard_loss
-from gradmask.fisher.probe import training_ways
+from gradmask.fisher.probe import training_strategies
 from gradmask.fisher.scale import SCALED, before_casts, logits_of
 from gradmask.parameters import trainable_parameters
 
-_MOST = 64  # shapes of inputs whose ways are remembered
+_MOST = 64  # shapes of inputs whose strategies are remembered
 
 
 _PROBED: WeakSet[nn.Module] = WeakSet()  # models that run beside training; several may collect
@@ -57,7 +57,9 @@ class Collector(RunningDiagonal):
         self.set(**options)
         check_model(model, loss)
         super().__init__(unwrapped(model), loss)
-        self._ways: dict[tuple[tuple[int, ...], ...], Ways] = {}  # by the inputs' shapes
+        self._strategies: dict[
+            tuple[tuple[int, ...], ...], Strategies
+        ] = {}  # by the inputs' shapes
         self._known: set[tuple[str, int]] = set()  # parameters they are of
         self._open: Step | None = None
         self._handles: list[Any] = []
@@ -127,7 +129,7 @@ class Collector(RunningDiagonal):
         self._handles, self._hooks = [], None
 
     def __getstate__(self) -> dict[str, Any]:
-        none: dict[str, Any] = {"_open": None, "_ways": {}}
+        none: dict[str, Any] = {"_open": None, "_strategies": {}}
         return vars(self) | none | {"_depth": int(self._started_alone)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,27 +158,31 @@ class Collector(RunningDiagonal):
             return
         known = {(name, id(p)) for name, p in parameters.items()}
         if known != self._known:
-            self._ways, self._known = {}, known
+            self._strategies, self._known = {}, known
         shapes = tuple(tuple(t.shape[1:]) for t in tensors_in((args, kwargs)))
-        ways = self._ways.get(shapes) or next(filter(_fit_all_sizes, self._ways.values()), None)
-        if ways is None:
-            ways = self._find_ways(args, kwargs, parameters)
-            self._ways[shapes] = ways
-            if len(self._ways) > _MOST:
-                del self._ways[next(iter(self._ways))]
-        capture = Capture(model, parameters, count, ways, listens=True)
+        strategies = self._strategies.get(shapes) or next(
+            filter(_fit_all_sizes, self._strategies.values()), None
+        )
+        if strategies is None:
+            strategies = self._find_strategies(args, kwargs, parameters)
+            self._strategies[shapes] = strategies
+            if len(self._strategies) > _MOST:
+                del self._strategies[next(iter(self._strategies))]
+        capture = Capture(model, parameters, count, strategies, listens=True)
         self._open = Step(capture, parameters, count)
-        if shapes not in self._ways:
-            self._open.probe = lambda: self._ways.update(
-                {shapes: self._find_ways(args, kwargs, parameters)}
+        if shapes not in self._strategies:
+            self._open.probe = lambda: self._strategies.update(
+                {shapes: self._find_strategies(args, kwargs, parameters)}
             )
 
-    def _find_ways(self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter]) -> Ways:
+    def _find_strategies(
+        self, args: Any, kwargs: Any, parameters: dict[str, nn.Parameter]
+    ) -> Strategies:
         two = map_tensors(lambda t: t[:2].detach() if t.dim() else t, (args, kwargs))
         _PROBED.add(self.model)
         try:  # with none of the hooks that activation checkpointing has around the model
             with saved_tensors_hooks(Tensor.detach, lambda saved: saved):
-                return training_ways(self.model, two, parameters)
+                return training_strategies(self.model, two, parameters)
         finally:
             _PROBED.discard(self.model)
 
@@ -202,7 +208,7 @@ class Collector(RunningDiagonal):
             raise
         batch.may_overflow = torch.float16 in batch.capture.types()
         if isinstance(batch.capture, Capture) and batch.sharded:
-            batch.capture.listen(batch.squares, partial(self.settle, batch))
+            batch.capture.listen(batch.squares, partial(self.on_complete, batch))
         else:
             batch.capture.listen(batch.squares)
         for root in batch.roots:
@@ -257,6 +263,8 @@ def _check_once(batch: Step) -> None:
         )
 
 
-def _fit_all_sizes(ways: Ways) -> bool:
-    """Whether ways hold for other lengths too; recurrent layers have other operations then."""
-    return all(kind[0] in ("rule", "lookup") for way in ways.values() for kind in way)
+def _fit_all_sizes(strategies: Strategies) -> bool:
+    """Whether strategies hold for other lengths too, as of recurrent layers they do not."""
+    return all(
+        kind[0] in ("rule", "lookup") for strategy in strategies.values() for kind in strategy
+    )

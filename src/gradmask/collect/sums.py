@@ -135,11 +135,11 @@ class RunningDiagonal:
         device = next(iter(parameters.values())).device
         self._weight = torch.tensor(state["weight"], dtype=torch.float64, device=device)
 
-    def settle(self, batch: Step, names: Iterable[str]) -> None:
+    def on_complete(self, batch: Step, names: Iterable[str]) -> None:
         """Add up over the ranks what is complete, so that no rank has all of the whole squares."""
         assert isinstance(batch.squares, ShardSums)
         batch.squares.weight = float(self._factor(batch)[0])
-        batch.squares.settle(names)
+        batch.squares.on_complete(names)
 
     def _factor(self, batch: Step) -> tuple[Tensor, Tensor, float]:
         """What squares are multiplied by, whether that is guessed, and a sample's weight."""

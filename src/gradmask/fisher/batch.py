@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gradmask.containers import part
-from gradmask.distributed import Groups, sum_over, together
+from gradmask.distributed import Groups, all_ranks_raise, sum_over
 from gradmask.errors import DataError, ModelError, first_names
 from gradmask.fisher.calls import Unmeasurable
-from gradmask.fisher.capture import Capture, Settle, Ways
+from gradmask.fisher.capture import Capture, OnComplete, Strategies
 from gradmask.fisher.likelihood import Loss, directional, draw_directions, exact_terms
 from gradmask.fisher.losses import check_parameters_of, likelihood_of, nll
-from gradmask.fisher.probe import forget, remember, remembered, safe_ways
+from gradmask.fisher.probe import forget, remember, remembered, safe_strategies
 from gradmask.fisher.reference import (
     add_per_sample_squares,
     check_independent,
@@ -38,7 +38,7 @@ from gradmask.fisher.verify import (
 )
 
 logger = logging.getLogger("gradmask")
-DOING = "measuring the Fisher information"
+ACTIVITY = "measuring the Fisher information"
 
 
 class _Terms(NamedTuple):
@@ -103,7 +103,7 @@ class Pass:
         zeros = {name: zero_means(p) for name, p in self.parameters.items()} if self._mean else None
         self.means: dict[str, Tensor] | None = zeros
         self._schedule = Schedule(self._verify, self.parameters, self._generator.initial_seed())
-        self._ways: Ways | None = None
+        self._strategies: Strategies | None = None
         self._independent = False  # seen to be
         self._layouts: set[str] = set()
         self._seen: dict[str, str] = {}
@@ -115,7 +115,7 @@ class Pass:
         targets: Tensor,
         totals: dict[str, Tensor],
         groups: Groups = (),
-        settle: Settle = lambda _: None,
+        on_complete: OnComplete = lambda _: None,
     ) -> bool:
         """Add the squared per-sample gradients of a batch.
 
@@ -124,46 +124,48 @@ class Pass:
             targets: Their targets.
             totals: `{name: tensor of the parameter's shape}`, changed in place.
             groups: Ranks that hold the parameters' shards.
-            settle: Told the names of totals that the batch adds nothing more to.
+            on_complete: Told the names of totals that the batch adds nothing more to.
 
         Returns:
             False if the check failed: the totals are of no use; from now on all is measured in a
-            safer way.
+            safer strategy.
         """
         n, trusts = len(targets), self._trusts and not groups
         fast = {} if self.alone else self.parameters
-        first, names = n > 1 and self._ways is None, frozenset(fast)
+        first, names = n > 1 and self._strategies is None, frozenset(fast)
         before = remembered(self.model, names) if first and trusts else None
         if before is not None:
-            self._ways = before.ways
+            self._strategies = before.strategies
         elif first:
-            self._ways = safe_ways(self.model, inputs, fast, trust_rules=trusts)
-        ways = self._ways if n > 1 else None
-        with Capture(self.model, fast, n, ways) as capture:
-            with together(groups, DOING):
+            self._strategies = safe_strategies(self.model, inputs, fast, trust_rules=trusts)
+        strategies = self._strategies if n > 1 else None
+        with Capture(self.model, fast, n, strategies) as capture:
+            with all_ranks_raise(groups, ACTIVITY):
                 outputs = call(self.model, inputs)
                 batch = self._terms(outputs, targets)
                 capture.resolve(outputs, batch.first)
                 known = chain(self.model.parameters(), self.parameters.values())
                 check_parameters_of(self._loss, capture.of_loss, known)
-                unexplained = (ways or {}).keys() & capture.reached - capture.ways().keys()
+                unexplained = (
+                    strategies or {}
+                ).keys() & capture.reached - capture.strategies().keys()
                 form = capture.structure, capture.sizes(), n
             if before is not None and (unexplained or form not in before.batches):
                 forget(self.model)
-                self._ways = None
-            again = first and (self._ways is None or (trusts and bool(unexplained)))
+                self._strategies = None
+            again = first and (self._strategies is None or (trusts and bool(unexplained)))
             check = None if again else self._schedule.check(*form, passed=before is not None)
             if not again and n > 1 and self._may_mix(capture, check, groups):
-                with together(groups, DOING):
+                with all_ranks_raise(groups, ACTIVITY):
                     capture.drop(capture.mixed(outputs))
             if not again:
                 handled = {k: p for k, p in fast.items() if k in capture.handled}
-                with together(groups, DOING):
+                with all_ranks_raise(groups, ACTIVITY):
                     self._note(capture, n, groups)
                 check = None if groups else check
                 try:
                     terms = chain([batch.first], batch.rest)
-                    found = capture.add_squares(terms, totals, settle, check, self.means)
+                    found = capture.add_squares(terms, totals, on_complete, check, self.means)
                 except Unmeasurable:
                     forget(self.model)
                     self._trusts = False
@@ -173,9 +175,11 @@ class Pass:
             scored, options = batch.targets, batch.options
             del outputs, batch  # and with them the graph
         if again:
-            if self._ways is not None:  # a dimension was 2 long by chance: the probe finds out
-                self._trusts, self._ways = False, None
-            return self.add(inputs, targets, totals, groups, settle)
+            if (
+                self._strategies is not None
+            ):  # a dimension was 2 long by chance: the probe finds out
+                self._trusts, self._strategies = False, None
+            return self.add(inputs, targets, totals, groups, on_complete)
         data = self.model, inputs, scored
         rest = {k: p for k, p in self.parameters.items() if k not in handled}
         cut = rest or "module" in self._seen.values()
@@ -197,8 +201,8 @@ class Pass:
             forget(self.model)
             self._distrust(wrong)
             return False
-        if first and self._ways:
-            remember(self.model, names, self._ways, form)
+        if first and self._strategies:
+            remember(self.model, names, self._strategies, form)
         return True
 
     def _check_independent(self, inputs: Any, samples: int) -> None:
@@ -256,17 +260,23 @@ class Pass:
     def _note(self, capture: Capture, samples: int, groups: Groups) -> None:
         """Note what is measured how."""
         self.reached |= capture.reached
-        ways = {name: way[0][0] for name, way in capture.ways().items()}
-        ways |= dict.fromkeys(self.parameters.keys() - capture.handled, "sample")
+        strategies = {name: strategy[0][0] for name, strategy in capture.strategies().items()}
+        strategies |= dict.fromkeys(self.parameters.keys() - capture.handled, "sample")
         if groups:
-            _check_rules(ways)
-        news = {name: way for name, way in ways.items() if self._seen.get(name) != way}
+            _check_rules(strategies)
+        news = {
+            name: strategy
+            for name, strategy in strategies.items()
+            if self._seen.get(name) != strategy
+        }
         _report(news)
         if samples > 1 and not self.alone:
-            slow = {name for name, way in ways.items() if way == "sample"} - self._slow
+            slow = {
+                name for name, strategy in strategies.items() if strategy == "sample"
+            } - self._slow
             _warn_of_slow(slow)
             self._slow |= slow
-        self._seen |= ways
+        self._seen |= strategies
 
     def _distrust(self, wrong: set[str]) -> None:
         """Measure one sample at a time from now on: if one name is wrong, others may be."""
@@ -277,10 +287,10 @@ class Pass:
         self.alone = True
 
 
-def _check_rules(ways: dict[str, str]) -> None:
+def _check_rules(strategies: dict[str, str]) -> None:
     """Sharded parameters are whole while their layer runs in the common pass, and not after."""
-    for name, way in ways.items():
-        if way in ("derived", "module", "sample"):
+    for name, strategy in strategies.items():
+        if strategy in ("derived", "module", "sample"):
             raise ModelError(
                 f"Parameter {name!r} is sharded, and no rule measures its layer in one pass: give "
                 "fully_shard the block around the layer (attention needs that), register a rule "
@@ -288,9 +298,9 @@ def _check_rules(ways: dict[str, str]) -> None:
             )
 
 
-def _report(ways: dict[str, str]) -> None:
+def _report(strategies: dict[str, str]) -> None:
     """Say which parameters have no rule, and so cost more."""
-    names = [name for name, found in ways.items() if found == "module"]
+    names = [name for name, found in strategies.items() if found == "module"]
     if names:
         logger.info(
             "Run again one sample at a time, module by module (no rule applies): %s",

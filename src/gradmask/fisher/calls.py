@@ -60,7 +60,7 @@ class Call:
     def keep(self) -> None:
         """Keep what the graph holds until its backward pass is over, for `per_sample` after it."""
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Let go of the graph, and of what came in."""
         self.edges, self.inputs = [], set()
 
@@ -131,12 +131,12 @@ class LayerCall(Call):
         rule = self.rule.as_product
         return None if rule is None else rule(self.module, *self.pair(samples))
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Of the input, too: nobody else may need it any longer."""
-        super().let_go()
+        super().release()
         self.x = self.x.new_empty(0)
 
-    def cut_graph(self) -> int:
+    def release_graph(self) -> int:
         """Let go of the graph alone, after the backward pass; return the bytes that are kept."""
         self.edges, self.inputs = [], set()
         g = self.gradients[0]
@@ -156,11 +156,11 @@ class ModuleCall(Call):
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, result: Any, n: int) -> None:
         outputs = differentiable(result)
-        self.places = [i for i, t in enumerate(outputs) if spans(t, n)]
+        self.places = [i for i, t in enumerate(outputs) if is_batched(t, n)]
         super().__init__({}, [get_gradient_edge(outputs[i]) for i in self.places])
         self.kind = ("module", id(module), len(self.edges))
         self.module, self.arguments, self.batch_size = module, (args, kwargs), n
-        self.others = {get_gradient_edge(t).node for t in outputs if not spans(t, n)}
+        self.others = {get_gradient_edge(t).node for t in outputs if not is_batched(t, n)}
         tensors = tensors_in(self.arguments)
         self.versions = [(t, t._version) for t in tensors]
         self.inputs = {get_gradient_edge(t).node for t in tensors if t.requires_grad}
@@ -282,7 +282,7 @@ def unequal_sums(outputs: Tensor) -> Tensor:
     return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device).cos().to(rows)
 
 
-def spans(tensor: Tensor, batch_size: int) -> bool:
+def is_batched(tensor: Tensor, batch_size: int) -> bool:
     """Whether dimension 0 is as long as the batch."""
     return tensor.dim() > 0 and len(tensor) == batch_size
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradmask.containers import check_cuttable
 from gradmask.distributed import note_whole_parameters
 from gradmask.errors import ModelError
-from gradmask.fisher.calls import Call, differentiable, spans, square_together, unequal_sums
+from gradmask.fisher.calls import Call, differentiable, is_batched, square_together, unequal_sums
 from gradmask.fisher.explain import explanations
 from gradmask.fisher.graph import Node, leaves, lowest, rearranges, structure, walk
 from gradmask.fisher.observe import Observer
@@ -28,9 +28,9 @@ from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.tied import add_tied_squares, is_tied
 from gradmask.fisher.verify import Check, Excerpts, excerpt
 
-Way = tuple[Any, ...]  # the kinds of the calls that explain a parameter
-Ways = dict[str, Way]
-Settle = Callable[[Iterable[str]], None]
+Strategy = tuple[Any, ...]  # the kinds of the calls that explain a parameter
+Strategies = dict[str, Strategy]
+OnComplete = Callable[[Iterable[str]], None]
 
 
 class Capture:
@@ -40,8 +40,9 @@ class Capture:
         model: The model, in eval mode.
         parameters: Trainable parameters by name.
         batch_size: Samples in the batch, dimension 0 of every captured input and output.
-        allowed: How each name may be captured, as `ways` of another batch gave it (default: any).
-        refused: Ways in which names may not be captured.
+        allowed: How each name may be captured, as `strategies` of another batch has it (default:
+            any).
+        refused: Strategies by which names may not be captured.
         listens: Whether the backward pass is somebody else's (`listen`).
     """
 
@@ -50,8 +51,8 @@ class Capture:
         model: nn.Module,
         parameters: dict[str, nn.Parameter],
         batch_size: int,
-        allowed: Ways | None = None,
-        refused: Iterable[tuple[str, Way]] = (),
+        allowed: Strategies | None = None,
+        refused: Iterable[tuple[str, Strategy]] = (),
         *,
         listens: bool = False,
     ) -> None:
@@ -66,7 +67,7 @@ class Capture:
         self._observer = Observer(model, self._names, batch_size)
         self._norms: dict[tuple[Call, int], Tensor] | None = None
         self._totals: dict[str, Tensor] | None = None
-        self._settle: Settle = lambda _: None
+        self._on_complete: OnComplete = lambda _: None
         self._running = False
         self._means: dict[str, Tensor] | None = None
         self._checked: tuple[Check, Excerpts] | None = None
@@ -134,7 +135,7 @@ class Capture:
                 (name, self._parameters[name]), leaf, parents, set(roots), self._observer
             )
             for calls in explained:
-                if calls and self._permits(name, _way(calls)):
+                if calls and self._permits(name, _strategy(calls)):
                     self._owner[name] = calls
                     self.handled.add(name)
                     for call in calls:
@@ -145,7 +146,7 @@ class Capture:
 
     def _uses_batch(self, term: Tensor, tensors: list[Tensor]) -> bool:
         """Whether a loss uses an output that belongs to no sample, not by way of others."""
-        spanning = {t.grad_fn for t in tensors if spans(t, self._batch_size)}
+        spanning = {t.grad_fn for t in tensors if is_batched(t, self._batch_size)}
         of_batch = {t.grad_fn for t in tensors} - spanning
         stack, seen = [term.grad_fn], {term.grad_fn}
         while stack and of_batch:
@@ -159,9 +160,9 @@ class Capture:
             stack += fresh
         return False
 
-    def ways(self) -> Ways:
-        """How each captured parameter is measured; a way's first word says by what kind of call."""
-        return {name: _way(self._owner[name]) for name in self.handled if name in self._owner}
+    def strategies(self) -> Strategies:
+        """How each captured parameter is measured; its first word is the kind of call."""
+        return {name: _strategy(self._owner[name]) for name in self.handled if name in self._owner}
 
     def sizes(self) -> tuple[Any, ...]:
         """Sizes of what the captured calls returned, those of the samples as shares of a batch."""
@@ -174,9 +175,9 @@ class Capture:
         edges = [edge for call in self._calls for edge in call.edges]
         return {e.node._input_metadata[e.output_nr].dtype for e in edges}
 
-    def _permits(self, name: str, way: Way) -> bool:
-        allowed = self._allowed is None or self._allowed.get(name) == way
-        return allowed and (name, way) not in self._refused
+    def _permits(self, name: str, strategy: Strategy) -> bool:
+        allowed = self._allowed is None or self._allowed.get(name) == strategy
+        return allowed and (name, strategy) not in self._refused
 
     def _keep_used_names(self) -> None:
         """Forget calls, and names of calls, that explain nothing."""
@@ -228,9 +229,9 @@ class Capture:
             if self._is_alone(call) and self._adds(call):
                 self._excerpt(call.names.values(), call.add_squares)
                 call.gradients[place] = None
-                self._settle(call.names.values())
+                self._on_complete(call.names.values())
                 if self._listens:
-                    call.let_go()
+                    call.release()
             elif self._listens:
                 call.keep()
 
@@ -292,7 +293,7 @@ class Capture:
         Returns:
             Names of the parameters.
         """
-        tensors = [t for t in differentiable(outputs) if spans(t, self._batch_size)]
+        tensors = [t for t in differentiable(outputs) if is_batched(t, self._batch_size)]
         if not tensors:
             return set()
         generator = torch.Generator().manual_seed(0)
@@ -327,7 +328,7 @@ class Capture:
         self,
         terms: Iterable[Tensor],
         totals: dict[str, Tensor],
-        settle: Settle = lambda _: None,
+        on_complete: OnComplete = lambda _: None,
         check: Check | None = None,
         means: dict[str, Tensor] | None = None,
     ) -> Excerpts:
@@ -336,7 +337,7 @@ class Capture:
         Args:
             terms: Scalars, each a sum over the samples of that sample's own value.
             totals: `{name: tensor of the parameter's shape}`, changed in place.
-            settle: Told the names of totals that a term adds nothing more to, in an order that
+            on_complete: Told the names of totals that a term adds nothing more to, in an order that
                 depends on the model alone.
             check: What to check.
             means: Sums of the gradients themselves, changed in place; None if not wanted.
@@ -344,7 +345,7 @@ class Capture:
         Returns:
             Excerpts of the squares of the samples to check, of every handled name.
         """
-        self._totals, self._settle = totals, settle
+        self._totals, self._on_complete = totals, on_complete
         excerpts: Excerpts = {}
         if check is not None:
             for name in self.handled:
@@ -358,16 +359,16 @@ class Capture:
         self._checked = self._means = None
         return excerpts
 
-    def listen(self, totals: dict[str, Tensor], settle: Settle = lambda _: None) -> None:
+    def listen(self, totals: dict[str, Tensor], on_complete: OnComplete = lambda _: None) -> None:
         """Add the squares of the next backward pass, whoever runs it, to totals.
 
         Args:
             totals: `{name: tensor of the parameter's shape}`, changed in place; complete after
                 `square_rest`.
-            settle: As of `add_squares`.
+            on_complete: As of `add_squares`.
         """
         self._observer.remove()  # the forward pass is over
-        self._totals, self._settle, self._running = totals, settle, True
+        self._totals, self._on_complete, self._running = totals, on_complete, True
 
     def gradients(self, term: Tensor) -> list[list[Call]]:
         """Run the backward pass of a term; the calls keep their gradients until the next one.
@@ -405,10 +406,10 @@ class Capture:
             )
             together(totals)
             self._excerpt(names, lambda squares, rows: together(squares, samples=rows))  # noqa: B023
-            self._settle(names)
+            self._on_complete(names)
             for call in group:
                 call.gradients = [None] * len(call.edges)
 
 
-def _way(calls: list[Call]) -> Way:
+def _strategy(calls: list[Call]) -> Strategy:
     return tuple(sorted((call.kind for call in calls), key=repr))

@@ -1,4 +1,4 @@
-"""Convolutions of any dimension: per-sample weight gradients, and four ways to their squares.
+"""Convolutions of any dimension: per-sample weight gradients, and four methods for their squares.
 
 The kernel for squared products forms no per-sample gradient at all and is the fastest where it can
 be had. Without it: a loop over samples costs a call for each; one convolution with a group for each
@@ -29,7 +29,7 @@ GROUPED_ELEMENTS = 1 << 18
 # With fewer outputs in a group, and inputs that are no neighbours, the kernel's vectors are empty.
 VECTOR_OUTPUTS, VECTOR_INPUTS = 8, 3
 
-Way = Callable[[_ConvNd, Tensor, Tensor, Tensor], None]
+Method = Callable[[_ConvNd, Tensor, Tensor, Tensor], None]
 
 
 def weight_gradient(module: _ConvNd, x: Tensor, g: Tensor, samples: int = 1) -> Tensor:
@@ -201,11 +201,11 @@ def patches_of(
     return x.as_strided(shape, (*x.stride()[:2], *inner, *outer))
 
 
-WAYS: tuple[Way, ...] = (add_by_products, add_by_groups, add_by_unfolding, add_by_samples)
+METHODS: tuple[Method, ...] = (add_by_products, add_by_groups, add_by_unfolding, add_by_samples)
 
 
-def fastest_way(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> Way:
-    """Which of the ways to take, by the weight's shape and the device."""
+def fastest_method(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> Method:
+    """Which of the methods to take, by the weight's shape and the device."""
     outputs = len(total) // module.groups
     fills = outputs >= VECTOR_OUTPUTS or module.kernel_size[-1] >= VECTOR_INPUTS
     if fills and can_add_squared_products(total, x, g):
@@ -219,7 +219,7 @@ def _add_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tens
     assert isinstance(module, _ConvNd)
     if "weight" in totals:
         total = totals["weight"]
-        fastest_way(module, x, g, total)(module, x, g, total)
+        fastest_method(module, x, g, total)(module, x, g, total)
     if "bias" in totals:
         totals["bias"] += g.flatten(2).sum(2).square_().sum(0)
 
@@ -230,11 +230,11 @@ def _add_moments(
     assert isinstance(module, _ConvNd)
     if "weight" in totals:
         total = totals["weight"]
-        way = fastest_way(module, x, g, total)
-        if way is add_by_products and not x.is_cuda:
+        method = fastest_method(module, x, g, total)
+        if method is add_by_products and not x.is_cuda:
             add_by_products(module, x, g, total, sums["weight"])
         else:
-            way(module, x, g, total)
+            method(module, x, g, total)
             sums["weight"] += weight_gradient(module, _padded(module, x), g)[0]
     if "bias" in totals:
         gradients = g.flatten(2).sum(2)
@@ -249,7 +249,7 @@ def _weigh_squares(
     values = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if "weight" in weights:
         weight = weights["weight"]
-        if x.is_cuda or fastest_way(module, x, g, weight) is not add_by_products:
+        if x.is_cuda or fastest_method(module, x, g, weight) is not add_by_products:
             return None
         values += weigh_squared_products(*_contraction(module, x, g, weight))
     if "bias" in weights:

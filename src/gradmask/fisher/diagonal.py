@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from gradmask.distributed import (
+    all_ranks_raise,
     data_groups,
-    place,
+    rank_and_world_size,
     reshard,
     shard_groups,
     sum_over,
-    together,
     unwrapped,
 )
 from gradmask.errors import DataError, ModelError, check_max_samples
 from gradmask.fisher.adapter import Adapter, Unpack, check_batches, check_unpack, started
-from gradmask.fisher.batch import DOING, Pass
+from gradmask.fisher.batch import ACTIVITY, Pass
 from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.reference import zero_squares
@@ -179,7 +179,7 @@ def _measure(
     check_verify(verify)
     check_batches(loader)
     groups = data_groups(model, group)
-    rank, ranks = place(groups)
+    rank, ranks = rank_and_world_size(groups)
     model = unwrapped(model)
     reshard(model)
     parameters = trainable_parameters(model, loss)
@@ -209,7 +209,7 @@ def _measure(
             totals, count = sharded_sums(single_pass, batches, groups)
             means: dict[str, Tensor] = {}
         else:
-            with together(groups, DOING):
+            with all_ranks_raise(groups, ACTIVITY):
                 read = lambda: adapter.read(chosen(data))  # noqa: E731
                 batches = started(read())
                 single_pass = begin()

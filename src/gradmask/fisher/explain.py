@@ -30,7 +30,7 @@ def explanations(
         observer: The calls of layers and modules.
 
     Yields:
-        The calls, in each way there is.
+        The calls, by each strategy there is.
     """
     name, parameter = named
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradmask.containers import check_cuttable, tensors_in
 from gradmask.errors import DataError
-from gradmask.fisher.calls import LayerCall, ModuleCall, spans
+from gradmask.fisher.calls import LayerCall, ModuleCall, is_batched
 from gradmask.fisher.rules import LayerRule, find_rule
 from gradmask.fisher.scored import Wrapped
 
@@ -90,7 +90,7 @@ class Observer:
         self._handles.append(handle)
 
     def _spans(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and spans(value, self.batch_size)
+        return isinstance(value, Tensor) and is_batched(value, self.batch_size)
 
     def _note_layer(
         self, rule: LayerRule, names: dict[str, str], module: nn.Module, *found: Any

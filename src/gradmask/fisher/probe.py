@@ -16,7 +16,7 @@ from gradmask.containers import part
 from gradmask.distributed import is_sharded, reshard
 from gradmask.errors import ModelError, first_names
 from gradmask.fisher.calls import differentiable, unequal_sums
-from gradmask.fisher.capture import Capture, Way, Ways
+from gradmask.fisher.capture import Capture, Strategies, Strategy
 from gradmask.fisher.reference import gradients_alone, zero_squares
 from gradmask.fisher.rules import squared
 from gradmask.fisher.scored import Called, Wrapped, call
@@ -24,15 +24,15 @@ from gradmask.fisher.verify import Check, Schedule, computed_in, excerpt
 from gradmask.measuring import measuring, random_state_kept
 
 
-def safe_ways(
+def safe_strategies(
     model: nn.Module,
     inputs: Any,
     parameters: dict[str, nn.Parameter],
     *,
     trust_rules: bool = False,
-    refuses: Callable[[Way], bool] = lambda _: False,
-) -> Ways:
-    """How to measure each parameter: the first way that keeps samples apart, as seen on two.
+    refuses: Callable[[Strategy], bool] = lambda _: False,
+) -> Strategies:
+    """How to measure each parameter: the first strategy that keeps samples apart, as seen on two.
 
     A dimension that only happens to be as long as the batch is not 2 long here as well, so it is
     not captured; if it is 2, the gradients of one sample's outputs reach the other's row.
@@ -42,27 +42,29 @@ def safe_ways(
         inputs: Inputs of at least two samples.
         parameters: What is measured.
         trust_rules: Leave it to a later check if all are layers with a rule.
-        refuses: Tells ways that are not to be taken.
+        refuses: Tells strategies that are not to be taken.
     """
-    refused: set[tuple[str, Way]] = set()
+    refused: set[tuple[str, Strategy]] = set()
     while True:
         with Capture(model, parameters, 2, refused=refused) as probe:
             outputs = call(model, part(inputs, slice(2)))
             probe.resolve(outputs)
-            ways = probe.ways()
-            simple = trust_rules and all(kind[0] == "rule" for way in ways.values() for kind in way)
-            mixed = {name for name, way in ways.items() if refuses(way)}
+            strategies = probe.strategies()
+            simple = trust_rules and all(
+                kind[0] == "rule" for strategy in strategies.values() for kind in strategy
+            )
+            mixed = {name for name, strategy in strategies.items() if refuses(strategy)}
             if not mixed and not simple:
                 mixed = probe.mixed(outputs)
         if not mixed:
-            return ways
-        refused |= {(name, ways[name]) for name in mixed}
+            return strategies
+        refused |= {(name, strategies[name]) for name in mixed}
 
 
-def training_ways(
+def training_strategies(
     model: nn.Module, given: tuple[Any, Any], parameters: dict[str, nn.Parameter]
-) -> Ways:
-    """How each parameter can be measured while the model trains; some may have no way.
+) -> Strategies:
+    """How each parameter can be measured while the model trains; some may have no strategy.
 
     The samples are told apart in train mode, and in eval mode (where a forward pass is not random)
     what is measured is compared with the gradients of single samples.
@@ -73,7 +75,7 @@ def training_ways(
         parameters: What is measured.
 
     Returns:
-        The ways, without those that take a pass of their own.
+        The strategies, without those that take a pass of their own.
 
     Raises:
         ModelError: If a rule is wrong.
@@ -84,20 +86,20 @@ def training_ways(
         _changing(model) as changing,
     ):
 
-        def refuses(way: Way) -> bool:
+        def refuses(strategy: Strategy) -> bool:
             return any(
                 k[0] == "derived" or (k[0] == "module" and (sharded or k[1] in changing))
-                for k in way
+                for k in strategy
             )
 
-        ways = safe_ways(inner, given, parameters, refuses=refuses)
+        strategies = safe_strategies(inner, given, parameters, refuses=refuses)
     if sharded:  # whole in the common pass only
         reshard(model)
-        return ways
+        return strategies
     with measuring(model, parameters.values()):
-        in_eval = safe_ways(inner, given, parameters, refuses=refuses)
-        _check_ways(inner, given, parameters, in_eval)
-    return ways
+        in_eval = safe_strategies(inner, given, parameters, refuses=refuses)
+        _check_strategies(inner, given, parameters, in_eval)
+    return strategies
 
 
 @contextmanager
@@ -129,8 +131,8 @@ def _changing(model: nn.Module) -> Iterator[set[int]]:
             handle.remove()
 
 
-def _check_ways(
-    model: nn.Module, given: Any, parameters: dict[str, nn.Parameter], ways: Ways
+def _check_strategies(
+    model: nn.Module, given: Any, parameters: dict[str, nn.Parameter], strategies: Strategies
 ) -> None:
     """Raise a ModelError if squares are not those of single samples, for a made-up loss."""
 
@@ -146,7 +148,7 @@ def _check_ways(
     schedule = Schedule("all", parameters)
     check = Check(slice(None), 0)
     totals = {name: zero_squares(p) for name, p in parameters.items()}
-    with Capture(model, parameters, 2, ways) as capture:
+    with Capture(model, parameters, 2, strategies) as capture:
         outputs = call(model, given)
         capture.resolve(outputs)
         found = capture.add_squares(terms(outputs), totals, check=check)
@@ -170,11 +172,11 @@ class Remembered:
 
     Args:
         names: What is measured.
-        ways: How.
+        strategies: How.
     """
 
-    def __init__(self, names: frozenset[str], ways: Ways) -> None:
-        self.names, self.ways = names, ways
+    def __init__(self, names: frozenset[str], strategies: Strategies) -> None:
+        self.names, self.strategies = names, strategies
         self.batches: set[Hashable] = set()
 
 
@@ -193,18 +195,20 @@ def remembered(model: nn.Module, names: frozenset[str]) -> Remembered | None:
     return found if found is not None and found.names == names else None
 
 
-def remember(model: nn.Module, names: frozenset[str], ways: Ways, batch: Hashable) -> None:
+def remember(
+    model: nn.Module, names: frozenset[str], strategies: Strategies, batch: Hashable
+) -> None:
     """Note that a batch was measured rightly.
 
     Args:
         model: The model.
         names: What was measured.
-        ways: How.
+        strategies: How.
         batch: Tells batches of other operations, sizes or numbers of samples apart.
     """
     known = remembered(model, names)
-    if known is None or known.ways != ways:
-        known = _MODELS[_inner(model)] = Remembered(names, ways)
+    if known is None or known.strategies != strategies:
+        known = _MODELS[_inner(model)] = Remembered(names, strategies)
     if len(known.batches) < _MOST:
         known.batches.add(batch)
 

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from gradmask.containers import map_tensors
 from gradmask.distributed import (
     Groups,
+    all_ranks_raise,
     local,
     reshard,
     shard_like,
     sum_over,
     sum_to_shard,
-    together,
 )
 from gradmask.errors import DataError
 from gradmask.fisher.adapter import Adapter, Batch
-from gradmask.fisher.batch import DOING, Pass
+from gradmask.fisher.batch import ACTIVITY, Pass
 from gradmask.fisher.reference import Squares, zero_squares
 
 
@@ -43,7 +43,7 @@ class ShardSums(Squares):
         self.weight = 1.0
         self.parts = {name: zero_squares(local(p)) for name, p in parameters.items()}
 
-    def settle(self, names: Iterable[str]) -> None:
+    def on_complete(self, names: Iterable[str]) -> None:
         """Add whole tensors over the ranks, and let go of them."""
         for name in names:
             whole = self.pop(name, None)
@@ -56,8 +56,8 @@ def sharded_sums(
 ) -> tuple[dict[str, Tensor], int]:
     """Add up squared per-sample gradients over the batches of all ranks.
 
-    A batch of one runs as two halves, because with one sample the pass would take other ways than
-    on the other ranks.
+    A batch of one runs as two halves, because with one sample the pass would take other
+    strategies than on the other ranks.
 
     Args:
         single_pass: The pass.
@@ -76,7 +76,7 @@ def sharded_sums(
             if len(targets) == 1:
                 totals.weight /= 2  # exact, as is the sum of two equal numbers
                 inputs, targets = map_tensors(_twice, (inputs, targets))
-            single_pass.add(inputs, targets, totals, groups, totals.settle)
+            single_pass.add(inputs, targets, totals, groups, totals.on_complete)
             count += samples
     finally:
         reshard(single_pass.model)
@@ -107,14 +107,14 @@ def in_step(
     """
     last: Batch | None = None
     while True:
-        with together(groups, DOING):
+        with all_ranks_raise(groups, ACTIVITY):
             batch = next(remaining, None)
         if not sum_over(torch.tensor([batch is not None], dtype=torch.int32, device="cpu"), groups):
             return
         last = batch or last
-        with together(groups, DOING):
+        with all_ranks_raise(groups, ACTIVITY):
             if last is None:
                 raise DataError("This rank has no samples: with fully_shard every rank needs some.")
-        with together(groups, DOING):  # runs the model on all
+        with all_ranks_raise(groups, ACTIVITY):  # runs the model on all
             inputs, targets = adapter.score(last)
         yield inputs, targets, batch is not None

@@ -17,9 +17,9 @@ from gradmask.fisher.likelihood import KINDS, LOSSES, Loss, directional
 from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.verify import Verify, check_verify
 from gradmask.influence.forms import diagonal_forms, quadratic_forms
-from gradmask.influence.setting import (
+from gradmask.influence.problem import (
     Blocks,
-    Setting,
+    Problem,
     check_losses,
     check_memory,
     drawn_directions,
@@ -102,19 +102,19 @@ def influence(
     parameters = trainable_parameters(model, loss)
     _check_derivatives(model)
 
-    def measure(setting: Setting) -> Tensor:
+    def measure(problem: Problem) -> Tensor:
         if method != "diagonal":  # whose own pass is as short
-            check_losses(setting)
+            check_losses(problem)
         if fisher == "sampled":
-            drawn = drawn_directions(setting, seed)
-            setting = replace(
-                setting, probe=replace(setting.probe, targets=drawn, loss=directional)
+            drawn = drawn_directions(problem, seed)
+            problem = replace(
+                problem, probe=replace(problem.probe, targets=drawn, loss=directional)
             )
         if method == "diagonal":
-            return 0.5 * step**2 * diagonal_forms(setting, verify)
+            return 0.5 * step**2 * diagonal_forms(problem, verify)
         if method == "kl":
-            return _collect(setting, divergences(setting, step), pairwise)
-        return 0.5 * step**2 * _collect(setting, quadratic_forms(setting), pairwise)
+            return _collect(problem, divergences(problem, step), pairwise)
+        return 0.5 * step**2 * _collect(problem, quadratic_forms(problem), pairwise)
 
     options: dict[str, Any] = {"sources": sources, "probe": probe, "loss": loss}
     options |= {"labelled": fisher == "empirical", "memory": memory, "verify": verify}
@@ -162,10 +162,10 @@ def _check_options(
         )
 
 
-def _collect(setting: Setting, blocks: Blocks, pairwise: bool) -> Tensor:
-    n, m = setting.sources.count, setting.probe.count
+def _collect(problem: Problem, blocks: Blocks, pairwise: bool) -> Tensor:
+    n, m = problem.sources.count, problem.probe.count
     shape = (n, m) if pairwise else (n,)
-    values = torch.zeros(shape, dtype=torch.float64, device=setting.device)
+    values = torch.zeros(shape, dtype=torch.float64, device=problem.device)
     with closing(blocks):  # an interrupted one gives the model back at once
         for rows, columns, found in blocks:
             if pairwise:

@@ -14,7 +14,7 @@ from gradmask.fisher.losses import standard_loss
 from gradmask.fisher.reference import zero_squares
 from gradmask.fisher.verify import Verify, check_verify
 from gradmask.influence.forms import source_squares
-from gradmask.influence.setting import Setting, check_memory, guarded, precision
+from gradmask.influence.problem import Problem, check_memory, guarded, precision
 from gradmask.measuring import measuring
 from gradmask.parameters import trainable_parameters
 
@@ -62,8 +62,8 @@ def gradient_norms(
     data: dict[str, Any] = {"sources": samples, "probe": samples, "labelled": True}
     data["unpack"] = unpack
 
-    def squares(setting: Setting) -> Tensor:
-        return source_squares(setting, ones)
+    def squares(problem: Problem) -> Tensor:
+        return source_squares(problem, ones)
 
     with measuring(model, parameters.values(), loss):
         found = guarded(squares, model, parameters, loss=loss, memory=memory, verify=verify, **data)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradmask.containers import part
 from gradmask.fisher.calls import Call, LayerCall, per_sample_together
-from gradmask.fisher.capture import Capture, Ways
+from gradmask.fisher.capture import Capture, Strategies
 from gradmask.fisher.likelihood import Loss
 from gradmask.fisher.losses import check_parameters_of
 from gradmask.fisher.scored import call
@@ -33,7 +33,7 @@ class Samples:
         count: How many they are.
         loss: The negative log-likelihood.
         guard: Checks their gradients.
-        ways: What `safe_ways` gave.
+        strategies: What `safe_strategies` gave.
     """
 
     inputs: Any
@@ -41,7 +41,7 @@ class Samples:
     count: int
     loss: Loss
     guard: Guard
-    ways: Ways | None = None
+    strategies: Strategies | None = None
 
     def blocks(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` samples."""
@@ -120,7 +120,7 @@ def captured(model: nn.Module, samples: Samples, rows: slice) -> Iterator[Batch]
         The batch.
     """
     inputs, count = part(samples.inputs, rows), rows.stop - rows.start
-    with Capture(model, samples.guard.fast, count, samples.ways) as capture:
+    with Capture(model, samples.guard.fast, count, samples.strategies) as capture:
         yield Batch(model, inputs, count, samples.guard, capture, call(model, inputs))
 
 
@@ -138,7 +138,7 @@ def same_groups(a: Block, b: Block) -> tuple[Block, Block]:
     return first, second
 
 
-def condensed(
+def without_graph(
     groups: Groups, parameters: Parameters, samples: int, graph: int
 ) -> tuple[Groups, int]:
     """Groups without the graph where that is possible, in the form that takes less memory.
@@ -158,7 +158,7 @@ def condensed(
     found: Groups = {}
     total = 0
     for names, group in groups.items():
-        layers = [call.cut_graph() for call in group if isinstance(call, LayerCall)]
+        layers = [call.release_graph() for call in group if isinstance(call, LayerCall)]
         kept = sum(layers) if len(layers) == len(group) else graph
         formed = samples * sum(parameters[name].nbytes for name in names)
         if formed <= kept:

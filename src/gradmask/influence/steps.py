@@ -17,8 +17,8 @@ from gradmask.containers import part, tensors_in
 from gradmask.errors import ModelError
 from gradmask.fisher.scored import call
 from gradmask.fisher.verify import computed_in
+from gradmask.influence.problem import Blocks, LossTerm, Problem, check_outputs
 from gradmask.influence.samples import captured, stacked
-from gradmask.influence.setting import Blocks, LossTerm, Setting, check_outputs
 
 logger = logging.getLogger("gradmask")
 
@@ -42,57 +42,57 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def divergences(setting: Setting, step: float) -> Blocks:
+def divergences(problem: Problem, step: float) -> Blocks:
     """KL( f(x; θ) ‖ f(x; θ − ε g_i) ) of every source i and probe sample x (equation 3)."""
-    head = setting.head
+    head = problem.head
     assert head is not None
-    together = setting.device.type not in ONE_BY_ONE
-    check_reached(setting)
-    passes = _probe_outputs(setting, together)
+    batched = problem.device.type not in ONE_BY_ONE
+    check_reached(problem)
+    passes = _probe_outputs(problem, batched)
     before = {columns.start: head.logits(outputs) for columns, outputs in passes}
 
     def move(gradients: Gradient) -> None:
         for name, gradient in gradients.items():
-            gradients[name] = torch.sub(setting.parameters[name], gradient, alpha=step)
+            gradients[name] = torch.sub(problem.parameters[name], gradient, alpha=step)
 
     def value(moved: Gradient, columns: slice) -> Tensor:
-        outputs = head.logits(_run(setting, moved, part(setting.probe.inputs, columns)))
+        outputs = head.logits(_run(problem, moved, part(problem.probe.inputs, columns)))
         return head.divergence(before[columns.start][: len(outputs)], outputs)
 
-    return _pairs(setting, value, together, move)
+    return _pairs(problem, value, batched, move)
 
 
-def variances(setting: Setting) -> Blocks:
+def variances(problem: Problem) -> Blocks:
     """g_iᵀ F(x) g_i = Var_{c∼f(x)} (J(x) g_i)_c of every source and probe sample (equation 4)."""
-    for _ in _probe_outputs(setting, together=True):  # to fail before long work
+    for _ in _probe_outputs(problem, batched=True):  # to fail before long work
         pass
-    return _pairs(setting, _variance_along(setting), together=True)  # the forward pass is shared
+    return _pairs(problem, _variance_along(problem), batched=True)  # the forward pass is shared
 
 
-def can_differentiate(setting: Setting) -> bool:
+def can_differentiate(problem: Problem) -> bool:
     """Whether forward derivatives can be had and are those of backward passes; by one sample.
 
     What runs without gradients, and hooks on gradients, count in backward passes only.
     """
-    head = setting.head
+    head = problem.head
     assert head is not None
-    directions = {n: _direction(p) for n, p in setting.parameters.items()}
-    sample = part(setting.probe.inputs, slice(1))
-    works = _works(lambda: _variance_along(setting)(directions, slice(1)))
+    directions = {n: _direction(p) for n, p in problem.parameters.items()}
+    sample = part(problem.probe.inputs, slice(1))
+    works = _works(lambda: _variance_along(problem)(directions, slice(1)))
     if works:
-        here = {n: p.detach() for n, p in setting.parameters.items()}
-        run = lambda moved: head.logits(_run(setting, moved, sample))  # noqa: E731
+        here = {n: p.detach() for n, p in problem.parameters.items()}
+        run = lambda moved: head.logits(_run(problem, moved, sample))  # noqa: E731
         with torch.no_grad(), plain_attention():
             changes = jvp(run, (here,), (directions,))[1]
         weights = torch.arange(1, changes.numel() + 1, device=changes.device).cos()
         along = (changes.flatten() * weights).sum().item()
-        outputs = head.logits(call(setting.model, sample)).flatten()
+        outputs = head.logits(call(problem.model, sample)).flatten()
         total = (outputs * weights).sum()
-        found = torch.autograd.grad(total, list(setting.parameters.values()), allow_unused=True)
+        found = torch.autograd.grad(total, list(problem.parameters.values()), allow_unused=True)
         pairs = [(g, d) for g, d in zip(found, directions.values(), strict=True) if g is not None]
         terms = [(g.conj() * d).real.double() for g, d in pairs]
         size = sum(t.abs().sum().item() for t in terms)
-        near = 1e-8 if computed_in(setting.parameters.values()) == torch.float64 else 1e-3
+        near = 1e-8 if computed_in(problem.parameters.values()) == torch.float64 else 1e-3
         works = not abs(along - sum(t.sum().item() for t in terms)) > near * size  # NaN: told later
     if not works:
         logger.info("Forward derivatives do not serve: gradients of all labels instead.")
@@ -105,22 +105,22 @@ def _direction(parameter: Tensor) -> Tensor:
     return numbers.reshape(parameter.shape).to(parameter.dtype)
 
 
-def check_reached(setting: Setting) -> None:
+def check_reached(problem: Problem) -> None:
     """Refuse a model that uses parameters by other references than its modules' own.
 
     Raises:
         ModelError: If putting others in their places does not move the outputs, and changing their
             values does.
     """
-    sample = part(setting.probe.inputs, slice(1))
-    for name, parameter in setting.parameters.items():
+    sample = part(problem.probe.inputs, slice(1))
+    for name, parameter in problem.parameters.items():
         kept = parameter.detach().clone()
         moved = kept + _direction(kept) * (kept.abs().mean() + 1)
         with torch.no_grad():
-            swapped = tensors_in(_run(setting, {name: moved}, sample))
+            swapped = tensors_in(_run(problem, {name: moved}, sample))
             try:
                 parameter.data.copy_(moved)
-                changed = tensors_in(call(setting.model, sample))
+                changed = tensors_in(call(problem.model, sample))
             finally:
                 parameter.data.copy_(kept)
         for a, b in zip(swapped, changed, strict=True):
@@ -132,54 +132,54 @@ def check_reached(setting: Setting) -> None:
                 )
 
 
-def _variance_along(setting: Setting) -> Value:
-    head = setting.head
+def _variance_along(problem: Problem) -> Value:
+    head = problem.head
     assert head is not None
 
     def value(gradient: Gradient, columns: slice) -> Tensor:
-        inputs = part(setting.probe.inputs, columns)
-        here = {n: setting.parameters[n].detach() for n in gradient}
-        run = lambda moved: head.logits(_run(setting, moved, inputs))  # noqa: E731
+        inputs = part(problem.probe.inputs, columns)
+        here = {n: problem.parameters[n].detach() for n in gradient}
+        run = lambda moved: head.logits(_run(problem, moved, inputs))  # noqa: E731
         logits, changes = jvp(run, (here,), (gradient,))[:2]
         return head.variance(logits, changes)
 
     return value
 
 
-def _probe_outputs(setting: Setting, together: bool) -> Iterator[tuple[slice, Any]]:
+def _probe_outputs(problem: Problem, batched: bool) -> Iterator[tuple[slice, Any]]:
     with torch.no_grad(), plain_attention():
-        for columns in setting.probe.blocks(setting.pair_blocks(together)[1]):
-            outputs = call(setting.model, part(setting.probe.inputs, columns))
+        for columns in problem.probe.blocks(problem.pair_blocks(batched)[1]):
+            outputs = call(problem.model, part(problem.probe.inputs, columns))
             yield columns, check_outputs(outputs)
 
 
 def _pairs(
-    setting: Setting,
+    problem: Problem,
     value: Value,
-    together: bool,
+    batched: bool,
     change: Callable[[Gradient], None] = lambda gradients: None,
 ) -> Blocks:
-    """Values of all pairs; if wanted, many sources together where the model allows it.
+    """Values of all pairs; if wanted, many sources at once where the model allows it.
 
     Args:
-        setting: What is measured.
+        problem: What is measured.
         value: Of one source's gradient and some probe samples.
-        together: Whether many sources are wanted together.
+        batched: Whether many sources are wanted at once.
         change: Puts something else in the place of the gradients first.
     """
-    sources, samples = setting.pair_blocks(together)
-    batched = together and sources > 1 and _can_batch(setting, value)
-    data = setting.sources
+    sources, samples = problem.pair_blocks(batched)
+    batched = batched and sources > 1 and _can_batch(problem, value)
+    data = problem.sources
     for rows in data.blocks(sources):
         n = rows.stop - rows.start
-        with captured(setting.model, data, rows) as taken:
+        with captured(problem.model, data, rows) as taken:
             groups = taken.gradients(LossTerm(data, rows))
             with torch.no_grad():
-                gradients = stacked(groups, setting.parameters)
+                gradients = stacked(groups, problem.parameters)
                 change(gradients)
             del groups
         with torch.no_grad(), plain_attention():
-            for columns in setting.probe.blocks(samples):
+            for columns in problem.probe.blocks(samples):
                 if batched:
                     found = vmap(value, in_dims=(0, None))(gradients, columns)
                 else:
@@ -188,8 +188,8 @@ def _pairs(
                 yield rows, columns, found
 
 
-def _can_batch(setting: Setting, value: Value) -> bool:
-    two = {n: torch.zeros_like(p).expand(2, *p.shape) for n, p in setting.parameters.items()}
+def _can_batch(problem: Problem, value: Value) -> bool:
+    two = {n: torch.zeros_like(p).expand(2, *p.shape) for n, p in problem.parameters.items()}
     works = _works(lambda: vmap(value, in_dims=(0, None))(two, slice(0, 1)))
     if not works:
         logger.info("torch.func.vmap cannot run this model: one source at a time.")
@@ -207,10 +207,10 @@ def _works(attempt: Callable[[], Tensor]) -> bool:
     return True
 
 
-def _run(setting: Setting, parameters: Gradient, inputs: Any) -> Tensor:
-    own = setting.parameters
-    with replaced(setting.model, {id(own[name]): t for name, t in parameters.items()}):
-        outputs: Tensor = call(setting.model, inputs)
+def _run(problem: Problem, parameters: Gradient, inputs: Any) -> Tensor:
+    own = problem.parameters
+    with replaced(problem.model, {id(own[name]): t for name, t in parameters.items()}):
+        outputs: Tensor = call(problem.model, inputs)
     return outputs
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gradmask import FisherMask
-from gradmask.distributed import data_groups, place, sum_over
+from gradmask.distributed import data_groups, rank_and_world_size, sum_over
 from gradmask.errors import ModelError, OptionError
 from gradmask.integrations.schedule import Schedule
 
@@ -165,7 +165,7 @@ class Online:
     def loaded(self) -> None:
         """Leave to the first rank what a checkpoint had collected on all."""
         self._first = False
-        if place(self._groups)[0]:
+        if rank_and_world_size(self._groups)[0]:
             self._collector.clear()
 
     def _start(self, *_: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradmask.distributed import Groups, sum_over, together
+from gradmask.distributed import Groups, all_ranks_raise, sum_over
 from gradmask.errors import OptionError
 
 LIMIT = timedelta(minutes=10)  # a rank that waits for longer ends with an error
@@ -72,7 +72,7 @@ class Processes:
         Raises:
             DistributedError: On the other processes, if it failed.
         """
-        with together(self.groups, doing):
+        with all_ranks_raise(self.groups, doing):
             result: list[Any] = [work() if self.main else None]
         if self.count > 1:
             dist.broadcast_object_list(result, src=0)

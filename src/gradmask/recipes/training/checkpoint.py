@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradmask.distributed import together
+from gradmask.distributed import all_ranks_raise
 from gradmask.errors import GradmaskWarning, StateError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData
@@ -94,7 +94,7 @@ def load_run(directory: Path, described: dict[str, Any], run: RunState) -> Posit
             run or network, or of other processes. No file is changed then.
     """
     others = (NEWEST, PREVIOUS) if run.in_shards else SHARDS
-    with together(run.ours.groups, READING):
+    with all_ranks_raise(run.ours.groups, READING):
         for name in others:
             if (directory / name).exists():
                 engine = "ddp, or by one process" if run.in_shards else "fsdp, by several processes"
@@ -112,7 +112,7 @@ def load_run(directory: Path, described: dict[str, Any], run: RunState) -> Posit
         return found is not None
 
     there = run.ours.from_main(read, READING)  # first: it may mend the folder
-    with together(run.ours.groups, READING):
+    with all_ranks_raise(run.ours.groups, READING):
         if not run.ours.main and read() != there:
             raise StateError(f"{directory} is not the same folder on all machines: share it.")
     if found is None:

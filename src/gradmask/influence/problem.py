@@ -16,13 +16,13 @@ from gradmask.fisher.adapter import Adapter, Unpack
 from gradmask.fisher.calls import Unmeasurable
 from gradmask.fisher.likelihood import Loss, draw_directions
 from gradmask.fisher.losses import nll
-from gradmask.fisher.probe import safe_ways
+from gradmask.fisher.probe import safe_strategies
 from gradmask.fisher.reference import UNFIT, check_independent, check_repeatable
 from gradmask.fisher.scored import call, has_names
 from gradmask.fisher.verify import Verify, computed_in
 from gradmask.influence.distribution import Head, check_layouts, find_head
 from gradmask.influence.guard import Guard, Parameters, Refuted, Rows
-from gradmask.influence.samples import Block, Samples, activation_bytes, captured, condensed
+from gradmask.influence.samples import Block, Samples, activation_bytes, captured, without_graph
 
 logger = logging.getLogger("gradmask")
 
@@ -35,7 +35,7 @@ PRODUCT_BYTES_CPU = 1 << 24
 
 
 @dataclass(frozen=True)
-class Setting:
+class Problem:
     """A model in eval mode, sources and a probe set.
 
     Attributes:
@@ -66,7 +66,7 @@ class Setting:
         return next(iter(self.parameters.values())).device
 
     @property
-    def together(self) -> int:
+    def batch_size(self) -> int:
         """Samples that run forward and backward at a time."""
         share = self.memory // 8
         if self.device.type == "cpu":
@@ -85,13 +85,13 @@ class Setting:
         """
         start, used = 0, 0
         block: Block = []
-        for rows in samples.blocks(self.together):
+        for rows in samples.blocks(self.batch_size):
             n = rows.stop - rows.start
             with captured(self.model, samples, rows) as batch:
                 groups = batch.gradients(LossTerm(samples, rows))
             graph = 2 * n * self.activation
             with torch.no_grad():
-                groups, size = condensed(groups, self.parameters, n, graph)
+                groups, size = without_graph(groups, self.parameters, n, graph)
             if block and used + size > share:
                 yield slice(start, rows.start), block
                 start, used, block = rows.start, 0, []
@@ -99,16 +99,16 @@ class Setting:
             used += size
         yield slice(start, samples.count), block
 
-    def pair_blocks(self, together: bool) -> tuple[int, int]:
+    def pair_blocks(self, batched: bool) -> tuple[int, int]:
         """Sources whose gradients are held, and probe samples that run with each of them.
 
         Args:
-            together: Whether all these sources run at the same time.
+            batched: Whether all these sources run at the same time.
         """
         gradient = sum(p.nbytes for p in self.parameters.values())
         share = self.memory // 4
         sources = min(self.sources.count, max(1, share // (gradient + 2 * self.activation)))
-        passes = sources if together else 1
+        passes = sources if batched else 1
         if self.device.type == "cpu":
             share = min(share, PASS_BYTES_CPU)
         return sources, min(self.probe.count, max(1, share // (passes * self.activation)))
@@ -162,25 +162,25 @@ def check_memory(memory: int) -> None:
         raise OptionError(f"memory={memory!r} must be positive: bytes, for example 2**30.")
 
 
-def check_losses(setting: Setting) -> None:
+def check_losses(problem: Problem) -> None:
     """Run the sources forward, so that a loss that is not finite is told before long work."""
     with torch.no_grad():
-        for rows in setting.sources.blocks(setting.together):
-            outputs = call(setting.model, part(setting.sources.inputs, rows))
-            LossTerm(setting.sources, rows)(outputs, slice(None))
+        for rows in problem.sources.blocks(problem.batch_size):
+            outputs = call(problem.model, part(problem.sources.inputs, rows))
+            LossTerm(problem.sources, rows)(outputs, slice(None))
 
 
-def drawn_directions(setting: Setting, seed: int) -> Tensor:
+def drawn_directions(problem: Problem, seed: int) -> Tensor:
     """Random directions in the logits of the probe samples, for `directional`."""
-    head, generator = setting.head, torch.Generator().manual_seed(seed)
+    head, generator = problem.head, torch.Generator().manual_seed(seed)
     assert head is not None
-    assert isinstance(setting.loss, str)
+    assert isinstance(problem.loss, str)
     drawn = []
     with torch.no_grad():
-        for columns in setting.probe.blocks(setting.together):
-            outputs = call(setting.model, part(setting.probe.inputs, columns))
+        for columns in problem.probe.blocks(problem.batch_size):
+            outputs = call(problem.model, part(problem.probe.inputs, columns))
             blank = head.blank_targets(check_outputs(outputs))
-            drawn.append(draw_directions(outputs, blank, setting.loss, generator))
+            drawn.append(draw_directions(outputs, blank, problem.loss, generator))
     return torch.cat(drawn)
 
 
@@ -206,7 +206,7 @@ def prepare(
     memory: int,
     alone: bool,
     verify: Verify,
-) -> Setting:
+) -> Problem:
     """Check the data and find out what the model needs.
 
     Args:
@@ -253,10 +253,10 @@ def prepare(
 
     def samples(data: Any, labels: Tensor | None, count: int) -> Samples:
         guard = Guard(parameters, alone, verify)
-        ways = safe_ways(model, data, guard.fast) if count > 1 else None
-        return Samples(data, labels, count, loss, guard, ways)
+        strategies = safe_strategies(model, data, guard.fast) if count > 1 else None
+        return Samples(data, labels, count, loss, guard, strategies)
 
-    setting = Setting(
+    problem = Problem(
         model,
         parameters,
         loss,
@@ -270,16 +270,16 @@ def prepare(
     if verify:
         lowest = computed_in(parameters.values())
         check_repeatable(model, inputs, 0, lowest)
-        for data in (setting.sources, setting.probe):
-            rows = next(data.blocks(setting.together))
+        for data in (problem.sources, problem.probe):
+            rows = next(data.blocks(problem.batch_size))
             last = rows.stop - 1
             some = range(rows.stop) if verify == "all" else {last, last // 2, 0} if last else ()
             check_independent(model, part(data.inputs, rows), some, lowest)
-    return setting
+    return problem
 
 
 def guarded(
-    measure: Callable[[Setting], Tensor],
+    measure: Callable[[Problem], Tensor],
     model: nn.Module,
     parameters: Parameters,
     **options: Any,
@@ -287,7 +287,7 @@ def guarded(
     """Measure something; again, in a safer way, if the check of single samples fails.
 
     Args:
-        measure: What is measured, from a setting.
+        measure: What is measured, of a problem.
         model: The model, in eval mode.
         parameters: Its trainable parameters.
         options: Those of `prepare`.
