@@ -154,7 +154,7 @@ class FisherMask(ScoreSource):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The mask of every parameter by name: True where it learns. Empty before a refresh."""
+        """The mask of every parameter by name, True where it learns. Empty before a refresh."""
         self._steps.used = True  # by hand, perhaps
         return self._steps.masks
 
@@ -307,7 +307,7 @@ class FisherMask(ScoreSource):
 
     @property
     def reads_data(self) -> bool:
-        """Whether a refresh measures on data: not of random and fixed masks, nor of weights."""
+        """Whether a refresh reads data, which random and fixed masks and scores of weights do not."""
         return self.strategy not in ("random", "fixed") and self._score.reads_data
 
     @property
