@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO_READY := .venv/.ready-demo
 
-.PHONY: help demo test test-slow test-oldest lint format bench clean
+.PHONY: help demo test test-slow test-oldest lint format docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -47,6 +47,10 @@ lint: $(READY) ## ruff, mypy, and the forms of what GitHub reads
 format: $(READY) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## build the documentation, build/docs/index.html; a warning or a broken link is an error
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/sphinx-build -W --keep-going -n -q -c docs -d build/docs-cache . build/docs
 
 bench: $(READY) ## measure speed and memory, with other libraries beside
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[peers]'

@@ -2,14 +2,15 @@
 
 python docs/architecture.py
 
-A part is a module or a folder in `src/gradmask`. Each stands above all that it imports. An arrow that
-follows from others (a to c, beside a to b and b to c) is left out.
+A part is a module or a folder in `src/gradmask`. Each stands above all that it imports. An arrow
+that follows from others (a to c, beside a to b and b to c) is left out.
 """
 
 from __future__ import annotations
 
 import ast
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -118,7 +119,7 @@ def draw() -> str:
                 rows[level].append(path[-1])
             arrows.append([*path, (layer[there], there)])
     for path in arrows:
-        for upper, lower in zip(path, path[1:], strict=False):
+        for upper, lower in pairwise(path):
             links.setdefault(upper, []).append(lower)
             links.setdefault(lower, []).append(upper)
     for row in rows:
@@ -154,7 +155,7 @@ def draw() -> str:
             ends = ends[1:] if node is path[0] else ends[:1] if node is path[-1] else ends
             points += [(centre, end) for end in ends]
         line = f"M{points[0][0]:.0f} {points[0][1]:.0f}"
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        for (x0, y0), (x1, y1) in pairwise(points):
             middle = (y0 + y1) / 2
             line += f"C{x0:.0f} {middle:.0f} {x1:.0f} {middle:.0f} {x1:.0f} {y1:.0f}"
         out.append(f'<path d="{line}" fill="none" stroke="#6b7280" marker-end="url(#tip)"/>')

@@ -307,7 +307,7 @@ class FisherMask(ScoreSource):
 
     @property
     def reads_data(self) -> bool:
-        """Whether a refresh reads data, which random and fixed masks and scores of weights do not."""
+        """Whether a refresh reads data; random and fixed masks, and scores of weights, do not."""
         return self.strategy not in ("random", "fixed") and self._score.reads_data
 
     @property
