@@ -50,7 +50,7 @@ format: $(READY) ## let ruff rewrite what it can
 
 docs: $(READY) ## build the documentation, build/docs/index.html; a warning or a broken link is an error
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/sphinx-build -W --keep-going -n -q -c docs -d build/docs-cache . build/docs
+	$(BIN)/sphinx-build -W --keep-going -n -E -q -c docs -d build/docs-cache . build/docs
 
 bench: $(READY) ## measure speed and memory, with other libraries beside
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[peers]'

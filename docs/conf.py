@@ -36,7 +36,6 @@ root_doc = "docs/index"
 include_patterns = [
     "docs/**.md",
     "results/*/README.md",
-    "results/theorem1/theorem1.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
 ]
@@ -51,10 +50,19 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 
-# Types of other packages, whose pages are not at hand without a network.
-nitpick_ignore = [("py:class", "gradmask.scores.F")]  # a type variable
+# Types that autodoc cuts at their first comma; and those of other packages, whose pages are not at
+# hand without a network.
+# Names of types that have no page.
+nitpick_ignore = [
+    ("py:class", f"gradmask.{name}")
+    for name in (
+        *("scores.F", "study.spec.Spec", "fisher.rules.Product"),
+        *("monitor.Writer", "monitor.InfluenceOptions"),
+    )
+]
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|numpy|np|collections|pathlib|typing|transformers|lightning|rich)\b.*"),
+    (r"py:class", r"(tuple|dict)\[(str|int)"),
+    (r"py:.*", r"(torch|Tensor|nn|numpy|np|collections|pathlib|typing|transformers|lightning|rich)\b.*"),
 ]
 
 html_theme = "furo"
