@@ -62,7 +62,10 @@ nitpick_ignore = [
 ]
 nitpick_ignore_regex = [
     (r"py:class", r"(tuple|dict)\[(str|int)"),
-    (r"py:.*", r"(torch|Tensor|nn|numpy|np|collections|pathlib|typing|transformers|lightning|rich)\b.*"),
+    (
+        r"py:.*",
+        r"(torch|Tensor|nn|numpy|np|collections|pathlib|typing|transformers|lightning|rich)\b.*",
+    ),
 ]
 
 html_theme = "furo"
