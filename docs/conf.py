@@ -73,6 +73,7 @@ html_title = "gradmask"
 html_show_copyright = False
 html_copy_source = False
 html_show_sourcelink = False
+html_show_search_summary = False  # which a browser does not fetch from files
 copybutton_exclude = ".linenos, .gp, .go"
 
 _TO_A_FOLDER = re.compile(r"\]\((?P<path>[\w./-]+)\)")

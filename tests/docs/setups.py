@@ -58,7 +58,8 @@ def study(names):
     def build(seed, lr=0.1):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-        return model, torch.optim.SGD(model.parameters(), lr=lr), names["loader"]
+        loader = DataLoader(names["dataset"], batch_size=24, shuffle=True)
+        return model, torch.optim.SGD(model.parameters(), lr=lr), loader
 
     def measured(model):
         with torch.no_grad():
