@@ -37,11 +37,12 @@ test-oldest: $(READY) ## run the tests with the oldest versions that pyproject.t
 	$(BIN)/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[experiments,integrations,dev]'
 	.venv-oldest/bin/pytest -n 2 --dist worksteal
 
-lint: $(READY) ## ruff, mypy, and the forms of what GitHub reads
+lint: $(READY) ## ruff, mypy, and the forms of what GitHub and reference managers read
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
 format: $(READY) ## let ruff rewrite what it can

@@ -38,6 +38,7 @@ include_patterns = [
     "results/*/README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
 ]
 exclude_patterns = [".*", "build", "data", "dist", "runs", "src", "tests"]
 highlight_language = "text"
