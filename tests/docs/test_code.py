@@ -12,6 +12,7 @@ from setups import SETUPS, basics
 import gradmask
 from gradmask.fisher import rules
 
+pytestmark = pytest.mark.cpu  # what pages make, they make there
 CODE = [page for page in NAMES if "```python" in (ROOT / page).read_text(encoding="utf-8")]
 
 

@@ -9,6 +9,7 @@ from pages import NAMES, ROOT, blocks, commands_in, inline_commands, not_run, re
 
 from gradmask.cli import main
 
+pytestmark = pytest.mark.cpu  # where a comparison runs
 CHEAP = ("recipes", "scores", "cache", "--version", "--help")
 
 
@@ -108,3 +109,13 @@ def test_a_comparison_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     assert main([*words_of(command), *short, "--output", "runs/short"]) == 0
     assert (tmp_path / "runs/short/report.html").is_file()
     assert "no mask" in capsys.readouterr().out
+
+
+DIGITS = sorted({c for page in NAMES for c in commands_of(page)[0] if c.endswith("--size digits")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", DIGITS)
+def test_a_recipe_at_the_size_of_digits_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words_of(command), "--threads", "1"]) == 0

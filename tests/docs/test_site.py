@@ -122,15 +122,27 @@ def test_arrows_go_down_only():
     assert "errors" not in direct["study"]
 
 
+def without_code(page):
+    """The text of a page, without what is code."""
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page):
+    """Those of a page's headings."""
+    for heading in re.findall(r"^#+ (.*)", without_code(page), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 @pytest.mark.parametrize("page", NAMES)
 def test_links_lead_somewhere(page):
-    """Of files, in a clone; the site's own check is stricter, and slow."""
-    text = re.sub(
-        r"```.*?```|`[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL
-    )
-    for link in re.findall(r"\]\(([^)#\s]+)", text):
-        if not link.startswith("http"):
-            assert ((ROOT / page).parent / link).exists(), link
+    """In a clone, the README's too; the site's own check is stricter, and slow."""
+    here = ROOT / page
+    text = re.sub(r"`[^`]*`", "", without_code(here))
+    for path, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+        if not path.startswith("http"):
+            there = here.parent / path if path else here
+            assert there.exists(), path
+            assert not anchor or anchor in anchors(there), f"{path}#{anchor}"
 
 
 def test_the_readme_is_short():
