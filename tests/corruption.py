@@ -17,7 +17,8 @@ from test_data import pictures, write_folder, write_parquet
 
 from gradmask.errors import GradmaskError
 from gradmask.recipes.audit.files import write_audit_files
-from gradmask.recipes.audit.run import Audit, run_audit
+from gradmask.recipes.audit.options import Audit
+from gradmask.recipes.audit.run import run_audit
 from gradmask.recipes.compare import run_comparison
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import load_images

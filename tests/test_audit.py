@@ -23,8 +23,9 @@ from gradmask.recipes.audit.detection import (
     detect,
     precision_at,
 )
+from gradmask.recipes.audit.options import Audit
 from gradmask.recipes.audit.report import audit_verdicts
-from gradmask.recipes.audit.run import Audit, run_audit
+from gradmask.recipes.audit.run import run_audit
 from gradmask.recipes.audit.scores import FORMS, Measured, measure
 from gradmask.recipes.compare import run_comparison
 from gradmask.recipes.config import Comparison

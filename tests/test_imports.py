@@ -14,6 +14,7 @@ CORE = [
     "tensor_files",
     "named",
     "interrupts",
+    "lazy",
     "containers",
     "seeding",
     "parameters",
@@ -41,8 +42,8 @@ CORE = [
     "mask",
     "__init__",
 ]
-TOP = ["study", "audit", "integrations", "recipes", "benchmarks", "cli"]
-PUBLIC = ["__init__", "errors", "tensor_files", "named", "interrupts", "seeding"]
+TOP = ["study", "audit", "integrations", "recipes", "benchmarks", "cli", "__main__"]
+PUBLIC = ["__init__", "lazy", "errors", "tensor_files", "named", "interrupts", "seeding"]
 PUBLIC += ["distributed", "loaders"]
 HEAVY = {
     "distributed",
@@ -52,7 +53,7 @@ HEAVY = {
     "matplotlib",
     "scipy",
     "rich",
-    "jsonargparse",
+    "cyclopts",
 }
 
 

@@ -1,19 +1,65 @@
 """Mask the gradients of parameters with low Fisher information."""
 
-# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from gradmask.interrupts import end_at_once
+from gradmask.lazy import lazily
 
 end_at_once()  # PyTorch takes seconds to import; does nothing but on the command line
 
-from gradmask.fisher import Moments, fisher_diagonal, gradient_moments, register_rule
-from gradmask.influence import gradient_norms, influence
-from gradmask.mask import FisherMask
-from gradmask.mask_files import load_masks, masks_from_indices, masks_to_indices, save_masks
-from gradmask.monitor import InfluenceMonitor
-from gradmask.scores import SCORES, register_score
-from gradmask.scoring import parameter_scores
-from gradmask.selection import global_threshold, make_masks
-from gradmask.unlearning import dampen
+if TYPE_CHECKING:
+    from gradmask.fisher import Moments, fisher_diagonal, gradient_moments, register_rule
+    from gradmask.influence import gradient_norms, influence
+    from gradmask.mask import FisherMask
+    from gradmask.mask_files import load_masks, masks_from_indices, masks_to_indices, save_masks
+    from gradmask.monitor import InfluenceMonitor
+    from gradmask.scores import SCORES, register_score
+    from gradmask.scoring import parameter_scores
+    from gradmask.selection import global_threshold, make_masks
+    from gradmask.unlearning import dampen
+else:  # all of these need PyTorch, which the help of a command does not
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            **dict.fromkeys(
+                ("Moments", "fisher_diagonal", "gradient_moments", "register_rule"), "fisher"
+            ),
+            "gradient_norms": "influence",
+            "FisherMask": "mask",
+            **dict.fromkeys(
+                ("load_masks", "masks_from_indices", "masks_to_indices", "save_masks"),
+                "mask_files",
+            ),
+            "InfluenceMonitor": "monitor",
+            **dict.fromkeys(("SCORES", "register_score"), "scores"),
+            "parameter_scores": "scoring",
+            **dict.fromkeys(("global_threshold", "make_masks"), "selection"),
+            "dampen": "unlearning",
+        },
+    )
+
+    class _Package(ModuleType):
+        """Has a function `influence`, though the package inside has that name as well.
+
+        Python sets a package inside as an attribute when it is imported, which would hide the
+        function.
+        """
+
+        @property
+        def influence(self) -> Any:
+            from gradmask.influence import influence
+
+            return influence
+
+        @influence.setter
+        def influence(self, module: ModuleType) -> None:
+            pass
+
+    sys.modules[__name__].__class__ = _Package
 
 __version__ = "0.1.0"
 

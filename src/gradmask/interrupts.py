@@ -17,7 +17,7 @@ def end_at_once() -> None:
     Imports are no place for an exception: some catch all, some print it. A user's own process is
     left as it is, and so is one that was started to ignore interrupts.
     """
-    module = sys.argv[:1] == ["-m"] and "gradmask.cli" in sys.orig_argv[:6]
+    module = sys.argv[:1] == ["-m"] and {"gradmask", "gradmask.cli"} & {*sys.orig_argv[:6]}
     script = bool(sys.argv) and Path(sys.argv[0]).stem == "gradmask"
     if (module or script) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)

@@ -9,7 +9,8 @@ import torch
 from gradmask.audit import Dynamics
 from gradmask.cli import main
 from gradmask.recipes.audit.clean import ARMS, sentences
-from gradmask.recipes.audit.dynamics import DynamicsAudit, audit_dynamics
+from gradmask.recipes.audit.dynamics import audit_dynamics
+from gradmask.recipes.audit.options import DynamicsAudit
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import load_images
 from gradmask.study.folder import read_results

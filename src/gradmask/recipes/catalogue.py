@@ -49,6 +49,10 @@ class Recipe:
         Raises:
             OptionError: If the size is unknown, or an option cannot work.
         """
+        return self.kind(**(self.defaults(size) | changes))
+
+    def defaults(self, size: str | None = None) -> dict[str, Any]:
+        """Options that differ from the defaults of `kind`, at one of the sizes."""
         options: dict[str, Any] = {"output": Path("runs") / self.name, **self.options}
         if size is not None and not self.sizes:
             raise OptionError(f"Recipe {self.name!r} has one size only: leave --size out.")
@@ -56,7 +60,7 @@ class Recipe:
             size = size or next(iter(self.sizes))
             check_choice("size", size, self.sizes)
             options |= {"output": Path("runs") / f"{self.name}-{size}", **self.sizes[size]}
-        return self.kind(**(options | changes))
+        return options
 
 
 # Overfitting soon and plainly: no augmentation, a constant learning rate.

@@ -1,6 +1,17 @@
 """Comparisons of training with and without a mask: arms, seeds, controls; any training code."""
 
-from gradmask.study.comparison import StudyOptions, compare
-from gradmask.study.trial import Diverged, Trial
+from typing import TYPE_CHECKING
+
+from gradmask.lazy import lazily
+
+if TYPE_CHECKING:
+    from gradmask.study.comparison import compare
+    from gradmask.study.config import StudyOptions
+    from gradmask.study.trial import Diverged, Trial
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {"compare": "comparison", "StudyOptions": "config", "Diverged": "trial", "Trial": "trial"},
+    )
 
 __all__ = ["Diverged", "StudyOptions", "Trial", "compare"]

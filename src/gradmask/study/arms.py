@@ -14,7 +14,6 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
-from gradmask import SCORES
 from gradmask.errors import OptionError, check_choice, check_keep
 from gradmask.study.schema import literal
 
@@ -54,7 +53,6 @@ _OWN: dict[str, tuple[tuple[str, ...], type, str]] = {
 _CHOICES: dict[str, Collection[str]] = {
     "scope": ("gradient", "update"),
     "kind": ("empirical", "sampled", "exact"),
-    "score": SCORES,
     "which": ("highest", "lowest"),
     "per": ("network", "tensor"),
 }
@@ -181,6 +179,10 @@ def _value(name: str, strategy: str, option: str, text: str) -> Any:
         raise OptionError(f"Arm {name!r}: {option}={text!r} is not a number.") from error
     if option == "keep":
         check_keep(value)
+    if option == "score":
+        from gradmask import SCORES  # needs PyTorch, which options do not
+
+        check_choice(option, value, SCORES)
     if option in _CHOICES:
         check_choice(option, value, _CHOICES[option])
     if option == "average" and not 0 <= value < 1:

@@ -7,8 +7,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
-import yaml
-
 from gradmask.errors import OptionError
 from gradmask.study.schema import check_types
 
@@ -63,7 +61,19 @@ def from_plain(kind: type[Kind], options: dict[str, Any]) -> Kind:
         OptionError: If one cannot work.
     """
     known = {field.name for field in fields(kind)}
-    options = {name: value for name, value in options.items() if name in known}
+    return kind(**typed(kind, {name: v for name, v in options.items() if name in known}))
+
+
+def typed(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Plain values of a file as a dataclass of options has them.
+
+    Args:
+        kind: The dataclass.
+        options: Plain values by name.
+
+    Raises:
+        Wrong: If a value is of another type.
+    """
     check_types(kind, options)
     turned: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
@@ -72,11 +82,13 @@ def from_plain(kind: type[Kind], options: dict[str, Any]) -> Kind:
     for name in [n for n, v in turned.items() if isinstance(v, str)]:
         if hints[name] == Path or Path in get_args(hints[name]):
             turned[name] = Path(turned[name])
-    return kind(**turned)
+    return turned
 
 
 def to_yaml(config: Options) -> str:
     """Options as the YAML that `gradmask run RECIPE --config` reads."""
+    import yaml
+
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
 
 

@@ -118,7 +118,8 @@ def check_types(kind: type, options: Mapping[str, Any]) -> None:
     hints = get_type_hints(kind)
     for name, value in options.items():
         if not _fits(value, hints[name]):
-            raise Wrong(f"{name}={_short(value)} is not of its type")
+            kind_of = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            raise Wrong(f"{name}={_short(value)} is not of the type {kind_of}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,8 @@ import torch
 
 from gradmask.audit.scores import highest, suspicion_share
 from gradmask.errors import OptionError
-from gradmask.recipes.audit.dynamics import (
-    BASELINE,
-    DynamicsAudit,
-    RankedRun,
-    audit_dynamics,
-)
+from gradmask.recipes.audit.dynamics import BASELINE, RankedRun, audit_dynamics
+from gradmask.recipes.audit.options import Clean, DynamicsAudit
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData, load_images
 from gradmask.recipes.training.run import train_run
@@ -42,28 +38,6 @@ ARMS = {
 }
 CHANGED = "changed.json"  # in a run's folder: how many labels were dropped and relabelled
 LIKELY = 0.5  # mean probability from which on a suggestion is followed
-
-
-@dataclass(frozen=True)
-class Clean:
-    """Options of `gradmask audit clean`.
-
-    Attributes:
-        folder: Output folder of `gradmask run`, whose runs without a mask are audited.
-        share: Share of the samples to drop or relabel (default: as many as the planted labels let
-            estimate to be wrong).
-        seeds: Seeds of the runs (default: all that the folder has).
-        jobs: Runs at a time.
-        threads: CPU threads of each (default: an equal share of the cores).
-        output: Where the new runs are kept (default: `clean` in the folder).
-    """
-
-    folder: Path
-    share: float | None = None
-    seeds: tuple[int, ...] | None = None
-    jobs: int = 1
-    threads: int | None = None
-    output: Path | None = None
 
 
 def run_clean(options: Clean, progress: Progress) -> Results:

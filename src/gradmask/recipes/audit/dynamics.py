@@ -13,9 +13,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from gradmask.audit import Dynamics, Ranking, rank
-from gradmask.audit.rank import FALSE_ALARMS
 from gradmask.audit.scores import SCORES, suspicion_share
 from gradmask.errors import OptionError, StateError, check_choice
+from gradmask.recipes.audit.options import DynamicsAudit
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData, load_images
 from gradmask.recipes.identity import check_data, data_sum
@@ -30,41 +30,6 @@ from gradmask.study.spec import Spec
 COMBINED = "combined rank"
 BASELINE = "last_loss"
 Found = dict[str, float]
-
-
-@dataclass(frozen=True)
-class DynamicsAudit:
-    """Options of `gradmask audit`.
-
-    Attributes:
-        folder: Output folder of `gradmask run`.
-        arm: Kind of mask of the runs.
-        seeds: Seeds to audit (default: all that the folder has).
-        false_alarms: Share of the flagged samples whose label may be right, where labels were
-            planted (`gradmask run --plant 0.05`).
-        share: Share of the samples to flag in place of that.
-        top: Samples on the page.
-    """
-
-    folder: Path
-    arm: str = "none"
-    seeds: tuple[int, ...] | None = None
-    false_alarms: float = FALSE_ALARMS
-    share: float | None = None
-    top: int = 200
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without the folder.
-
-        Raises:
-            OptionError: If an option's value cannot work.
-        """
-        if not 0 < self.false_alarms < 1:
-            raise OptionError(f"false_alarms={self.false_alarms!r} must be between 0 and 1.")
-        if self.share is not None and not 0 <= self.share < 1:
-            raise OptionError(f"share={self.share!r} must be at least 0 and below 1.")
-        if self.top < 1:
-            raise OptionError(f"top={self.top!r} must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +21,8 @@ from gradmask.recipes.audit.detection import (
     detect,
     usual,
 )
-from gradmask.recipes.audit.scores import FORMS, KEPT, Measured, measure
+from gradmask.recipes.audit.options import Audit
+from gradmask.recipes.audit.scores import FORMS, Measured, measure
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData, load_images
 from gradmask.recipes.data.sources import in_memory, stratified
@@ -39,54 +40,6 @@ from gradmask.study.folder import (
 from gradmask.study.options import from_plain
 from gradmask.study.results import Results, without_diverged
 from gradmask.study.spec import Spec
-
-
-@dataclass(frozen=True)
-class Audit:
-    """Options of `gradmask audit`.
-
-    Attributes:
-        folder: Output folder of `gradmask run ... --save-every N`.
-        arm: Kind of mask of the runs.
-        seeds: Seeds to audit (default: all that the folder has).
-        epochs: Epochs to score at (default: all whose weights were kept).
-        fisher: Labels of the Fisher information: `empirical`, `sampled` or `exact`.
-        probe: Training samples on which influence is measured, by class.
-        score: The score that ranks the samples.
-        top: Samples on the contact sheet.
-        device: `auto`, `cpu`, `cuda`, ...
-        threads: CPU threads (default: PyTorch's choice).
-    """
-
-    folder: Path
-    arm: str = "none"
-    seeds: tuple[int, ...] | None = None
-    epochs: tuple[int, ...] | None = None
-    fisher: Literal["empirical", "sampled", "exact"] = "empirical"
-    probe: int = 200
-    score: str = KEPT
-    top: int = 100
-    device: str = "auto"
-    threads: int | None = None
-
-    @property
-    def place(self) -> Path:
-        """Where its files are written: each arm has a folder of its own."""
-        name = run_directory(self.folder, Spec(self.arm, 0)).name.removesuffix("-seed0")
-        return self.folder / "audit" / f"{name}-influence"
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without the folder.
-
-        Raises:
-            OptionError: If an option's value cannot work.
-        """
-        check_choice("fisher", self.fisher, ("empirical", "sampled", "exact"))
-        check_choice("score", self.score, [form.name for form in FORMS])
-        for name in ("probe", "top", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 import gradmask
 
-# The score that ranks samples unless another is asked for.
-KEPT = "loss"
 # Samples scored at a time: pairs with the probe set are never held for more of them.
 BLOCK = 4096
 # Samples whose influence on one another is measured to have that of each on itself.

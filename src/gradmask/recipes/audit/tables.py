@@ -11,10 +11,10 @@ from gradmask.audit.report import write_page
 from gradmask.recipes.audit.dynamics import (
     BASELINE,
     COMBINED,
-    DynamicsAudit,
     RankedRun,
     as_images,
 )
+from gradmask.recipes.audit.options import DynamicsAudit
 from gradmask.recipes.config import Comparison
 from gradmask.study.environment import environment
 from gradmask.study.files import write_json
