@@ -11,6 +11,7 @@ import torch
 
 from gradmask import cli
 from gradmask import mask as mask_module
+from gradmask.cli import run as cli_run
 from gradmask.recipes.data import batches as batches_module
 from gradmask.study.log import RunLog
 
@@ -74,7 +75,7 @@ def run(words, moment=None, counts_file=None, environment=None):
 
     batches_module.augment_batch, mask_module.fisher_diagonal = batch, fisher
     torch.save, os.replace, RunLog.write = save, rename, line
-    cli._show = lambda *_: 0  # the report is no part of these tests
+    cli_run.show = lambda *_: 0  # the report is no part of these tests
     with contextlib.redirect_stdout(io.StringIO()):
         status = cli.main(words)
     if counts_file is not None:

@@ -365,10 +365,10 @@ def server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "gradmask.cli",
+            "gradmask.cli.run",
             "gradmask.recipes.compare",
             "gradmask.recipes.theorem.run",
-            "jsonargparse",
+            "yaml",
             "sklearn.datasets",
             "tensorboard.compat.proto.event_pb2",
         ]

@@ -106,7 +106,7 @@ def test_faults_in_the_middle(fault, owner, name, moment, place, monkeypatch, ca
         calls[name] += 1
         return (fault if calls[name] == moment else original)(*args, **options)
 
-    monkeypatch.setattr("gradmask.cli._show", lambda *_: 0)  # the report takes seconds
+    monkeypatch.setattr("gradmask.cli.run.show", lambda *_: 0)  # the report takes seconds
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, call)
         status = main(words)

@@ -179,8 +179,8 @@ def at_import(place, module, deed):
                 "torch.distributed",
                 "gradmask.mask",
                 "gradmask.cli",
-                "gradmask.cli.bench",
-                "jsonargparse",
+                "gradmask.cli.run",
+                "cyclopts",
                 "gradmask.recipes.catalogue",
                 "torchvision",
                 "scipy",
@@ -233,7 +233,7 @@ def test_signals_at_work(number, status, place):
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        ("jsonargparse", RUN),
+        ("cyclopts", RUN),
         ("torchvision", RUN),
         ("yaml", RUN),
         ("sklearn", RUN),

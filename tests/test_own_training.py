@@ -8,9 +8,12 @@ from io import StringIO
 
 import pytest
 import torch
+from cyclopts import CoercionError, UnknownOptionError
+from reading import read
 from rich.console import Console
 from torch import nn
 
+from gradmask.cli import main
 from gradmask.errors import GradmaskWarning, OptionError, StateError
 from gradmask.recipes.compare import run_comparison
 from gradmask.recipes.config import Comparison
@@ -269,29 +272,27 @@ def test_a_longer_schedule_is_a_new_run(config):
 
 
 def test_switches_on_the_command_line():
-    from gradmask.cli.options import read_options
-
-    config = read_options(["compare", "--no-flip", "--test-size", "9", "--fisher-samples", "null"])
+    config = read("compare", "--no-flip", "--test-size", "9", "--fisher-samples", "null")
     assert (config.flip, config.crop, config.test_size, config.fisher_samples) == (
         False,
         True,
         9,
         None,
     )
-    with pytest.raises(OptionError, match="Unknown option 'no_model'"):
-        read_options(["--no-model"])
+    with pytest.raises(UnknownOptionError, match="Unknown option: --no-model"):
+        read("--no-model")
 
 
-def test_commas_part_arms_but_not_those_of_a_list():
-    from gradmask.cli.options import read_options, read_study
-
-    arms = ("none", "fixed:file=a,b.pt")
-    assert read_options(["--arms", json.dumps(arms)]).arms == arms
-    assert read_study(["a:b", f"--arms={json.dumps(arms)}"]).arms == arms
-    assert read_options(["--arms", "none,fisher", "slow"]).arms == ("none", "fisher", "slow")
+def test_commas_part_arms_but_not_those_of_a_list(monkeypatch):
+    arms, studies = ("none", "fixed:file=a,b.pt"), []
+    monkeypatch.setattr("gradmask.cli.run.run_study", lambda found: studies.append(found) or 0)
+    assert read("--arms", json.dumps(arms)).arms == arms
+    assert main(["study", "a:b", f"--arms={json.dumps(arms)}"]) == 0
+    assert studies[0].arms == arms
+    assert read("--arms", "none,fisher", "slow").arms == ("none", "fisher", "slow")
     for words in (["--arms", *arms], ["--arms=none,fixed:file=a,b.pt"]):
-        with pytest.raises(OptionError, match=r"'b.pt' is none.*\[\"fixed:file=a,b.pt\"\]'"):
-            read_options(words)
+        with pytest.raises(CoercionError, match=r"'b.pt' is none.*\[\"fixed:file=a,b.pt\"\]'"):
+            read(*words)
 
 
 def test_options_that_older_folders_lack_have_their_old_meaning():

@@ -1,89 +1,76 @@
-"""`gradmask audit`."""
+"""`gradmask audit` and `gradmask audit clean`."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from gradmask.cli.parser import Parser, count, count_or_none, usable_path
+from cyclopts import App, Group, Parameter
+
+from gradmask.cli.options import command, help_of, parameter, parameters_of
 from gradmask.cli.terminal import terminal
 from gradmask.errors import OptionError
 from gradmask.interrupts import work_begins
+from gradmask.recipes.audit.options import Audit, Clean, DynamicsAudit
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SHARED = ("folder", "arm", "seeds", "top")
-_ONLY = {
-    "dynamics": ("false_alarms", "share"),
-    "influence": ("epochs", "fisher", "probe", "score", "device", "threads"),
-}
+Kind = Literal["dynamics", "influence"]
+_KINDS = {"dynamics": DynamicsAudit, "influence": Audit}
 
 
-def add_audit(commands: Any) -> None:
-    """Add the command's options to those of the others.
-
-    Args:
-        commands: Where argparse keeps the commands.
-    """
-    audit = commands.add_parser("audit", help="rank training samples by what is memorised")
-    audit.add_argument("folder", help="output folder of gradmask run")
-    audit.add_argument("--arm", help="kind of mask of the runs (none)")
-    audit.add_argument("--seeds", type=count_or_none, nargs="+", help="seeds to audit (all)")
-    audit.add_argument("--top", type=count_or_none, help="samples that are shown (200, or 100)")
-    audit.add_argument(
-        "--by",
-        choices=tuple(_ONLY),
-        default="dynamics",
-        help="what training said of each sample, or influence at kept weights (dynamics)",
-    )
-    audit.add_argument(
-        "--false-alarms", type=float, help="share of right labels among the flagged (0.1)"
-    )
-    audit.add_argument("--share", type=float, help="share of the samples to flag, instead")
-    influence = audit.add_argument_group("with --by influence, of runs with --save-every")
-    influence.add_argument("--epochs", type=count, nargs="+", help="epochs to score at (all kept)")
-    influence.add_argument("--fisher", help="empirical, sampled or exact (empirical)")
-    influence.add_argument("--probe", type=count, help="samples to measure influence on (200)")
-    influence.add_argument("--score", help="what ranks the samples: loss, influence, ... (loss)")
-    influence.add_argument("--device", help="auto, cpu, cuda, ... (auto)")
-    influence.add_argument("--threads", type=count, help="CPU threads (PyTorch's choice)")
+def _audit(by: Kind = "dynamics", **given: Any) -> int:
+    for name in given:
+        if name not in _names(_KINDS[by]):
+            other = next(kind for kind in _KINDS if name in _names(_KINDS[kind]))
+            raise OptionError(f"--{name.replace('_', '-')} is an option of --by {other}.")
+    console = terminal()
+    work_begins()
+    pages = _by_dynamics if by == "dynamics" else _by_influence
+    for page in pages(given, console):
+        console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
+    return 0
 
 
-def run_clean(words: list[str]) -> int:
-    """Run `gradmask audit clean FOLDER`.
+def _names(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
 
-    Args:
-        words: What follows `clean`.
 
-    Returns:
-        Exit status.
-    """
-    parser = Parser(
-        prog="gradmask audit clean",
-        description="Drop or relabel what an audit finds, train again, and compare. (A folder that "
-        "is called clean: gradmask audit ./clean)",
-    )
-    parser.add_argument("folder", help="output folder of gradmask run, with runs of arm none")
-    parser.add_argument("--share", type=float, help="share to drop (as many as are estimated)")
-    parser.add_argument("--seeds", type=count_or_none, nargs="+", help="seeds of the runs (all)")
-    parser.add_argument("--jobs", type=count, help="runs at a time (1)")
-    parser.add_argument("--threads", type=count, help="CPU threads of each (an equal share)")
-    parser.add_argument("--output", help="where the new runs are kept (clean in the folder)")
-    options = _given(parser.parse_args(words))
-    for name in ("folder", "output"):
-        if name in options:
-            options[name] = usable_path(name, options[name])
-    from gradmask.recipes.audit.clean import Clean, sentences
-    from gradmask.recipes.audit.clean import run_clean as train_again
+def _by_dynamics(options: dict[str, Any], console: Console) -> list[Path]:
+    from gradmask.recipes.audit.dynamics import audit_dynamics
+    from gradmask.recipes.audit.tables import print_detection, write_audit
+
+    found = DynamicsAudit(**options)
+    config, runs = audit_dynamics(found)
+    pages = write_audit(found, config, runs)
+    print_detection(runs, console)
+    return pages
+
+
+def _by_influence(options: dict[str, Any], console: Console) -> list[Path]:
+    from gradmask.recipes.audit.files import write_audit_files
+    from gradmask.recipes.audit.report import print_audit, write_audit_report
+    from gradmask.recipes.audit.run import run_audit
+
+    audited = run_audit(Audit(**options), console)
+    write_audit_files(audited)
+    page = write_audit_report(audited)
+    print_audit(audited, console)
+    return [page]
+
+
+def _clean(**given: Any) -> int:
+    from gradmask.recipes.audit.clean import run_clean, sentences
     from gradmask.study import report
     from gradmask.study.progress import Progress
 
+    options = Clean(**given)
     console = terminal()
     work_begins()
-    results = train_again(Clean(**options), Progress(console))
-    output = options.get("output", options["folder"] / "clean")
+    results = run_clean(options, Progress(console))
+    output = options.output or options.folder / "clean"
     found = sentences(results)
     report.print_summary(results, console, found)
     title = "Does it help to clean the labels?"
@@ -92,59 +79,42 @@ def run_clean(words: list[str]) -> int:
     return 0
 
 
-def run_audit(parsed: argparse.Namespace) -> int:
-    """Run the command.
+_BOTH = Group("Audit", sort_key=1)
+_INFLUENCE = Group("With --by influence, of runs with --save-every", sort_key=2)
 
-    Args:
-        parsed: What argparse read.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        OptionError: If an option is one of the other kind of audit.
-    """
-    options = _given(parsed)
-    for name in options:
-        if name not in (*_SHARED, *_ONLY[parsed.by]):
-            other = next(kind for kind in _ONLY if name in _ONLY[kind])
-            raise OptionError(f"--{name.replace('_', '-')} is an option of --by {other}.")
-    options["folder"] = usable_path("folder", options["folder"])
-    console = terminal()
-    work_begins()
-    audit = _by_dynamics if parsed.by == "dynamics" else _by_influence
-    for page in audit(options, console):
-        console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
-    return 0
-
-
-def _given(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The options of an audit that were given."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parsed).items()
-        if value is not None and name not in ("command", "debug", "by")
-    }
-
-
-def _by_dynamics(options: dict[str, Any], console: Console) -> list[Path]:
-    from gradmask.recipes.audit.dynamics import DynamicsAudit, audit_dynamics
-    from gradmask.recipes.audit.tables import print_detection, write_audit
-
-    audit = DynamicsAudit(**options)
-    config, runs = audit_dynamics(audit)
-    pages = write_audit(audit, config, runs)
-    print_detection(runs, console)
-    return pages
-
-
-def _by_influence(options: dict[str, Any], console: Console) -> list[Path]:
-    from gradmask.recipes.audit.files import write_audit_files
-    from gradmask.recipes.audit.report import print_audit, write_audit_report
-    from gradmask.recipes.audit.run import Audit, run_audit
-
-    audited = run_audit(Audit(**options), console)
-    write_audit_files(audited)
-    page = write_audit_report(audited)
-    print_audit(audited, console)
-    return [page]
+audit = App(
+    name="audit",
+    help_epilogue="Examples:\n"
+    "  gradmask audit runs/audited\n"
+    "  gradmask audit runs/audited --by influence --epochs 2 6 12 --top 50\n"
+    "  gradmask audit clean runs/audited\n"
+    "  gradmask audit ./clean    (a folder that is called clean)",
+)
+audit.default(
+    command(
+        _audit,
+        [
+            *parameters_of(DynamicsAudit, group=_BOTH),
+            parameter("by", Annotated[Kind, Parameter(group=_BOTH)], "dynamics"),
+            *(
+                found
+                for found in parameters_of(Audit, group=_INFLUENCE)
+                if found.name not in _names(DynamicsAudit)
+            ),
+        ],
+        help_of(
+            "Rank training samples by what is memorised.",
+            *(Audit, DynamicsAudit),
+            by="What training said of each sample, or influence at kept weights.",
+        ),
+    )
+)
+audit.command(
+    command(
+        _clean,
+        parameters_of(Clean),
+        help_of("Drop or relabel what an audit finds, train again, and compare.", Clean),
+    ),
+    name="clean",
+    help_epilogue="Example:\n  gradmask audit clean runs/audited --jobs 2",
+)

@@ -1,148 +1,139 @@
-"""The commands under `gradmask bench`."""
+"""`gradmask bench`: one command for each benchmark."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from typing import Any
+from functools import partial
+from importlib import import_module
+from typing import Annotated, Any, Literal
 
-from gradmask.cli.options import read_options
-from gradmask.cli.parser import count, count_or_none
+from cyclopts import App, Parameter
+
+from gradmask.cli.options import SEVERAL, command, parameter
+from gradmask.cli.run import recipes_app
 from gradmask.cli.terminal import terminal
+from gradmask.cli.values import read_items, read_whole
 from gradmask.errors import OptionError
 from gradmask.interrupts import work_begins
+from gradmask.recipes.catalogue import Options
+
+_LISTS = {"shape": 1, "workers": 0}  # of numbers from these on
+_HELP = {
+    "model": "resnet18, gpt2, ..., a torchvision classifier, transformers:NAME, or "
+    "module:function; of loop, processes and dynamics a model of gradmask run.",
+    "width": "Width of the model.",
+    "stem_stride": "Stride of its first convolution.",
+    "rounds": "Times everything is timed.",
+    "device": "auto, cpu, cuda, ...",
+    "batch_size": "Samples in a batch.",
+    "shape": "Shape of one sample: 3 224 224.",
+    "batches": "Batches in a pass.",
+    "steps": "Batches in an epoch.",
+    "precision": "Of all passes.",
+    "peers": "Measure other libraries as well.",
+    "variants": "Measure what else the loop can do as well.",
+    "entries": "How many.",
+    "sources": "Sources of the Gram matrix and the diagonal form.",
+    "probe": "Probe samples of the Gram matrix.",
+    "step_sources": "Sources of the divergence and the exact quadratic form.",
+    "step_probe": "Probe samples of these.",
+    "memory": "MiB that gradients and activations may take, about.",
+    "samples": "Training samples that are followed.",
+    "jobs": "Workers.",
+    "runs": "Runs of the study.",
+    "seconds": "About how long a run takes.",
+    "images": "JPEGs to make.",
+    "image_size": "Size of the crops.",
+    "workers": "Numbers of processes that decode.",
+}
+_WORKLOAD = {"rounds": 7, "device": "cpu", "model": "resnet18", "batch_size": None, "shape": None}
+_LOOP = {"model": "cifar_resnet18", "width": None, "batch_size": 128}
+# Function in `gradmask.benchmarks`, what it measures, and its options with their defaults.
+_BENCHES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fisher": (
+        "fisher.bench_fisher",
+        "The Fisher diagonal, against a plain pass and other libraries.",
+        {**_WORKLOAD, "batches": None, "precision": "float32", "peers": True},
+    ),
+    "layers": ("layers.bench_layers", "The ways to a convolution's squares.", _WORKLOAD),
+    "influence": (
+        "influence.bench_influence",
+        "The influence of samples, against the gradients and passes it needs.",
+        _WORKLOAD
+        | {"rounds": 3, "sources": 1000, "probe": 1000}
+        | {"step_sources": 20, "step_probe": 200, "memory": 1024},
+    ),
+    "online": (
+        "online.bench_online",
+        "Training steps that collect the Fisher diagonal, against plain ones.",
+        _WORKLOAD,
+    ),
+    "step": ("mask.bench_step", "A masked optimizer step.", _WORKLOAD),
+    "threshold": (
+        "mask.bench_threshold",
+        "The exact threshold over all entries.",
+        {"rounds": 7, "device": "cpu", "entries": 10**8},
+    ),
+    "loop": (
+        "loop.bench_loop",
+        "The training loop of gradmask run, against one written by hand.",
+        {**_LOOP, "steps": 8, "rounds": 7, "device": "cpu", "variants": True},
+    ),
+    "processes": (
+        "loop.bench_processes",
+        "Training by two processes, against one.",
+        {**_LOOP, "steps": 4, "rounds": 3},
+    ),
+    "dynamics": (
+        "dynamics.bench_dynamics",
+        "Steps that follow each sample, against plain ones.",
+        {"model": "cifar_resnet10", "width": 16, "stem_stride": 2, "batch_size": 128}
+        | {"samples": 1_200_000, "rounds": 15, "device": "cpu"},
+    ),
+    "workers": (
+        "workers.bench_workers",
+        "Runs an hour by several workers, against one.",
+        {"jobs": 2, "runs": 8, "seconds": 10, "rounds": 3},
+    ),
+    "loading": (
+        "loading.bench_loading",
+        "Decoding JPEGs, against torchvision's pipeline.",
+        {"images": 512, "image_size": 224, "batch_size": 64, "workers": (0, 1, 2), "rounds": 5},
+    ),
+}
 
 
-def add_bench(commands: Any) -> None:
-    """Add `bench` to the commands of an argument parser."""
-    bench = commands.add_parser("bench", help="measure speed, with other libraries beside it")
-    kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for what, text in (
-        ("fisher", "the Fisher diagonal, against a plain pass and other libraries"),
-        ("layers", "the ways to a convolution's squares"),
-        ("influence", "the influence of samples, against the gradients and passes it needs"),
-        ("online", "training steps that collect the Fisher diagonal, against plain ones"),
-        ("step", "a masked optimizer step"),
-        ("threshold", "the exact threshold over all entries"),
-    ):
-        kind = kinds.add_parser(what, help=text)
-        rounds = 3 if what == "influence" else 7
-        kind.add_argument("--rounds", type=count, default=rounds, help="times everything is timed")
-        kind.add_argument("--device", default="cpu")
-        if what == "threshold":
-            kind.add_argument("--entries", type=count, default=10**8)
-            continue
-        names = (
-            "resnet18, gpt2, ..., a torchvision classifier, transformers:NAME, or module:function"
-        )
-        kind.add_argument("--model", default="resnet18", help=names)
-        kind.add_argument("--batch-size", type=count, help="samples in a batch")
-        kind.add_argument("--shape", type=count, nargs="+", help="shape of one sample: 3 224 224")
-        if what == "influence":
-            for option, default, text in (
-                ("--sources", 1000, "sources of the Gram matrix and the diagonal form"),
-                ("--probe", 1000, "probe samples of the Gram matrix"),
-                ("--step-sources", 20, "sources of the divergence and the exact quadratic form"),
-                ("--step-probe", 200, "probe samples of these"),
-                ("--memory", 1024, "MiB that gradients and activations may take, about"),
-            ):
-                kind.add_argument(option, type=count, default=default, help=text)
-        if what == "fisher":
-            kind.add_argument("--batches", type=count, help="batches in a pass")
-            kind.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
-            kind.add_argument("--no-peers", dest="peers", action="store_false")
-    _add_training(kinds)
-    kinds.add_parser("refresh", help="how many samples a mask needs (options of `gradmask run`)")
+def _annotation(name: str, default: Any) -> Any:
+    """An option's type and help: a list, a text, a switch, or a number of things."""
+    kind: Any = type(default)
+    about: Any = {"help": _HELP[name], "allow_repeating": True}
+    if name in _LISTS:
+        reader = partial(read_items, int, least=_LISTS[name])
+        return Annotated[tuple[int, ...] | None, Parameter(converter=reader, **about, **SEVERAL)]
+    if name == "precision":
+        return Annotated[Literal["float32", "bf16", "fp16"], Parameter(**about)]
+    if kind in (bool, str):
+        return Annotated[kind, Parameter(**about)]
+    return Annotated[int | None, Parameter(converter=partial(read_whole, least=1), **about)]
 
 
-def _add_training(kinds: Any) -> None:
-    """Benchmarks of the training loop of `gradmask run`."""
-    for what, text in (
-        ("loop", "the training loop, against one written by hand"),
-        ("processes", "training by two processes, against one"),
-    ):
-        kind = kinds.add_parser(what, help=text)
-        kind.add_argument("--model", default="cifar_resnet18", help="a model of `gradmask run`")
-        kind.add_argument("--width", type=count, help="its width")
-        kind.add_argument("--batch-size", type=count, default=128, help="images in a batch")
-        steps = 8 if what == "loop" else 4
-        kind.add_argument("--steps", type=count, default=steps, help="batches in an epoch")
-        rounds = 7 if what == "loop" else 3
-        kind.add_argument("--rounds", type=count, default=rounds, help="times everything is timed")
-        if what == "loop":
-            kind.add_argument("--device", default="cpu")
-            kind.add_argument("--no-variants", dest="variants", action="store_false")
-    dynamics = kinds.add_parser(
-        "dynamics", help="steps that follow each sample, against plain ones"
-    )
-    dynamics.add_argument("--model", default="cifar_resnet10", help="a model of `gradmask run`")
-    for option, default, text in (
-        ("--width", 16, "its width"),
-        ("--stem-stride", 2, "stride of its first convolution"),
-        ("--batch-size", 128, "images in a batch"),
-        ("--samples", 1_200_000, "training samples that are followed"),
-        ("--rounds", 15, "times everything is timed"),
-    ):
-        dynamics.add_argument(option, type=count, default=default, help=text)
-    dynamics.add_argument("--device", default="cpu")
-    workers = kinds.add_parser("workers", help="runs an hour by several workers, against one")
-    for option, default, text in (
-        ("--jobs", 2, "workers"),
-        ("--runs", 8, "runs of the study"),
-        ("--seconds", 10, "about how long a run takes"),
-        ("--rounds", 3, "studies of each kind"),
-    ):
-        workers.add_argument(option, type=count, default=default, help=text)
-    loading = kinds.add_parser("loading", help="decoding JPEGs, against torchvision's pipeline")
-    loading.add_argument("--images", type=count, default=512, help="JPEGs to make")
-    loading.add_argument("--image-size", type=count, default=224, help="size of the crops")
-    loading.add_argument("--batch-size", type=count, default=64, help="images in a batch")
-    loading.add_argument("--workers", type=count_or_none, nargs="+", default=(0, 1, 2))
-    loading.add_argument("--rounds", type=count, default=5, help="times everything is timed")
-
-
-def run_bench(parsed: argparse.Namespace) -> int:
-    """Run a benchmark and print its table."""
-    from gradmask.benchmarks.dynamics import bench_dynamics
-    from gradmask.benchmarks.fisher import bench_fisher
-    from gradmask.benchmarks.influence import bench_influence
-    from gradmask.benchmarks.layers import bench_layers
-    from gradmask.benchmarks.loading import bench_loading
-    from gradmask.benchmarks.loop import bench_loop, bench_processes
-    from gradmask.benchmarks.mask import bench_step, bench_threshold
-    from gradmask.benchmarks.online import bench_online
-    from gradmask.benchmarks.workers import bench_workers
+def _measure(place: str, defaults: dict[str, Any], **given: Any) -> int:
     from gradmask.recipes.training.components import resolve_device
 
-    benches: dict[str, Callable[..., Any]] = {
-        "fisher": bench_fisher,
-        "layers": bench_layers,
-        "influence": bench_influence,
-        "online": bench_online,
-        "step": bench_step,
-        "threshold": bench_threshold,
-        "dynamics": bench_dynamics,
-        "loop": bench_loop,
-        "processes": bench_processes,
-        "loading": bench_loading,
-        "workers": bench_workers,
-    }
-    if "device" in parsed:
-        parsed.device = str(resolve_device(parsed.device))
-    others = ("command", "debug", "what", "model")
-    options = {k: v for k, v in vars(parsed).items() if k not in others}
+    module, _, function = place.partition(".")
+    options = defaults | given
+    if "device" in options:
+        options["device"] = str(resolve_device(options["device"]))
+    model = [options.pop("model")] if "model" in options else []
+    measure = getattr(import_module(f"gradmask.benchmarks.{module}"), function)
     work_begins()
-    model = [parsed.model] if "model" in parsed else []
-    terminal().print(benches[parsed.what](*model, **options))
+    terminal().print(measure(*model, **options))
     return 0
 
 
-def bench_refresh(words: list[str]) -> int:
-    """Run `bench refresh`, which takes the options of `gradmask run`."""
+def _refresh(config: Options) -> int:
     from gradmask.benchmarks import refresh
     from gradmask.recipes.config import Comparison
 
-    config = read_options(words)
     if not isinstance(config, Comparison):
         raise OptionError("bench refresh trains one network: give no recipe, or a comparison's.")
     if config.stop_after is not None:
@@ -150,3 +141,22 @@ def bench_refresh(words: list[str]) -> int:
     work_begins()
     refresh.bench_refresh(config)
     return 0
+
+
+def _nothing() -> None:
+    raise OptionError("Say WHAT to measure: see gradmask bench --help.")
+
+
+bench = App(
+    name="bench",
+    help="Measure speed, with other libraries beside it.",
+    default_command=_nothing,
+    help_epilogue="Examples:\n  gradmask bench step --model resnet18\n"
+    "  gradmask bench fisher --model gpt2 --device cuda --no-peers",
+)
+for name, (place, text, defaults) in _BENCHES.items():
+    options = [parameter(k, _annotation(k, v), v) for k, v in defaults.items()]
+    example = f"Example:\n  gradmask bench {name} --rounds 3"
+    function = command(partial(_measure, place, defaults), options, text)
+    bench.command(function, name=name, help_epilogue=example)
+bench.command(recipes_app("bench refresh", _refresh, "How many samples a mask needs."))

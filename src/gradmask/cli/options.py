@@ -1,228 +1,151 @@
-"""The options of `gradmask run` and `study`, from the command line and YAML files.
+"""A dataclass of options as the parameters of a command, with help, headings and defaults.
 
-They are typed once, in the dataclasses `Comparison`, `StudyOptions` and those of recipes.
-jsonargparse was chosen to read them because one parser then checks the command line and a YAML file
-alike, by the same types.
+Each option is typed once, in the dataclass, whose docstring is its help.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import inspect
 import re
-from dataclasses import fields
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from gradmask.cli.parser import Printing, usable_path
-from gradmask.errors import OptionError, check_choice
+from cyclopts import Group, Parameter
 
-if TYPE_CHECKING:
-    from gradmask.recipes.catalogue import Options
-    from gradmask.study import StudyOptions
+from gradmask.cli.values import read_items, read_pairs, read_path, read_text, read_whole
 
-_LISTS = ("arms", "models", "seeds", "levels", "rates", "monitor", "judge", "front")
-_SWITCHES = ("augment", "crop", "flip", "noisy_validation")  # --no-flip is --flip=false
-_MAPPINGS = ("sweep", "options", "metrics")  # name=value, of a sweep name=value,value
+_GROUPS = {
+    "Data": "data labels_csv train_size test_size classes old_classes per_class image_size"
+    " streaming workers skip_damaged label_noise noise noisy_validation plant labels validation"
+    " augment crop flip transform forget forget_count",
+    "Model": "model models weights width stem_stride pretrained",
+    "Masks": "arms keep scope fisher_kind fisher_samples rho old_samples",
+    "Comparison": "seeds sweep options choose judge metrics front rates levels",
+    "Training": "epochs evaluate_every batch_size precision channels_last compile optimizer lr"
+    " momentum nesterov weight_decay schedule class_weights updates more_epochs",
+    "Influence": "monitor monitor_fisher monitor_sources monitor_probe monitor_step monitor_every"
+    " sources probe decades steps",
+    "Machine": "device engine jobs threads scheduler",
+    "Output": "size config output save_every checkpoint_every stop_after",
+}
+HEADINGS = {
+    name: Group(title, sort_key=place)
+    for place, (title, names) in enumerate(_GROUPS.items())
+    for name in names.split()
+}
+_POSITIONAL = ("train", "folder")
 
 
-def read_options(words: list[str]) -> Options:
-    """Read the options: defaults, over them the recipe's, a YAML file's, the command line's.
+def command(
+    run: Callable[..., int],
+    parameters: Sequence[inspect.Parameter],
+    text: str,
+) -> Callable[..., int]:
+    """A function as cyclopts reads it, with these parameters and docstring.
 
-    Args:
-        words: What follows `gradmask run`.
-
-    Returns:
-        The recipe's options.
-
-    Raises:
-        OptionError: If the recipe or an option is unknown, or a value cannot work.
+    `run` is called with what the command line gives, by name, and with nothing else: defaults are
+    shown, and are below what a file says.
     """
-    from gradmask.recipes.catalogue import find_recipe
 
-    named = bool(words) and not words[0].startswith("-")
-    recipe = find_recipe(words[0] if named else "compare")
-    size, words = _size(words[named:])
-    program = f"gradmask run {recipe.name}", recipe.description
-    found: Options = _read(program, recipe.config(size), words, recipe.sizes)
+    def called(*given: Any, **named: Any) -> int:
+        names = [parameter.name for parameter in parameters]
+        return run(**dict(zip(names, given, strict=False)), **named)
+
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {}
+    called.__doc__ = text
+    return called
+
+
+def parameters_of(
+    kind: type, defaults: Mapping[str, Any] | None = None, group: Group | None = None
+) -> list[inspect.Parameter]:
+    """The fields of a dataclass as parameters, with defaults in place of its own, or a heading."""
+    hints = get_type_hints(kind)
+    found = []
+    for field in fields(kind):
+        default = (defaults or {}).get(field.name, _default(field))
+        heading = group or HEADINGS.get(field.name)
+        annotation = _annotation(field.name, hints[field.name], default, heading)
+        found.append(parameter(field.name, annotation, default))
     return found
 
 
-def read_study(words: list[str]) -> StudyOptions:
-    """Read the options of `gradmask study`.
-
-    Args:
-        words: What follows `gradmask study`: the training function, then options.
-
-    Returns:
-        The options.
-
-    Raises:
-        OptionError: If there is no function, an option is unknown, or a value cannot work.
-    """
-    from gradmask.study import StudyOptions
-
-    if words and not words[0].startswith("-"):
-        words = ["--train", *words]
-    description = "compare arms by a training function of your own: package.module:function"
-    found: StudyOptions = _read(("gradmask study", description), StudyOptions(), words)
-    if not found.train:
-        raise OptionError("gradmask study needs a training function: package.module:function.")
-    return found
+def parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    """A parameter of a command: an option, or a word that stands first."""
+    kinds = inspect.Parameter
+    kind = kinds.POSITIONAL_OR_KEYWORD if name in _POSITIONAL else kinds.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, annotation=annotation, default=default)
 
 
-def _read(program: tuple[str, str], defaults: Any, words: list[str], sizes: Any = ()) -> Any:
-    """Options of a dataclass, with an object of it as their defaults."""
-    from jsonargparse import ArgumentParser
-
-    class Parser(Printing, ArgumentParser):
-        def format_help(self, *args: Any, **kwargs: Any) -> str:
-            text = super().format_help(*args, **kwargs)
-            return re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
-
-    kind = type(defaults)
-    parser = Parser(prog=program[0], description=program[1], exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    if sizes:
-        parser.add_argument("--size", help=f"preset: {', '.join(sizes)}")
-    parser.add_class_arguments(kind)
-    names = [field.name for field in fields(kind)]
-    parser.set_defaults({name: getattr(defaults, name) for name in names})
-    normal = _normal_form(words, [*names, "config", "print_config", "help"])
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    files.add_argument("--config", action="append", default=[])
-    try:
-        for file in files.parse_known_args(normal)[0].config:
-            _check_file(file, names)
-        parsed = parser.parse_args(normal)
-    except argparse.ArgumentError as error:
-        raise OptionError(_plain(str(error))) from error
-    except (ValueError, RecursionError, TypeError) as error:
-        raise OptionError(f"An option cannot be read: {error}") from error
-    options = {name: getattr(parsed, name) for name in names}
-    options["output"] = usable_path("output", options["output"])
-    return kind(**options)
+def help_of(first: str, *kinds: type, **more: str) -> str:
+    """Docstring of a command: a line, the options of dataclasses, and others by name."""
+    docs = [(inspect.getdoc(kind) or "").partition("Attributes:\n")[2] for kind in kinds]
+    docs = [re.sub(r"\n {8,}", " ", doc) for doc in docs]  # each in one line, to be wrapped anew
+    options = [*docs, *(f"    {name}: {text}" for name, text in more.items())]
+    return "\n".join([first, "", "Args:", *options])
 
 
-def _size(words: list[str]) -> tuple[str | None, list[str]]:
-    """Take `--size` out: the defaults of all other options depend on it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--size")
-    try:
-        found, rest = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise OptionError("--size needs a value.") from error
-    return found.size, rest
+def file_options() -> list[inspect.Parameter]:
+    """The options `--config` and `--print-config`, whose help is `FILE_HELP`."""
+    group = HEADINGS["config"]
+    reader = Parameter(converter=read_path, group=group, allow_repeating=True)
+    switch = Parameter(negative="", group=group, show_default=False)
+    return [
+        parameter("config", Annotated[Path | None, reader]),
+        parameter("print_config", Annotated[bool, switch], False),
+    ]
 
 
-def _normal_form(words: list[str], known: list[str]) -> list[str]:
-    """Options as jsonargparse wants them: underscores, lists in brackets; unknown names refused."""
-    normal: list[str] = []
-    mappings: dict[str, list[str]] = {}
-    place = 0
-    while place < len(words):
-        word = words[place]
-        place += 1
-        if not word.startswith("--"):
-            normal.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name.removeprefix("no_") in _SWITCHES and name not in known and not equals:
-            name, equals, value = name.removeprefix("no_"), "=", "false"
-        if name in _SWITCHES and not equals:
-            told = place < len(words) and not words[place].startswith("--")
-            equals, value = ("", value) if told else ("=", "true")
-        check_choice("option", name, known)
-        if name in _LISTS:
-            items = [value] if equals else []
-            while not equals and place < len(words) and not words[place].startswith("--"):
-                items.append(words[place])
-                place += 1
-            if name == "arms":
-                _check_commas(items)
-            text = ",".join(items)
-            normal.append(f"--{name}={text if text.startswith('[') else f'[{text}]'}")
-        elif name in _MAPPINGS:
-            items = [value] if equals else []
-            while not equals and place < len(words) and not words[place].startswith("--"):
-                items.append(words[place])
-                place += 1
-            mappings.setdefault(name, []).extend(items)
-        else:
-            if name == "output" and (equals or place < len(words)):
-                usable_path(name, value if equals else words[place])
-            normal.append(f"--{name}{equals}{value}")
-    normal += [f"--{name}={_mapping(name, items)}" for name, items in mappings.items()]
-    return normal
+def size_option(sizes: Sequence[str]) -> inspect.Parameter:
+    """The option `--size`, which is not shown where there are none."""
+    group = HEADINGS["size"]
+    about = Parameter(group=group, choices=sizes or None, show=bool(sizes), allow_repeating=True)
+    return parameter("size", Annotated[str | None, about])
 
 
-def _check_commas(arms: list[str]) -> None:
-    """Refuse a comma within an arm, such as in a file's name: it would part the arm in two."""
-    from gradmask.study.arms import STRATEGIES
-
-    for word in arms:
-        before = ""
-        for part in [] if word.startswith("[") else word.split(","):
-            if "=" in before and ":" not in part and not get_close_matches(part, STRATEGIES):
-                example = json.dumps([f"{before},{part}"])
-                raise OptionError(
-                    f"arms {word!r}: a comma parts arms, and {part!r} is none. For an arm with a "
-                    f"comma write a list: --arms '{example}'."
-                )
-            before = part
+FILE_HELP = {
+    "config": "YAML or TOML file with any of these options; the command line is over it.",
+    "print_config": "Print all options as such a file, and end.",
+}
 
 
-def _mapping(name: str, items: list[str]) -> str:
-    """`name=value` words as JSON; the values of a sweep are lists."""
-    from gradmask.study.schema import literal
-
-    found: dict[str, Any] = {}
-    for item in items:
-        if item.startswith("{"):  # as jsonargparse wants it
-            return item
-        key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise OptionError(f"{name} {item!r} must be written name=value.")
-        key = key.replace("-", "_")
-        if key in found:
-            raise OptionError(f"{name} has {key} twice: write {key}=value,value.")
-        found[key] = (
-            [literal(part) for part in text.split(",")] if name == "sweep" else literal(text)
-        )
-    return json.dumps(found)
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is MISSING else field.default
 
 
-def _check_file(file: str, names: list[str]) -> None:
-    """Refuse a YAML file in plain words; jsonargparse would speak of its parser."""
-    import yaml
-
-    try:
-        options = yaml.safe_load(usable_path("config", file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"config={file!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        unreadable = isinstance(error, UnicodeDecodeError | yaml.reader.ReaderError)
-        other = "it is not plain text in UTF-8" if unreadable else str(error)
-        reason = getattr(error, "problem", None) or other
-        raise OptionError(f"config={file!r} is not valid YAML{where}: {reason}.") from error
-    if not isinstance(options, dict):
-        raise OptionError(f"config={file!r} holds no options: write lines such as 'keep: 0.25'.")
-    for name in options:
-        check_choice(f"{file} option", name, names)
-    if "output" in options:
-        usable_path("output", str(options["output"]))
+def _annotation(name: str, hint: Any, default: Any, group: Group | None) -> Any:
+    """A field's type, and how its words are read."""
+    optional = NoneType in get_args(hint)
+    plain = next(one for one in get_args(hint) if one is not NoneType) if optional else hint
+    # The last of several wins, so that what is longer may follow what a script has.
+    more: dict[str, Any] = {"allow_repeating": True, "show_default": _shown(default)}
+    if get_origin(plain) is tuple:
+        more |= {**SEVERAL, "converter": partial(read_items, get_args(plain)[0])}
+    elif get_origin(plain) is dict:
+        hint = tuple[str, ...]
+        more |= {**SEVERAL, "converter": partial(read_pairs, name == "sweep")}
+    elif plain is int or (plain is str and optional):
+        more["converter"] = partial(read_whole if plain is int else read_text, optional=optional)
+    elif plain is Path:
+        more["converter"] = read_path
+    if group:
+        more["group"] = group
+    return Annotated[hint, Parameter(**more)]
 
 
-def _plain(message: str) -> str:
-    """Jsonargparse's message in the words of the other errors."""
-    text = " ".join(line.strip() for line in message.splitlines() if line.strip())
-    found = re.match(r'Parser key "(\w+)": .*?(?:<class \'(\w+)\'>|Literal\[(.*?)\]).*: (.*)', text)
-    if not found:
-        return text
-    name, kind, choices, value = found.groups()
-    if choices:
-        check_choice(name, value, re.findall(r"'(\w+)'", choices))
-    return f"{name}={value!r} is not of the type {kind}."
+# An option with several words; lists in brackets are read by `read_items`.
+SEVERAL: dict[str, Any] = {"consume_multiple": 1, "negative": "", "json_list": False}
+
+
+def _shown(default: Any) -> str | bool:
+    """How a default is shown; None, no name and no list are not."""
+    if isinstance(default, tuple) and default:
+        return " ".join(map(str, default[:6])) + (" ..." if len(default) > 6 else "")
+    return isinstance(default, bool | int | float | Path) or bool(default)

@@ -1,0 +1,3 @@
+"""`python -m gradmask`."""
+
+import gradmask.cli.__main__  # noqa: F401
