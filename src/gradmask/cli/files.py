@@ -35,7 +35,7 @@ def read_file(kind: type, path: Path | None) -> dict[str, Any]:
         raise OptionError(f"config={str(path)!r} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise OptionError(f"config={str(path)!r} is not plain text in UTF-8.") from error
-    options = (_toml if path.suffix == ".toml" else _yaml)(path, text)
+    options = _parse(path, text)
     if not isinstance(options, dict) or not options:
         raise OptionError(f"config={str(path)!r} holds no options: write lines as in config.yaml.")
     for name in options:
@@ -52,16 +52,9 @@ def read_file(kind: type, path: Path | None) -> dict[str, Any]:
         raise OptionError(f"{path}: {error}.") from error
 
 
-def _toml(path: Path, text: str) -> Any:
+def _parse(path: Path, text: str) -> Any:
     import tomllib
 
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise OptionError(f"config={str(path)!r} is not valid TOML: {error}.") from error
-
-
-def _yaml(path: Path, text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -69,11 +62,12 @@ def _yaml(path: Path, text: str) -> Any:
 
     number = re.compile(r"[-+]?\d+[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    kind = "TOML" if path.suffix == ".toml" else "YAML"
     try:
-        return yaml.load(text, Loader)
+        return tomllib.loads(text) if kind == "TOML" else yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         other = "it is not plain text" if isinstance(error, yaml.reader.ReaderError) else str(error)
         reason = getattr(error, "problem", None) or other
-        raise OptionError(f"config={str(path)!r} is not valid YAML{where}: {reason}.") from error
+        raise OptionError(f"config={str(path)!r} is not valid {kind}{where}: {reason}.") from error
