@@ -27,9 +27,12 @@ Node = tuple[int, str]  # layer, and a part or the place where an arrow passes
 def imports() -> tuple[Edges, set[str]]:
     """What each part imports, and the parts that `import gradmask` loads."""
     parts = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in SOURCE.rglob("*.py")}
-    home = {  # of the public names
+    package = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    home = {  # of the public names, which are imported when they are used
         alias.name: node.module.split(".")[1]
-        for node in ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8")).body
+        for block in package.body
+        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+        for node in block.body
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
