@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 
 from gradmask import cli
-from gradmask import mask as mask_module
+from gradmask import scoring as scoring_module
 from gradmask.cli import run as cli_run
 from gradmask.recipes.data import batches as batches_module
 from gradmask.study.log import RunLog
@@ -38,7 +38,7 @@ def run(words, moment=None, counts_file=None, environment=None):
             die()
         return original(*args)
 
-    def fisher(model, loader, original=mask_module.fisher_diagonal, **options):
+    def fisher(model, loader, original=scoring_module.fisher_diagonal, **options):
         def batches():
             for batch in loader:
                 if reached("fisher"):
@@ -73,7 +73,7 @@ def run(words, moment=None, counts_file=None, environment=None):
             die()
         original(self, row)
 
-    batches_module.augment_batch, mask_module.fisher_diagonal = batch, fisher
+    batches_module.augment_batch, scoring_module.fisher_diagonal = batch, fisher
     torch.save, os.replace, RunLog.write = save, rename, line
     cli_run.show = lambda *_: 0  # the report is no part of these tests
     with contextlib.redirect_stdout(io.StringIO()):
