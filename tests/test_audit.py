@@ -376,7 +376,7 @@ def test_verdict_says_what_is_shown(config, printed):
         (["--probe", "19"], "probe=19 must be from 20.* to 135"),
         (["--probe", "136"], "probe=136 must be from 20.* to 135"),
         (["--score", "los"], "Did you mean 'loss'"),
-        (["--fisher", "emprical"], "Did you mean 'empirical'"),
+        (["--fisher", "emprical"], 'Did you mean "empirical"'),
         (["--top", "0"], "top=0 must be at least 1"),
         (["--device", "gpu"], "device='gpu' cannot be used"),
     ],

@@ -451,8 +451,8 @@ def test_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run", "theorem1", "--keep", "0.5"], "Unknown option 'keep'"),
-        (["run", "theorem1", "--size", "tiny"], "Unknown size 'tiny'"),
+        (["run", "theorem1", "--keep", "0.5"], "Unknown option: --keep"),
+        (["run", "theorem1", "--size", "tiny"], 'Invalid value "tiny" for --size'),
         (["run", "theorem1", "--sources", "1"], "sources=1"),
         (["bench", "refresh", "theorem1"], "a comparison's"),
     ],
