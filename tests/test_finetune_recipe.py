@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from gradmask.cli import main
-from gradmask.errors import GradmaskError, OptionError
+from gradmask.errors import GradmaskError, OptionError, TrialError
 from gradmask.recipes.catalogue import find_recipe
 from gradmask.recipes.finetune.config import ARMS, FineTuning
 from gradmask.recipes.finetune.fronts import SHARES, fronts, print_fronts
@@ -78,6 +78,11 @@ def test_network_of_another_study(results, tmp_path_factory, tmp_path):
     torch.save({k: v + 1 for k, v in torch.load(path).items()}, changed)
     with pytest.raises(GradmaskError, match="pretrained"):
         run(tmp_path / "out", pretrained=changed, arms=("none",), seeds=(0, 1), rates=(0.03,))
+
+
+def test_a_network_that_diverges_before_the_runs(tmp_path):
+    with pytest.raises(TrialError, match=r"network that runs begin with diverges.*lower lr"):
+        run(tmp_path / "out", lr=1e6, arms=("none",), seeds=(1,), rates=(0.01,))
 
 
 def test_old_and_new_classes_are_apart():

@@ -358,3 +358,15 @@ def test_dead_entries_score_nothing_and_weights_of_zero_are_no_error():
     mask = FisherMask(model, 0.5, score="snip")
     with pytest.warns(GradmaskWarning, match="score of 0"):
         mask.refresh(samples(1))
+
+
+def test_a_score_that_works_in_place_changes_no_weight():
+    name = "in_place_magnitude"
+    register_score(name, formula="|w|", needs=["weight"])(lambda measured: measured.weight.abs_())
+    try:
+        model = network()
+        before = [p.detach().clone() for p in model.parameters()]
+        parameter_scores(model, None, name)
+        assert all(map(torch.equal, before, model.parameters()))
+    finally:
+        del SCORES[name]

@@ -216,6 +216,15 @@ def test_sizes_of_the_controls(keep):
     assert not len(left) or chosen.max() <= left.min()
 
 
+@pytest.mark.parametrize("options", [{"strategy": "inverse"}, {"which": "lowest"}])
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_the_lowest_of_many_zeros(keep, options):
+    fisher = {"a": torch.zeros(90), "b": torch.arange(1.0, 11.0)}
+    masks = make_masks(fisher, keep, generator=seeded(0), **options)
+    assert sum(counts(masks).values()) == kept_count(fisher, keep)
+    assert not masks["b"].any()
+
+
 @pytest.mark.parametrize("strategy", ["random", "random_matched", "inverse"])
 def test_draws_are_fixed_by_the_generator_and_uniform(strategy):
     fisher = {"a": torch.ones(4), "b": torch.ones(6)}

@@ -102,3 +102,12 @@ def check_shards(rank, world):
 @pytest.mark.slow
 def test_shards_are_dampened_as_the_whole(tmp_path):
     run_processes(check_shards, 2, tmp_path)
+
+
+def test_information_that_is_not_finite_changes_nothing():
+    model = nn.Linear(4, 3)
+    before = [p.detach().clone() for p in model.parameters()]
+    huge = [(1e25 * x.float(), y) for x, y in data(1)]
+    with pytest.raises(DataError, match=r"'weight' on the data to forget.*No weight was changed"):
+        gradmask.dampen(model, huge, [(x.float(), y) for x, y in data(2)])
+    assert all(map(torch.equal, before, model.parameters()))

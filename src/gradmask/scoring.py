@@ -172,7 +172,7 @@ def of_weights(
     found: dict[str, Mapping[str, Tensor]] = {}
     if "weight" in score.needs:
         found["weight"] = {
-            name: shard_like(local(p).to(torch.promote_types(p.dtype, torch.float32)), p)
+            name: shard_like(local(p).to(torch.promote_types(p.dtype, torch.float32), copy=True), p)
             for name, p in parameters.items()
         }
     if "random" in score.needs:

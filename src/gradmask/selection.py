@@ -132,7 +132,7 @@ def make_masks(
             anywhere. `random_matched`: in every tensor as many as `fisher` keeps there, drawn at
             random. `inverse`: as `fisher` with `which="lowest"`.
         which: `fisher` keeps the `highest` entries, or as many of the `lowest` (ties drawn at
-            random).
+            random); the share `keep` of them where the threshold of the highest is 0.
         per: One threshold for the whole `network`, or one for each `tensor`, of which each then
             keeps its share.
         generator: CPU generator of the random draws; in the same state on every rank.
@@ -165,8 +165,9 @@ def make_masks(
             masks |= _largest(random_numbers(part, generator), kept_count(part, keep))
         else:
             threshold = global_threshold(part, keep, group)
-            without += part if float(threshold) == 0.0 and keep < 1.0 else ()
-            masks |= _chosen(part, threshold, strategy, which, generator)
+            if which == "highest" and float(threshold) == 0.0 and keep < 1.0:
+                without += part
+            masks |= _chosen(part, keep, threshold, strategy, which, generator)
     if without:
         where = "" if per == "network" else f" in {first_names(without)}"
         warnings.warn(
@@ -201,6 +202,7 @@ def check_selection(strategy: str, which: str, per: str) -> None:
 
 def _chosen(
     fisher: Mapping[str, Tensor],
+    keep: float,
     threshold: Tensor,
     strategy: str,
     which: str,
@@ -211,8 +213,9 @@ def _chosen(
     if strategy == "fisher" and which == "highest":
         return masks
     keys = random_numbers(fisher, generator)
-    if which == "lowest":
-        masks = _lowest(fisher, sum(kept_counts(masks).values()), keys)
+    if which == "lowest":  # where most are zero, `highest` keeps all: as many would protect nothing
+        count = sum(kept_counts(masks).values()) if float(threshold) else kept_count(fisher, keep)
+        masks = _lowest(fisher, count, keys)
     if strategy == "fisher":
         return masks
     if which == "lowest":  # ties were drawn by the same numbers

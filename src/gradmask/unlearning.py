@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from gradmask.distributed import local, shard_like, unwrapped
-from gradmask.errors import OptionError
+from gradmask.errors import DataError, OptionError
 from gradmask.fisher.adapter import Unpack
 from gradmask.fisher.diagonal import fisher_diagonal
 from gradmask.fisher.likelihood import Loss
@@ -70,6 +70,14 @@ def dampen(
     options |= {"seed": seed, "group": group, "unpack": unpack}
     of_forget = fisher_diagonal(model, forget, **options)
     of_retain = fisher_diagonal(model, retain, **options)
+    for found, data in ((of_forget, "forget"), (of_retain, "retain")):
+        bad = [name for name, f in found.items() if not bool(local(f).isfinite().all())]
+        if bad:
+            raise DataError(
+                f"The Fisher information of {bad[0]!r} on the data to {data} is NaN or infinite: "
+                "look for a gradient that is not finite, or data of a wrong scale. No weight was "
+                "changed."
+            )
     parameters = trainable_parameters(unwrapped(model), loss)
     smaller: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from gradmask.errors import DataError
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.batches import Batches
 from gradmask.recipes.data.images import ImageData
@@ -22,7 +23,7 @@ from gradmask.recipes.data.sources import in_memory
 from gradmask.recipes.training.components import new_model
 from gradmask.recipes.training.run import Row, train_run
 from gradmask.recipes.training.weights import load_weights, save_weights
-from gradmask.study import Trial
+from gradmask.study import Diverged, Trial
 from gradmask.study.files import read_json, write_atomically
 
 
@@ -44,7 +45,7 @@ def trained_network(config: Comparison, data: ImageData, seed: int, path: Path) 
         The network after its last epoch, on the device of the images.
 
     Raises:
-        Diverged: If training diverges.
+        DataError: If training diverges.
         StateError: If the file is damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,14 @@ def trained_network(config: Comparison, data: ImageData, seed: int, path: Path) 
                         save_weights(path, model.state_dict())
 
                 folder = Path(place)
-                train_run(config, data, "none", seed, folder, observe=keep_last, checkpoints=False)
+                try:
+                    train_run(
+                        config, data, "none", seed, folder, observe=keep_last, checkpoints=False
+                    )
+                except Diverged as error:  # it is not this run that diverged
+                    raise DataError(
+                        f"The network that runs begin with diverges: lower lr. ({error})"
+                    ) from error
     return read_network(config, data, seed, path)
 
 
