@@ -25,20 +25,15 @@ else:  # all of these need PyTorch, which the help of a command does not
     __getattr__, __dir__ = lazily(
         __name__,
         {
-            **dict.fromkeys(
-                ("Moments", "fisher_diagonal", "gradient_moments", "register_rule"), "fisher"
-            ),
-            "gradient_norms": "influence",
-            "FisherMask": "mask",
-            **dict.fromkeys(
-                ("load_masks", "masks_from_indices", "masks_to_indices", "save_masks"),
-                "mask_files",
-            ),
-            "InfluenceMonitor": "monitor",
-            **dict.fromkeys(("SCORES", "register_score"), "scores"),
-            "parameter_scores": "scoring",
-            **dict.fromkeys(("global_threshold", "make_masks"), "selection"),
-            "dampen": "unlearning",
+            "fisher": ["Moments", "fisher_diagonal", "gradient_moments", "register_rule"],
+            "influence": ["gradient_norms"],
+            "mask": ["FisherMask"],
+            "mask_files": ["load_masks", "masks_from_indices", "masks_to_indices", "save_masks"],
+            "monitor": ["InfluenceMonitor"],
+            "scores": ["SCORES", "register_score"],
+            "scoring": ["parameter_scores"],
+            "selection": ["global_threshold", "make_masks"],
+            "unlearning": ["dampen"],
         },
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gradmask.distributed import local, shard_like, unwrapped
+from gradmask.distributed import all_ranks_raise, local, shard_groups, shard_like, unwrapped
 from gradmask.errors import DataError, OptionError
 from gradmask.fisher.adapter import Unpack
 from gradmask.fisher.diagonal import fisher_diagonal
@@ -70,15 +70,10 @@ def dampen(
     options |= {"seed": seed, "group": group, "unpack": unpack}
     of_forget = fisher_diagonal(model, forget, **options)
     of_retain = fisher_diagonal(model, retain, **options)
-    for found, data in ((of_forget, "forget"), (of_retain, "retain")):
-        bad = [name for name, f in found.items() if not bool(local(f).isfinite().all())]
-        if bad:
-            raise DataError(
-                f"The Fisher information of {bad[0]!r} on the data to {data} is NaN or infinite: "
-                "look for a gradient that is not finite, or data of a wrong scale. No weight was "
-                "changed."
-            )
     parameters = trainable_parameters(unwrapped(model), loss)
+    with all_ranks_raise(shard_groups(parameters.values()), "checking the Fisher information"):
+        _check_finite(of_forget, "forget")
+        _check_finite(of_retain, "retain")
     smaller: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, weight in parameters.items():
@@ -89,3 +84,13 @@ def dampen(
             smaller[name] = shard_like(factor < 1.0, weight)
     counts = kept_counts(smaller)
     return {name: counts[name] / max(1, p.numel()) for name, p in parameters.items()}
+
+
+def _check_finite(fisher: dict[str, Tensor], data: str) -> None:
+    for name, values in fisher.items():
+        if not local(values).isfinite().all():
+            raise DataError(
+                f"The Fisher information of {name!r} on the data to {data} is NaN or infinite: "
+                "look for a gradient that is not finite, or data of a wrong scale. No weight was "
+                "changed."
+            )

@@ -39,7 +39,7 @@ class Call:
     """
 
     kind: tuple[Any, ...]
-    adds_moments = False  # whether `add_moments` does
+    adds_moments = False  # whether it has `add_moments`
 
     def __init__(self, names: dict[str, str], edges: list[GradientEdge]) -> None:
         self.names, self.edges = names, edges
@@ -68,12 +68,12 @@ class Call:
         """Add the squares over samples to `{model's name: total}`; False if it cannot."""
         return False
 
-    def add_moments(self, totals: dict[str, Tensor], sums: dict[str, Tensor]) -> bool:
+    def add_moments(self, totals: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Add the squares over samples to totals, and the gradients themselves to sums, likewise.
 
-        False if it cannot.
+        Only of a call that `adds_moments`.
         """
-        return False
+        raise NotImplementedError
 
 
 class LayerCall(Call):
@@ -110,15 +110,13 @@ class LayerCall(Call):
 
     @property
     def adds_moments(self) -> bool:  # type: ignore[override]
-        """Whether `add_moments` does."""
+        """Whether the rule has its own way to both moments."""
         return self.rule.add_moments is not None
 
-    def add_moments(self, totals: dict[str, Tensor], sums: dict[str, Tensor]) -> bool:
-        """By the rule's way, if it has one."""
-        if self.rule.add_moments is None:
-            return False
+    def add_moments(self, totals: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+        """By the rule's way."""
+        assert self.rule.add_moments is not None
         self.rule.add_moments(self.module, *self.pair(), self._own(totals), self._own(sums))
-        return True
 
     def weigh_squares(self, weights: dict[str, Tensor], samples: slice = ALL) -> Tensor | None:
         """Each sample's weighted sum of squares, by the rule's way; None if it has none."""

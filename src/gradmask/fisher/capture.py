@@ -243,8 +243,10 @@ class Capture:
     def _adds(self, call: Call) -> bool:
         if self._totals is None:
             return False
-        with_sums = self._means is not None and call.add_moments(self._totals, self._means)
-        return with_sums or call.add_squares(self._totals)
+        if self._means is None or not call.adds_moments:
+            return call.add_squares(self._totals)
+        call.add_moments(self._totals, self._means)
+        return True
 
     def _excerpt(
         self, names: Iterable[str], add: Callable[[dict[str, Tensor], slice], Any]
@@ -263,9 +265,7 @@ class Capture:
         # Only layer outputs are asked for: weight gradients are never formed, unless their means
         # are wanted and the layers cannot add them up.
         edges: list[Any] = [edge for edge, _ in self._returned]
-        added = (c for c in self._calls if c.adds_moments and self._is_alone(c))
-        by_calls = {name for call in added for name in call.names.values()}
-        names = [n for n in self._means or () if n in self.handled and n not in by_calls]
+        names = self._summed_by_autograd()
         weights = [self._parameters[name] for name in names]
         self._running = True
         try:
@@ -280,6 +280,14 @@ class Capture:
             for name, g in zip(names, gradients[len(edges) :], strict=True):
                 if g is not None:
                     self._means[name] += g.to_dense()  # type: ignore[index]
+
+    def _summed_by_autograd(self) -> list[str]:
+        """Handled names whose mean gradients are wanted, and that no call adds up itself."""
+        if self._means is None:
+            return []
+        calls = (call for call in self._calls if call.adds_moments and self._is_alone(call))
+        by_calls = {name for call in calls for name in call.names.values()}
+        return [name for name in self._means if name in self.handled - by_calls]
 
     def mixed(self, outputs: Any) -> set[str]:
         """Find parameters whose calls mix samples, or do not have them where they should be.

@@ -111,15 +111,20 @@ def _contraction(
     places = _places(positions, (tuple(matrix.shape[1:]), (channel, *dilations)))
     groups = module.groups, -1
     outputs, inputs = still.flatten(2).unflatten(1, groups), moving.unflatten(1, groups)
-    return matrix.flatten(1).unflatten(0, groups), outputs, inputs, places
+    return _by_group(module, matrix), outputs, inputs, places
+
+
+def _by_group(module: _ConvNd, matrix: Tensor) -> Tensor:
+    """A tensor of the weight's shape as (groups, outputs, inputs)."""
+    grouped: Tensor = matrix.flatten(1).unflatten(0, (module.groups, -1))
+    return grouped
 
 
 def add_by_products(
     module: _ConvNd, x: Tensor, g: Tensor, total: Tensor, sums: Tensor | None = None
 ) -> None:
     """Add the squares by the kernel that forms no per-sample gradient."""
-    groups = module.groups, -1
-    sums = None if sums is None else sums.flatten(1).unflatten(0, groups)
+    sums = None if sums is None else _by_group(module, sums)
     add_squared_products(*_contraction(module, x, g, total), sums)
 
 
@@ -215,30 +220,28 @@ def fastest_method(module: _ConvNd, x: Tensor, g: Tensor, total: Tensor) -> Meth
     return add_by_unfolding if isinstance(module, nn.Conv2d) else add_by_samples
 
 
-def _add_squares(module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
-    assert isinstance(module, _ConvNd)
-    if "weight" in totals:
-        total = totals["weight"]
-        fastest_method(module, x, g, total)(module, x, g, total)
-    if "bias" in totals:
-        totals["bias"] += g.flatten(2).sum(2).square_().sum(0)
-
-
-def _add_moments(
-    module: nn.Module, x: Tensor, g: Tensor, totals: dict[str, Tensor], sums: dict[str, Tensor]
+def _add_squares(
+    module: nn.Module,
+    x: Tensor,
+    g: Tensor,
+    totals: dict[str, Tensor],
+    sums: dict[str, Tensor] | None = None,
 ) -> None:
     assert isinstance(module, _ConvNd)
+    sums = sums or {}
     if "weight" in totals:
-        total = totals["weight"]
+        total, plain = totals["weight"], sums.get("weight")
         method = fastest_method(module, x, g, total)
         if method is add_by_products and not x.is_cuda:
-            add_by_products(module, x, g, total, sums["weight"])
+            add_by_products(module, x, g, total, plain)
         else:
             method(module, x, g, total)
-            sums["weight"] += weight_gradient(module, _padded(module, x), g)[0]
+            if plain is not None:
+                plain += weight_gradient(module, _padded(module, x), g)[0]
     if "bias" in totals:
         gradients = g.flatten(2).sum(2)
-        sums["bias"] += gradients.sum(0)
+        if "bias" in sums:
+            sums["bias"] += gradients.sum(0)
         totals["bias"] += gradients.square_().sum(0)
 
 
@@ -273,7 +276,7 @@ def _as_product(module: nn.Module, x: Tensor, g: Tensor) -> Product | None:
     add_squares=_add_squares,
     weigh_squares=_weigh_squares,
     as_product=_as_product,
-    add_moments=_add_moments,
+    add_moments=_add_squares,
 )
 def convolution(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Per-sample gradients; input (N, C, ...), output gradient (N, K, ...)."""

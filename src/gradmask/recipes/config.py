@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from gradmask.errors import OptionError, check_choice, check_keep
 from gradmask.study.arms import MASKS, STRATEGIES, parse_arm
-from gradmask.study.options import check_different
+from gradmask.study.options import check_counts, check_different
 from gradmask.study.schema import Wrong, check_types
 
 # What the runs of one comparison may differ in: an arm's options, and values of a sweep. All see
@@ -209,9 +209,7 @@ class Comparison:
         check_choice("engine", self.engine, ("ddp", "fsdp"))
         check_choice("precision", self.precision, ("float32", "bf16", "fp16"))
         whole = ("epochs", "evaluate_every", "batch_size", "stem_stride", "jobs")
-        for name in (*whole, "monitor_sources", "monitor_probe"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)!r} must be at least 1.")
+        check_counts(self, *whole, "monitor_sources", "monitor_probe")
         optional = ("train_size", "test_size", "classes", "image_size", "width", "fisher_samples")
         every = ("threads", "monitor_every", "save_every", "checkpoint_every", "stop_after")
         for name in (*optional, *every):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazily(
         __name__,
-        {"compare": "comparison", "StudyOptions": "config", "Diverged": "trial", "Trial": "trial"},
+        {"comparison": ["compare"], "config": ["StudyOptions"], "trial": ["Diverged", "Trial"]},
     )
 
 __all__ = ["Diverged", "StudyOptions", "Trial", "compare"]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from gradmask.errors import OptionError
 from gradmask.study.metrics import check_metrics
-from gradmask.study.options import check_different
+from gradmask.study.options import check_counts, check_different
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class StudyOptions:
         """
         check_different("arms", self.arms)
         check_different("seeds", self.seeds)
-        if self.jobs < 1:
-            raise OptionError(f"jobs={self.jobs!r} must be at least 1.")
+        check_counts(self, "jobs")
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"threads={self.threads!r} must be at least 1, or left out.")
         check_metrics(self.choose, self.judge, self.metrics)

@@ -96,3 +96,19 @@ def check_different(name: str, values: Sequence[Any]) -> None:
     """Check that there are values, and none twice."""
     if not values or len(set(map(repr, values))) < len(values):
         raise OptionError(f"{name}={list(values)} must be one or more different values.")
+
+
+def check_counts(options: object, *names: str) -> None:
+    """Raise an error unless options are at least 1, or None.
+
+    Args:
+        options: A dataclass of options.
+        names: Those that count something.
+
+    Raises:
+        OptionError: If one is less.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise OptionError(f"{name}={value!r} must be at least 1.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gradmask.errors import OptionError, check_choice
+from gradmask.study.options import check_counts
 from gradmask.study.spec import Spec
 
 
@@ -41,8 +42,7 @@ class DynamicsAudit:
             raise OptionError(f"false_alarms={self.false_alarms!r} must be between 0 and 1.")
         if self.share is not None and not 0 <= self.share < 1:
             raise OptionError(f"share={self.share!r} must be at least 0 and below 1.")
-        if self.top < 1:
-            raise OptionError(f"top={self.top!r} must be at least 1.")
+        check_counts(self, "top")
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,7 @@ class Audit:
             OptionError: If an option's value cannot work.
         """
         check_choice("fisher", self.fisher, ("empirical", "sampled", "exact"))
-        for name in ("probe", "top", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
+        check_counts(self, "probe", "top", "threads")
         from gradmask.recipes.audit.scores import FORMS  # needs PyTorch
 
         check_choice("score", self.score, [form.name for form in FORMS])
@@ -124,7 +121,4 @@ class Clean:
         Raises:
             OptionError: If an option's value cannot work.
         """
-        for name in ("jobs", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name}={value!r} must be at least 1.")
+        check_counts(self, "jobs", "threads")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from gradmask.errors import OptionError
 from gradmask.recipes.config import Comparison
+from gradmask.study.options import check_counts
 
 FEWEST_POINTS = 3  # that a slope is fitted to
 
@@ -118,8 +119,7 @@ class TheoremCheck:
             self.training(name)
         if self.sources < 3:
             raise OptionError(f"sources={self.sources!r} must be at least 3, to be ranked.")
-        if self.probe < 1:
-            raise OptionError(f"probe={self.probe!r} must be at least 1.")
+        check_counts(self, "probe")
         if self.steps < FEWEST_POINTS:
             raise OptionError(f"steps={self.steps!r} must be at least {FEWEST_POINTS}.")
         if not 0.0 < self.decades <= 12.0:
