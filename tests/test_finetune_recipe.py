@@ -206,11 +206,61 @@ def test_a_seed_is_not_judged_at_what_it_chose_itself():
         ({"rates": (-1.0,)}, "rates"),
         ({"pretrained": Path("nowhere.pt")}, "is no file"),
         ({"device": "nowhere"}, "device"),
+        *(
+            ({"arms": ("probe", arm)}, words)
+            for arm, words in (
+                ("frozen:penalty=3", "is written 'frozen'"),
+                ("probe:scope=update", "is written 'probe'"),
+                ("ewc", "is written 'ewc:penalty=...'"),
+                ("ewc:penalty=-1", "penalty must be"),
+                ("l2sp:penalty=much", "penalty must be"),
+                ("lora", "is written 'lora:rank=...'"),
+                ("lora:rank=0", "rank must be"),
+                ("lora:rank=1.5", "rank must be"),
+                ("old_lowest:keep=2", "keep"),
+                ("old_lowest:penalty=1", "'penalty' has no meaning"),
+                ("lowest_each_epoch:scope=nothing", "scope"),
+                ("fisher:method=relabel", "'method' has no meaning"),
+                ("mymodule:train", "is a function"),
+                ("lowest", "Unknown arm"),
+            )
+        ),
     ],
 )
 def test_options_that_cannot_work(options, words, tmp_path):
     with pytest.raises(Exception, match=words):
         run(tmp_path / "out", **options, seeds=(0,))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_masks_of_the_recipes_own(tmp_path):
+    arms = ("old_lowest:keep=0.3", "old_lowest:keep=0.3:scope=update:per=tensor")
+    plain, changed = run(tmp_path / "out", arms=arms, seeds=(0,), rates=(0.03,))["runs"]
+    assert plain["epochs"][-1] != changed["epochs"][-1]
+
+
+def test_a_network_that_diverges_in_a_run(tmp_path):
+    found = run(tmp_path / "out", arms=("none", "probe"), seeds=(0,), rates=(1e20,))["runs"]
+    assert {r["arm"] for r in found if "diverged" in r} == {"none"}
+
+
+@pytest.mark.parametrize("value", [b"nothing", float("nan"), 3])
+def test_weights_that_are_none(value, results, tmp_path_factory, tmp_path):
+    whole = next(tmp_path_factory.getbasetemp().glob("finetune*")) / "out/networks/pretrained.pt"
+    path = tmp_path / "weights.pt"
+    if isinstance(value, bytes):
+        path.write_bytes(value)
+    else:
+        torch.save(
+            {
+                k: torch.full_like(v, value, dtype=None if value != 3 else torch.int64)
+                for k, v in torch.load(whole).items()
+                if v.is_floating_point() or value == 3
+            },
+            path,
+        )
+    with pytest.raises(GradmaskError, match="give the weights that another study"):
+        run(tmp_path / "out", pretrained=path, seeds=(0,))
     assert not (tmp_path / "out").exists()
 
 

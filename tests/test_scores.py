@@ -11,6 +11,7 @@ import gradmask
 from gradmask import SCORES, FisherMask, parameter_scores, register_score
 from gradmask.averaging import RunningAverage
 from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
+from gradmask.scores import quotient
 
 CLASSES = 3
 MEASURED = [name for name, score in SCORES.items() if score.reads_data]
@@ -182,8 +183,97 @@ def test_a_refresh_that_fails_leaves_the_average():
     with pytest.raises(DataError):
         mask.refresh(samples(1))
     after = mask.state_dict()["averaged"]
-    assert after["refreshes"] == before["averaged"]["refreshes"] == 1
+    assert after["refreshes"] == before["averaged"]["refreshes"]
+    assert set(after["refreshes"]["square"].values()) == {1}
     assert all(torch.equal(after["sums"][k], v) for k, v in before["averaged"]["sums"].items())
+
+
+def test_a_parameter_thawed_later_is_averaged_from_then_on():
+    model, beta = network(), 0.8
+    mask = FisherMask(model, keep=0.3, average=beta, max_samples=None)
+    first = {k: (g**2).mean(0) for k, g in gradients(model, samples(1)).items()}
+    model[3].requires_grad_(False)
+    mask.refresh(samples(1))
+    model[3].requires_grad_(True)
+    mask.refresh(samples(2))
+    now = {k: (g**2).mean(0) for k, g in gradients(model, samples(2)).items()}
+    common = [k for k in now if not k.startswith("3.")]
+    size = [torch.cat([f[k].flatten() for k in common]).mean() for f in (first, now)]
+    weight = (1 - beta) / (1 - beta**2)
+    expected = {
+        k: weight * f + (1 - weight) * first[k] * size[1] / size[0] if k in common else f
+        for k, f in now.items()
+    }
+    masks = gradmask.make_masks(expected, 0.3)
+    assert all(torch.equal(mask.masks[k], m) for k, m in masks.items())
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 5), (5,)])
+def test_what_has_another_shape_now_is_averaged_anew(shape):
+    groups = ()
+    average, _ = RunningAverage(0.5).add({"square": {"a": torch.ones(3, 5)}}, groups)
+    measured = {"square": {"a": torch.rand(shape)}}
+    after, found = average.add(measured, groups)
+    assert torch.equal(found["square"]["a"], measured["square"]["a"])
+    assert after.refreshes == {"square": {"a": 1}}
+
+
+@pytest.mark.parametrize("sizes", [(1e-45, 1e-40, 1e-38), (1e-42, 1.0), (1.0, 1e-42), (0.0, 1.0)])
+def test_averages_of_tiny_squares_are_finite(sizes):
+    average = RunningAverage(0.5)
+    for size in sizes:
+        square = torch.tensor([0.0, 1.0, 3.0]) * size
+        average, found = average.add({"square": {"a": square}, "mean": {"a": square.sqrt()}}, ())
+        assert all(t["a"].isfinite().all() for t in found.values())
+    assert found["square"]["a"].argmax() == 2
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, None])
+def test_an_average_of_impossible_numbers_is_refused(count):
+    mask = FisherMask(network(), keep=0.2, average=0.5)
+    mask.refresh(samples(1))
+    state = mask.state_dict()
+    state["averaged"]["refreshes"]["square"]["0.weight"] = count
+    with pytest.raises(StateError, match="damaged"):
+        FisherMask(network(), keep=0.2, average=0.5).load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_an_average_of_impossible_squares_is_refused(value):
+    mask = FisherMask(network(), keep=0.2, average=0.5)
+    mask.refresh(samples(1))
+    state = copy.deepcopy(mask.state_dict())
+    state["averaged"]["sums"]["square/0.weight"][0] = value
+    with pytest.raises(StateError, match="damaged"):
+        FisherMask(network(), keep=0.2, average=0.5).load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_quotient_with_nothing_below_is_chosen_by_what_is_above(dtype, size):
+    above = torch.rand(1000, dtype=dtype, generator=torch.Generator().manual_seed(0)) * size
+    below = torch.where(torch.arange(1000) < 600, 0.0, 1e-6).to(dtype)
+    found = quotient(above, below)
+    assert found.isfinite().all()
+    assert found[:600].min() > found[600:].max()
+    assert torch.equal(found[:600].argsort(), above[:600].argsort())
+    assert not quotient(torch.zeros(3, dtype=dtype), torch.tensor([0.0, 1.0, 2.0])).any()
+    masks = gradmask.make_masks({"a": found}, 0.1)
+    assert int(masks["a"].sum()) == 100
+
+
+@pytest.mark.parametrize("name", ["ratio", "gradient_to_weight"])
+def test_keep_is_kept_where_denominators_are_zero(name):
+    model = network().float()
+    with torch.no_grad():
+        model[0].weight[:, 1] = 0
+    old = [(x.float() * torch.tensor([1.0, 0.0])[:, None, None], y) for x, y in samples(2)]
+    options = {"protect": old} if name == "ratio" else {}
+    mask = FisherMask(model, keep=0.1, score=name, per="network")
+    mask.refresh([(x.float(), y) for x, y in samples(1)], **options)
+    assert mask.kept_fraction == pytest.approx(0.1, abs=0.02)
+    assert not mask.masks["3.weight"].any()
+    assert mask.masks["0.weight"][:, 1].sum() >= 12
 
 
 def test_average_of_one_refresh_is_that_refresh():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gradmask.errors import OptionError
+from gradmask.errors import GradmaskError, OptionError
 from gradmask.recipes.catalogue import find_recipe
 from gradmask.recipes.data.images import load_images
 from gradmask.recipes.unlearn.config import ARMS, METHODS, Unlearning
@@ -91,11 +91,16 @@ def test_parts_are_apart(forget):
         ({"model": "resnet"}, "resnet"),
         ({"epochs": 0}, "epochs"),
         ({"device": "nowhere"}, "device"),
+        ({"arms": ("none", "none:method=forget")}, "method of arm"),
+        ({"arms": ("fisher:keep=0.5:method=dampen",)}, "nothing is masked"),
+        ({"arms": ("slow:keep=0.5:method=retrain",)}, "nothing is masked"),
+        ({"arms": ("none:methods=relabel",)}, "'methods' has no meaning"),
+        ({"arms": ("mymodule:train",)}, "is a function"),
     ],
 )
 def test_options_that_cannot_work(options, words, tmp_path):
     with pytest.raises(OptionError, match=words):
-        run(tmp_path / "out", **options, arms=("none",), seeds=(0,))
+        run(tmp_path / "out", **{"arms": ("none",), "seeds": (0,), **options})
     assert not (tmp_path / "out").exists()
 
 
@@ -103,6 +108,24 @@ def test_more_images_than_there_are(tmp_path):
     with pytest.raises(OptionError, match="forget_count=1000"):
         run(tmp_path / "out", forget="random", forget_count=1000, seeds=(0,))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_diverges_in_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("gradmask.recipes.unlearn.run.RATES", (1e20,) * 4)
+    arms = ("none:method=original", "none:method=finetune")
+    found = run(tmp_path / "out", arms=arms, seeds=(0,), levels=(1,))["runs"]
+    assert [r["arm"] for r in found if "diverged" in r] == ["none:method=finetune"]
+
+
+def test_a_damaged_network_is_told_with_its_mend(tmp_path):
+    options = {"arms": ("none:method=original",), "seeds": (0,)}
+    run(tmp_path / "out", **options, levels=(1,))
+    path = tmp_path / "out/networks/original-seed0.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(GradmaskError, match=r"original-seed0.pt is damaged .* delete it"):
+        run(tmp_path / "out", **options, levels=(1, 2))
+    path.unlink()
+    assert len(run(tmp_path / "out", **options, levels=(1, 2))["runs"]) == 2
 
 
 def test_every_mask_has_its_controls():

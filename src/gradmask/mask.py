@@ -256,6 +256,7 @@ class FisherMask(ScoreSource):
         Args:
             fisher: `{parameter name: tensor}` for all trainable parameters; the same on all ranks,
                 or DTensors for sharded parameters. Of another score what `parameter_scores` gives.
+                It does not enter an average over refreshes.
             unused: Names on which the loss does not depend in eval mode (`fisher_diagonal` tells
                 them). They learn, whatever the others' threshold is.
 
@@ -266,7 +267,8 @@ class FisherMask(ScoreSource):
             OptionError: If the mask is fixed.
         """
         self._check_measured()
-        check_shapes(fisher, self._trainable(), "Fisher diagonal")
+        measured = "Fisher diagonal" if self.score == "fisher" else f"score {self.score!r}"
+        check_shapes(fisher, self._trainable(), measured)
         self._steps.check(shard_groups(self.model.parameters()))
         generator = seeded_generator(self.seed, "mask", self.refreshes)
         used = {name: f for name, f in fisher.items() if name not in unused}
@@ -394,6 +396,8 @@ class FisherMask(ScoreSource):
 
     def _read(self, loader: Any, protect: Any) -> tuple[Any, Any]:
         """The data that are measured, and those that a score of two data sets compares with."""
+        if self.strategy == "random":  # which data do not change
+            return loader, None
         if protect is None or self._score.compares:
             return loader, protect
         if self.which == "highest" and self.strategy != "inverse":

@@ -17,7 +17,7 @@ from gradmask.fisher.likelihood import Loss, check_likelihood
 from gradmask.fisher.losses import standard_loss
 from gradmask.mask_warnings import without_log
 from gradmask.parameters import trainable_parameters
-from gradmask.scores import apply_score
+from gradmask.scores import Score, apply_score
 from gradmask.scoring import check_data, find_score, measure, of_weights
 from gradmask.seeding import derive_seed
 
@@ -58,7 +58,7 @@ class ScoreSource:
         average: float | None,
     ) -> None:
         check_likelihood(kind, standard_loss(loss))
-        self._score = find_score(score, kind)
+        find_score(score, kind)  # refuses one that is unknown
         self._average = None if average is None else RunningAverage(average)
         check_max_samples(max_samples)
         check_unpack(unpack)
@@ -70,6 +70,11 @@ class ScoreSource:
         self.seed = int(seed)  # NumPy's numbers do not seed as Python's do
         self.max_samples = None if max_samples is None else int(max_samples)
         self._collector: Collector | None = None
+
+    @property
+    def _score(self) -> Score:
+        """Looked up by its name: a score of the user's own may be a function that no copy holds."""
+        return find_score(self.score, self.kind)
 
     def collect(
         self, *, every: int | None = None, average: float | None = None, scale: float | None = None

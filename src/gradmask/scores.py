@@ -106,6 +106,7 @@ class Score:
 
 
 SCORES: dict[str, Score] = {}
+_NOTHING = 2.0**-500  # in place of a denominator of 0
 
 
 def register_score(
@@ -143,14 +144,19 @@ def register_score(
     Raises:
         OptionError: If the name is taken, or something else is unknown.
     """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise OptionError(f"A score's name is a word like 'my_score', not {name!r}.")
     if name in SCORES:
         raise OptionError(f"There is a score {name!r} already: give another name.")
-    if not name.isidentifier():
-        raise OptionError(f"A score's name is a word like 'my_score', not {name!r}.")
-    if isinstance(needs, str) or not needs:
+    if isinstance(needs, str) or not isinstance(needs, Collection) or not needs:
         raise OptionError(f"needs={needs!r} must be a list of {', '.join(NEEDS)}.")
     for need in needs:
         check_choice("need", need, NEEDS)
+    if "protected" in needs and not {"mean", "square"} & set(needs):
+        raise OptionError(
+            "A score of the protected data alone is one of a single data set: name 'square', and "
+            "protect by FisherMask(which='lowest').refresh(protect=loader)."
+        )
     check_choice("which", which, WHICH)
     check_choice("per", per, PER)
 
@@ -191,9 +197,14 @@ def apply_score(score: Score, measured: Measurements) -> dict[str, Tensor]:
 
 
 def quotient(a: Tensor, b: Tensor) -> Tensor:
-    """The quotient of numbers that are not negative, always finite: 0 / 0 is 0."""
-    limit = torch.finfo(a.dtype).max
-    return torch.where(a == 0, a, a / b).clamp(max=limit)
+    """The quotient of numbers that are not negative, always finite: 0 / 0 is 0.
+
+    In float64, where a / 0 is larger than every quotient of float32 numbers, and the larger for a
+    larger a: entries with nothing in the denominator are often many, and were they all alike, a
+    mask could not choose among them.
+    """
+    a, b = a.double(), b.double()
+    return (a / b.clamp_min(_NOTHING)).clamp(max=torch.finfo(a.dtype).max)
 
 
 def _register(name: str, formula: str, *needs: str, **about: str) -> Callable[[F], F]:

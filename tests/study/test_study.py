@@ -102,6 +102,8 @@ def test_arms_of_ones_own(tmp_path):
     named = ["none", "training_functions:own_arm", "training_functions:own_arm:factor=1"]
     again = compare(train, named, [0], tmp_path / "named", threads=1)
     assert list(rows.values()) == [run["epochs"] for run in (again["runs"][i] for i in (0, 1, 2))]
+    with pytest.raises(OptionError, match="'factr' of the run half, factr 1, seed 0 was never"):
+        compare(train, {"half:factr=1": own_arm}, [0], tmp_path / "unread", threads=1)
 
 
 def test_arms_of_ones_own_have_names_of_their_own(tmp_path):

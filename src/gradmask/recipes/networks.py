@@ -48,29 +48,33 @@ def trained_network(config: Comparison, data: ImageData, seed: int, path: Path) 
         DataError: If training diverges.
         StateError: If the file is damaged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            with TemporaryDirectory(dir=path.parent) as place:
 
-                def keep_last(row: Row, model: nn.Module, _: Batches) -> None:
-                    if row["epoch"] == config.epochs:
-                        save_weights(path, model.state_dict())
+    def keep_last(row: Row, model: nn.Module, _: Batches) -> None:
+        if row["epoch"] == config.epochs:
+            save_weights(path, model.state_dict())
 
-                folder = Path(place)
-                try:
-                    train_run(
-                        config, data, "none", seed, folder, observe=keep_last, checkpoints=False
-                    )
-                except Diverged as error:  # it is not this run that diverged
-                    raise DataError(
-                        f"The network that runs begin with diverges: lower lr. ({error})"
-                    ) from error
-    return read_network(config, data, seed, path)
+    def train() -> None:
+        with TemporaryDirectory(dir=path.parent) as folder:
+            train_run(
+                config, data, "none", seed, Path(folder), observe=keep_last, checkpoints=False
+            )
+
+    try:
+        _make_once(path, train)
+    except Diverged as error:  # it is not this run that diverged
+        raise DataError(
+            f"The network that runs begin with diverges: lower lr. ({error})"
+        ) from error
+    return read_network(config, data, seed, path, mend="delete it; it is trained again.")
 
 
 def read_network(
-    config: Comparison, data: ImageData, seed: int, path: Path, expected: str | None = None
+    config: Comparison,
+    data: ImageData,
+    seed: int,
+    path: Path,
+    expected: str | None = None,
+    mend: str = "give the weights that another study of this recipe has kept.",
 ) -> nn.Module:
     """A network whose weights are in a file, on the device of the images.
 
@@ -80,12 +84,13 @@ def read_network(
         seed: Seed of its training.
         path: The file.
         expected: Their sum (default: any).
+        mend: What to do if it is damaged, for the message.
 
     Raises:
         StateError: If the file is damaged, or of another network.
     """
     model = new_model(config, data, seed)
-    load_weights(path, model, expected)
+    load_weights(path, model, expected, mend)
     return model.to(data.train_labels.device)
 
 
@@ -99,11 +104,16 @@ def remembered(path: Path, measure: Callable[[], Any]) -> Any:
     Raises:
         StateError: If the file is damaged.
     """
+    _make_once(path, lambda: write_atomically(path, json.dumps(measure())))
+    return read_json(path, "delete it; it is measured again.")
+
+
+def _make_once(path: Path, make: Callable[[], None]) -> None:
+    """Make a file unless it is there; processes wait for the one that makes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
-            write_atomically(path, json.dumps(measure()))
-        return read_json(path, "delete it; it is measured again.")
+            make()
 
 
 def train_on(

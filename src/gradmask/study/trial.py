@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,22 @@ class Diverged(DataError):
 
 
 class TrialOptions(Mapping[str, Any]):
-    """Options of the training function; those that it never looks at are known."""
+    """Options of the training function; those that it never looks at are known.
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self._options, self.unread = dict(options), set(options)
+    Attributes:
+        unread: Their names; of an arm of the user's own those of the trial, which has them too.
+    """
+
+    def __init__(self, options: Mapping[str, Any], unread: set[str] | None = None) -> None:
+        self._options = dict(options)
+        self.unread = set(options) if unread is None else unread
 
     def __getitem__(self, name: str) -> Any:
         self.unread.discard(name)
         return self._options[name]
 
     def __iter__(self) -> Iterator[str]:
-        self.unread.clear()
+        self.unread.difference_update(self._options)
         return iter(self._options)
 
     def __len__(self) -> int:
@@ -106,8 +112,11 @@ class Trial:
         self._own = dict(arms or {})
         self.spec, self.seed, self.directory = spec, spec.seed, directory
         self.arm: Arm = parse_arm(spec.arm, own=self._own)
-        changed = self.arm.options if self.arm.strategy in self._own else self.arm.others
+        own = self.arm.strategy in self._own
+        changed = self.arm.options if own else self.arm.others
         self.options = TrialOptions({**(options or {}), **changed, **spec.values})
+        if own:  # they may be read from either
+            self.arm = replace(self.arm, options=TrialOptions(changed, self.options.unread))
         self.rows: list[Row] = []
         self.saved: dict[str, Any] = {}
         self._kept = 0  # of the rows, by what was saved last
@@ -404,8 +413,7 @@ def run_trial(
         torch.set_num_threads(threads)
     run = trial._run() if trial._diverged is None else trial._diverged.run
     run |= {"seconds": trial.seconds, "source": source}
-    named = {*trial.arm.others, *spec.values, *options} & trial.options.unread
-    if named and "diverged" not in run:
+    if (named := trial.options.unread) and "diverged" not in run:
         raise OptionError(
             f"{sorted(named)[0]!r} of the run {spec.title} was never looked at by the training "
             "function: read trial.options, or leave it out."

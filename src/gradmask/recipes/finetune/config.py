@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
 from gradmask.errors import OptionError
 from gradmask.recipes.config import Comparison, training_of
+from gradmask.study.arms import parse_arm
+from gradmask.study.options import check_counts
 
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 _KEEPS = (0.1, 0.25, 0.5)
 _PENALTIES = (0.01, 0.1, 1.0)
-# Those that are no mask measured on the new data alone have a name of their own (`run.OWN`).
+# Arms of this recipe's own: masks of the least information on other data or measured more often,
+# and ways without a mask, with the option that each needs.
+LOWEST = ("old_lowest", "lowest_each_epoch")
+UNMASKED = {"probe": None, "frozen": None, "l2sp": "penalty", "ewc": "penalty", "lora": "rank"}
 _MASKS = (
     *("fisher", "fisher:which=lowest", "fisher:score=signal_to_noise", "fisher:score=ratio"),
     *("old_lowest", "lowest_each_epoch"),
@@ -104,9 +110,9 @@ class FineTuning:
         Raises:
             OptionError: If an option's value cannot work.
         """
-        for name in ("old_classes", "per_class", "updates", "old_samples"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)} must be at least 1.")
+        for arm in self.arms:
+            _check_arm(arm)
+        check_counts(self, "old_classes", "per_class", "updates", "old_samples")
         if not self.rates or min(self.rates) <= 0:
             raise OptionError(f"rates={list(self.rates)} must be positive learning rates.")
         if self.pretrained is not None and not self.pretrained.is_file():
@@ -119,3 +125,30 @@ class FineTuning:
     def pretraining(self) -> Comparison:
         """How the network is trained on the old classes."""
         return training_of(self)
+
+
+def _check_arm(name: str) -> None:
+    """Check an arm of this recipe, so that none fails after hours of others.
+
+    Raises:
+        OptionError: If it is unknown, or has an option that it cannot use, or lacks one.
+    """
+    arm = parse_arm(name, own=(*LOWEST, *UNMASKED))
+    if arm.strategy in UNMASKED:
+        needed = UNMASKED[arm.strategy]
+        if set(arm.options) != {needed} - {None}:
+            form = arm.strategy if needed is None else f"{arm.strategy}:{needed}=..."
+            raise OptionError(f"Arm {name!r}: it is written {form!r}.")
+        value = arm.options.get("penalty", 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
+            raise OptionError(f"Arm {name!r}: penalty must be a finite number, not negative.")
+        rank = arm.options.get("rank", 1)
+        if type(rank) is not int or rank < 1:
+            raise OptionError(f"Arm {name!r}: rank must be a whole number, at least 1.")
+        return
+    if arm.strategy in LOWEST:
+        arm = parse_arm(":".join(["fisher", "which=lowest", *name.split(":")[1:]]))
+    if ":" in arm.strategy:
+        raise OptionError(f"Arm {name!r} is a function: compare it with `gradmask study`.")
+    if arm.others:
+        raise OptionError(f"Arm {name!r}: {min(arm.others)!r} has no meaning in this recipe.")

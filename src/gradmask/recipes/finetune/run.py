@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradmask import SCORES, FisherMask, fisher_diagonal
 from gradmask.errors import OptionError
-from gradmask.recipes.finetune.config import FineTuning
+from gradmask.recipes.finetune.config import LOWEST, UNMASKED, FineTuning
 from gradmask.recipes.finetune.tasks import (
     Tasks,
     accuracies,
@@ -25,6 +25,8 @@ from gradmask.recipes.identity import tensors_sum
 from gradmask.recipes.networks import remembered, shared_folder, train_on
 from gradmask.seeding import seeded_generator
 from gradmask.study import Trial, compare
+from gradmask.study.arms import Arm
+from gradmask.study.controls import new_mask
 from gradmask.study.files import read_tensors
 from gradmask.study.options import from_plain, to_plain
 from gradmask.study.progress import Progress
@@ -37,13 +39,11 @@ def unmasked(trial: Trial, model: nn.Module, optimizer: Optimizer, **_: Any) -> 
 
 def lowest(trial: Trial, model: nn.Module, optimizer: Optimizer, **options: Any) -> FisherMask:
     """A mask of the least Fisher information."""
-    return FisherMask(model, trial.options["keep"], which="lowest", **options).attach(optimizer)
+    arm = Arm(trial.arm.name, "fisher", {**trial.arm.options, "which": "lowest"})
+    return new_mask(arm, model, seed=trial.seed, **options).attach(optimizer)
 
 
-OWN: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("probe", "frozen", "l2sp", "ewc", "lora"), unmasked),
-    **dict.fromkeys(("old_lowest", "lowest_each_epoch"), lowest),
-}
+OWN = {**dict.fromkeys(UNMASKED, unmasked), **dict.fromkeys(LOWEST, lowest)}
 
 
 def run_finetuning(config: FineTuning, progress: Progress) -> Results:

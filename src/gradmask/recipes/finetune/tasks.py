@@ -186,7 +186,7 @@ def set_head(model: TwoHeads, head: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def accuracies(model: nn.Module, tasks: Tasks) -> dict[str, float]:
-    """Accuracy on old and new classes, each among its own, of validation and test images.
+    """Accuracy and loss on old and new classes, each among its own, of images not trained on.
 
     Args:
         model: The network, in eval mode.
@@ -195,8 +195,11 @@ def accuracies(model: nn.Module, tasks: Tasks) -> dict[str, float]:
     found = {}
     for name, batches in tasks.parts.items():
         first, last = (0, tasks.old) if name.endswith("old") else (tasks.old, tasks.classes)
-        right = 0
+        right, loss = 0, 0.0
         for inputs, labels in batches:
-            right += int((model(inputs)[:, first:last].argmax(1) + first == labels).sum())
+            outputs = model(inputs)[:, first:last]
+            right += int((outputs.argmax(1) + first == labels).sum())
+            loss += float(F.cross_entropy(outputs, labels - first, reduction="sum"))
         found[f"{name}_accuracy"] = right / len(batches.labels)
+        found[f"{name}_loss"] = loss / len(batches.labels)  # of a network that diverged not finite
     return found

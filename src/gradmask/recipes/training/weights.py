@@ -15,6 +15,7 @@ from gradmask.study.files import damaged, read_tensors
 from gradmask.tensor_files import atomic_file
 
 _NAME = "epoch-{:04d}.pt"
+_TRAIN = "delete the run's folder and train again."
 _EPOCH = re.compile(r"epoch-(\d{4,9})\.pt", re.ASCII)
 
 
@@ -52,13 +53,16 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> str:
     return tensors_sum(state)
 
 
-def load_weights(path: Path, model: nn.Module, expected: str | None = None) -> str:
+def load_weights(
+    path: Path, model: nn.Module, expected: str | None = None, mend: str = _TRAIN
+) -> str:
     """Read parameters and buffers into a network of the same form.
 
     Args:
         path: A file that `save_weights` wrote.
         model: The network; unchanged if the file does not fit it.
         expected: Their sum as the run recorded it (default: any).
+        mend: What to do if it is damaged, for the message.
 
     Returns:
         Their sum.
@@ -69,10 +73,15 @@ def load_weights(path: Path, model: nn.Module, expected: str | None = None) -> s
     """
     if not path.is_file():
         raise StateError(f"No weights at {path}: train with --save-every to keep them.")
-    state = read_tensors(path)
+    state = read_tensors(path, mend)
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise damaged(path, "it holds no weights", "delete the run's folder and train again.")
+        raise damaged(path, "it holds no weights", mend)
+    if any(not t.isfinite().all() for t in state.values()):
+        raise damaged(path, "weights are not finite", mend)
     check_shapes(path, shapes(state), model, "build the network as it was trained.")
+    whole = [n for n, t in model.state_dict().items() if not t.is_floating_point()]
+    if any(t.is_floating_point() == (name in whole) for name, t in state.items()):
+        raise damaged(path, "whole numbers stand where weights should", mend)
     found = tensors_sum(state)
     if expected not in (None, found):
         raise StateError(

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from gradmask.errors import OptionError, check_choice
 from gradmask.recipes.config import Comparison, training_of
+from gradmask.study.arms import parse_arm
+from gradmask.study.options import check_counts
 
 METHODS = {
     "original": "the network as it was trained",
@@ -16,6 +18,8 @@ METHODS = {
     "relabel": "training on, with random other labels for what is to be forgotten",
     "dampen": "selective synaptic dampening",
 }
+TRAINING = ("finetune", "relabel")  # those that masks and other controls act on
+USUAL = "relabel"
 # The strength of a method at each level of the sweep: learning rate, or dampening's threshold.
 RATES, THRESHOLDS = (0.001, 0.003, 0.01, 0.03), (30.0, 10.0, 3.0, 1.0)
 _MASKED = (
@@ -107,9 +111,9 @@ class Unlearning:
             OptionError: If an option's value cannot work.
         """
         check_choice("forget", self.forget, ("class", "random"))
-        for name in ("forget_count", "more_epochs"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)} must be at least 1.")
+        for arm in self.arms:
+            _check_arm(arm)
+        check_counts(self, "forget_count", "more_epochs")
         if not self.levels or not set(self.levels) <= {1, 2, 3, 4}:
             raise OptionError(f"levels={list(self.levels)} must be among 1, 2, 3 and 4.")
         self.training()
@@ -117,3 +121,23 @@ class Unlearning:
     def training(self) -> Comparison:
         """How the network that is to forget is trained."""
         return training_of(self)
+
+
+def _check_arm(name: str) -> None:
+    """Check an arm of this recipe, so that none fails after hours of others.
+
+    Raises:
+        OptionError: If it is unknown, or has an option or method that it cannot use.
+    """
+    arm = parse_arm(name)
+    if ":" in arm.strategy:
+        raise OptionError(f"Arm {name!r} is a function: compare it with `gradmask study`.")
+    if odd := arm.others.keys() - {"method"}:
+        raise OptionError(f"Arm {name!r}: {min(odd)!r} has no meaning in this recipe.")
+    method = arm.others.get("method", USUAL)
+    check_choice(f"method of arm {name!r},", method, METHODS)
+    if arm.strategy != "none" and method not in TRAINING:
+        raise OptionError(
+            f"Arm {name!r}: nothing is masked in {METHODS[method]}: take a method that trains on, "
+            f"{' or '.join(TRAINING)}."
+        )

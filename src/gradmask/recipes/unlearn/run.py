@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmask import SCORES, dampen
-from gradmask.errors import OptionError, check_choice
+from gradmask.errors import OptionError
 from gradmask.recipes.audit.detection import auroc
 from gradmask.recipes.data.batches import Batches
 from gradmask.recipes.data.images import ImageData, load_images
@@ -21,7 +21,7 @@ from gradmask.recipes.data.transforms import Normalize
 from gradmask.recipes.networks import remembered, shared_folder, train_on, trained_network
 from gradmask.recipes.training.components import new_model, resolve_device
 from gradmask.recipes.training.evaluation import evaluate
-from gradmask.recipes.unlearn.config import METHODS, RATES, THRESHOLDS, Unlearning
+from gradmask.recipes.unlearn.config import RATES, THRESHOLDS, TRAINING, USUAL, Unlearning
 from gradmask.seeding import seeded_generator
 from gradmask.study import Trial, compare
 from gradmask.study.options import from_plain, to_plain
@@ -79,8 +79,7 @@ def train(trial: Trial) -> None:
         trial: The run: its options are the method and its level.
     """
     config: Unlearning = from_plain(Unlearning, trial.options["config"])
-    method, level = trial.options.get("method", "relabel"), trial.options["level"] - 1
-    check_choice("method", method, METHODS)
+    method, level = trial.options.get("method", USUAL), trial.options["level"] - 1
     training, folder = config.training(), shared_folder(trial)
     data = _images(config, trial.seed)
     forgotten = _forgotten(config, data, trial.seed)
@@ -95,7 +94,7 @@ def train(trial: Trial) -> None:
     if method == "dampen":
         model.eval()
         dampen(model, parts.forget, parts.retain, threshold=THRESHOLDS[level], seed=trial.seed)
-    elif method in ("finetune", "relabel"):
+    elif method in TRAINING:
         _train_on(trial, model, parts, config, RATES[level], relabel=method == "relabel")
     reference = folder / f"reference-seed{trial.seed}.pt"
     wanted = remembered(
@@ -165,13 +164,13 @@ def _train_on(
 
 
 def distances(found: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str, float]:
-    """Mean distance in what `measured` gives, with test (or validation) images only.
+    """Mean distance in accuracies and the attack's AUROC, with test (or validation) images only.
 
     Args:
         found: Of the network that should have forgotten.
         wanted: Of the one trained anew.
     """
-    apart = {name: abs(found[name] - wanted[name]) for name in found}
+    apart = {n: abs(found[n] - wanted[n]) for n in found if not n.endswith("_loss")}
     return {
         f"{part}_gap": sum(v for k, v in apart.items() if k != f"{other}_accuracy") / 4
         for part, other in (("val", "test"), ("test", "val"))
@@ -182,7 +181,8 @@ def measured(model: nn.Module, parts: Parts) -> dict[str, float]:
     """Accuracies, and the AUROC by which losses tell what was to be forgotten from unseen images.
 
     A half is chance: nothing shows that the images were trained on (the attack of Yeom et al.,
-    2018, by the loss).
+    2018, by the loss). With the mean losses, of which those of a network that diverged are not
+    finite.
 
     Args:
         model: The network.
@@ -193,6 +193,9 @@ def measured(model: nn.Module, parts: Parts) -> dict[str, float]:
         for name in ("forget", "retain", "val", "test")
     }
     inside, outside = _losses(model, parts.forget), _losses(model, parts.unseen)
+    shares |= {"forget_loss": float(inside.mean()), "unseen_loss": float(outside.mean())}
+    if not torch.cat([inside, outside]).isfinite().all():
+        return shares | {"membership_auroc": math.nan}
     members = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))]).bool()
     return shares | {"membership_auroc": auroc(-torch.cat([inside, outside]), members)}
 
