@@ -31,8 +31,8 @@ from gradmask.recipes.theorem.run import FILE, run_theorem
 from gradmask.recipes.training.shards import read_plain, read_shards, save_shards
 from gradmask.study.budget import EpochsSpent
 from gradmask.study.folder import read_results
-from gradmask.study.processes import ALONE
 from gradmask.study.progress import Progress
+from gradmask.study.world import ALONE
 
 QUIET = Console(quiet=True)
 OPTIONS = {

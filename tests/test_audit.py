@@ -26,7 +26,7 @@ from gradmask.recipes.audit.detection import (
 from gradmask.recipes.audit.options import Audit
 from gradmask.recipes.audit.report import audit_verdicts
 from gradmask.recipes.audit.run import run_audit
-from gradmask.recipes.audit.scores import FORMS, Measured, measure
+from gradmask.recipes.audit.scores import AUDIT_SCORES, Measured, measure
 from gradmask.recipes.compare import run_comparison
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import load_images
@@ -161,13 +161,13 @@ def test_forms():
     values = torch.tensor([2.0, 3.0]).double()
     m = Measured(*(k * values for k in range(1, 10)))
     m = replace(m, norm=torch.tensor([4.0, 0.0]).double())
-    found = {form.name: form.of(m).tolist() for form in FORMS}
+    found = {form.name: form.of(m).tolist() for form in AUDIT_SCORES}
     assert found["per_norm"] == [6 * 2 / 16, 0.0]  # no gradient, no influence
     assert found["same_per_norm"] == [7 * 2 / 16, 0.0]
     assert found["diagonal_per_norm"] == [9 * 2 / 16, 0.0]
     assert found["per_self"] == [6 / 4, 6 / 4]
     assert found["same_share"] == [7 / 15, 7 / 15]
-    assert len({form.name for form in FORMS}) == len(FORMS)
+    assert len({form.name for form in AUDIT_SCORES}) == len(AUDIT_SCORES)
 
 
 # Detection, against numbers worked out by hand.
@@ -205,7 +205,7 @@ def made_up(signs, rng):
 
 def test_choices_are_made_on_the_first_seed_only():
     rng = torch.Generator().manual_seed(0)
-    signs = {form.name: 1.0 for form in FORMS} | {"margin": 3.0, "same": -2.0}
+    signs = {form.name: 1.0 for form in AUDIT_SCORES} | {"margin": 3.0, "same": -2.0}
     first, wrong = made_up(signs, rng)
     # Another seed on which every score has the opposite order, without noise.
     wrong2 = wrong[torch.randperm(200, generator=rng)]
@@ -230,12 +230,12 @@ def test_choices_are_made_on_the_first_seed_only():
 
 def test_one_seed_chooses_nothing():
     rng = torch.Generator().manual_seed(1)
-    scores, wrong = made_up({form.name: 1.0 for form in FORMS}, rng)
+    scores, wrong = made_up({form.name: 1.0 for form in AUDIT_SCORES}, rng)
     scores = {name: by_rule({2: s["epoch 2"], 6: s["epoch 6"]}) for name, s in scores.items()}
     found = detect({3: scores}, {3: wrong})
     assert found.chosen_on is None
     assert {(c.form, c.rule, c.high) for c in found.choices.values()} == {
-        (form.name, MEAN, form.high) for form in FORMS
+        (form.name, MEAN, form.high) for form in AUDIT_SCORES
     }
     assert found.difference().low is None
 
@@ -261,7 +261,7 @@ def test_files(config, printed):
     for row in found["detection"]["forms"].values():
         by_seed = list(row["auroc"]["by_seed"].values())
         assert row["auroc"]["mean"] == pytest.approx(sum(by_seed) / 2)
-    for form in FORMS:
+    for form in AUDIT_SCORES:
         assert form.title in printed
     assert "Conclusion: influence" in printed
     assert str(folder / "audit.html") in printed
@@ -310,7 +310,7 @@ def test_page_is_self_contained(config, printed):
     assert not re.search(r"<script|<link|@import|url\((?!#)", page)
     assert re.findall(r'src="(.{22})', page) == ["data:image/png;base64,"]
     assert page.count("<svg") == 1
-    for form in FORMS:
+    for form in AUDIT_SCORES:
         assert f"<td>{form.title}</td>" in page
 
 

@@ -31,8 +31,8 @@ from gradmask.recipes.data.folders import warn_once
 from gradmask.recipes.data.images import load_images
 from gradmask.recipes.data.sources import stored_source
 from gradmask.recipes.data.transforms import Normalize
-from gradmask.study.processes import ALONE, Processes
 from gradmask.study.progress import Progress
+from gradmask.study.world import ALONE, World
 
 CLASSES = ("ant", "bee", "cow")
 
@@ -105,7 +105,7 @@ def test_measured_batches_and_parts_of_processes(folder):
     torch.testing.assert_close(inputs, expected)
     assert torch.equal(labels, data.train_labels)
     for rank in range(3):
-        own = replace(every, ours=Processes(rank, 3))
+        own = replace(every, world=World(rank, 3))
         for batch, (x, y) in zip(torch.arange(27).split(10), own, strict=True):
             torch.testing.assert_close(x, expected[batch[rank::3]])
             assert torch.equal(y, data.train_labels[batch[rank::3]])
@@ -133,11 +133,11 @@ def test_training_batches_depend_on_the_seed_alone(folder, augment):
     data = load_images(config, 0)
     places = list(torch.randperm(len(data.train_labels)).tensor_split(4))
 
-    def batches(workers=0, first=0, crops=(0, "crops", 1), ours=ALONE):
+    def batches(workers=0, first=0, crops=(0, "crops", 1), world=ALONE):
         images = replace(data.train_images, workers=workers)
         changed = replace(data, train_images=images)
         generator = torch.Generator()
-        options = {"crops": crops, "prepare": lambda x: x, "ours": ours}
+        options = {"crops": crops, "prepare": lambda x: x, "world": world}
         return list(training_batches(config, changed, places[first:], generator, **options))
 
     whole = batches()
@@ -146,7 +146,7 @@ def test_training_batches_depend_on_the_seed_alone(folder, augment):
             assert torch.equal(x, expected)
             assert torch.equal(y, labels)
     for rank in range(2):
-        for (x, y), (expected, labels) in zip(batches(ours=Processes(rank, 2)), whole, strict=True):
+        for (x, y), (expected, labels) in zip(batches(world=World(rank, 2)), whole, strict=True):
             assert torch.equal(x, expected[rank::2])
             assert torch.equal(y, labels[rank::2])
     other = batches(crops=(0, "crops", 2))
@@ -167,7 +167,7 @@ def test_every_image_of_every_epoch_has_a_seed_of_its_own(folder, monkeypatch):
     monkeypatch.setattr(batches_module, "decoded", record)
     places = [torch.arange(len(data.train_labels))]
     for crops in ((0, "crops", 1), (0, "crops", 2), (1, "crops", 1)):
-        options = {"crops": crops, "prepare": lambda x: x, "ours": ALONE}
+        options = {"crops": crops, "prepare": lambda x: x, "world": ALONE}
         with pytest.raises(ValueError, match="shorter"):
             next(training_batches(config, data, places, torch.Generator(), **options))
     assert len(set(seen)) == len(seen) == 3 * len(data.train_labels)
@@ -180,7 +180,7 @@ def test_loading_leaves_the_random_state(folder, workers):
     data = load_images(config, 0)
     state = torch.get_rng_state()
     places = [torch.arange(len(data.train_labels))]
-    options = {"crops": (0,), "prepare": lambda x: x, "ours": ALONE}
+    options = {"crops": (0,), "prepare": lambda x: x, "world": ALONE}
     list(training_batches(config, data, places, torch.Generator(), **options))
     every = Batches(data.train_images, data.train_labels, lambda x: x)
     list(every)

@@ -50,7 +50,7 @@ def undisturbed(loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
 
 def loader_over(
     loader: DataLoader[Any],
-    places: Sequence[int],
+    indices: Sequence[int],
     batch_size: int,
     generator: torch.Generator | None = None,
 ) -> DataLoader[Any]:
@@ -58,7 +58,7 @@ def loader_over(
 
     Args:
         loader: The other.
-        places: Of the samples in its dataset.
+        indices: Of the samples in its dataset.
         batch_size: Samples in a batch.
         generator: What seeds its workers.
 
@@ -73,7 +73,7 @@ def loader_over(
         seed = generator.initial_seed()
         generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return DataLoader(
-        Subset(loader.dataset, places),
+        Subset(loader.dataset, indices),
         batch_size=batch_size,
         collate_fn=collate,
         num_workers=loader.num_workers,

@@ -72,9 +72,9 @@ def kth_largest(tensors: Iterable[Tensor], k: int, group: ProcessGroup | None = 
                 "training has probably diverged (try a lower learning rate)."
             )
         above = counts.flip(0).cumsum(0)  # values at or above each digit, from the largest
-        place = int(torch.searchsorted(above, remaining))
-        remaining -= int(above[place - 1]) if place else 0
-        prefix = prefix << _DIGIT | ((1 << _DIGIT) - 1 - place)
+        index = int(torch.searchsorted(above, remaining))
+        remaining -= int(above[index - 1]) if index else 0
+        prefix = prefix << _DIGIT | ((1 << _DIGIT) - 1 - index)
     return torch.tensor(prefix, dtype=integer, device="cpu").view(dtype)
 
 

@@ -77,9 +77,10 @@ def dampen(
     smaller: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, weight in parameters.items():
-            ours, theirs = local(of_forget[name]), local(of_retain[name])
-            factor = (strength * theirs / ours).clamp(max=1.0)  # ours > 0 where it is used
-            factor = torch.where(ours > threshold * theirs, factor, 1.0)
+            to_forget, to_retain = local(of_forget[name]), local(of_retain[name])
+            # Infinite or NaN where nothing is to be forgotten, which is not used.
+            factor = (strength * to_retain / to_forget).clamp(max=1.0)
+            factor = torch.where(to_forget > threshold * to_retain, factor, 1.0)
             local(weight).mul_(factor.to(weight.dtype))
             smaller[name] = shard_like(factor < 1.0, weight)
     counts = kept_counts(smaller)

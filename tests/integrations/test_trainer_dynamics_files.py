@@ -125,7 +125,7 @@ class Stream(IterableDataset):
 
 def test_what_is_told_at_once(tmp_path, monkeypatch):
     host = trainer(tmp_path, data=Stream(), max_steps=3)
-    with pytest.raises(DataError, match=r"\(Stream\) have no places.*map-style"):
+    with pytest.raises(DataError, match=r"\(Stream\) have no indices.*map-style"):
         DynamicsCallback.attach(host)
     host = trainer(tmp_path)
     with pytest.raises(OptionError, match="positions=0"):

@@ -68,18 +68,18 @@ def gradient_scores(
     found: dict[str, list[Tensor]] = {name: [] for name in which}
     device = next(model.parameters()).device
 
-    def batches(places: Sequence[int]) -> Any:
-        loader = DataLoader(Subset(dataset, places), batch_size=batch_size, collate_fn=collate_fn)
+    def batches(indices: Sequence[int]) -> Any:
+        loader = DataLoader(Subset(dataset, indices), batch_size=batch_size, collate_fn=collate_fn)
         for inputs, _ in loader:
             yield tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
 
     # Label by label: a mean gradient is as large as the model, and one at a time is held.
     labels = labels.detach().cpu()
     order = labels.argsort(stable=True)
-    for places in order.split(labels.unique(return_counts=True)[1].tolist()):
-        label = int(labels[places[0]])
+    for indices in order.split(labels.unique(return_counts=True)[1].tolist()):
+        label = int(labels[indices[0]])
         norms = []
-        for inputs in batches(places.tolist()):
+        for inputs in batches(indices.tolist()):
             samples = inputs, torch.full((_count(inputs),), label, device=device)
             norms.append(gradmask.gradient_norms(model, samples).double().cpu())
             if "influence" in which:
@@ -88,7 +88,7 @@ def gradient_scores(
         norm = torch.cat(norms)
         if "gradient_agreement" in which:
             with measuring(model, model.parameters(), None):
-                agreement = _agreement(model, partial(batches, places.tolist()), label, norm)
+                agreement = _agreement(model, partial(batches, indices.tolist()), label, norm)
             found["gradient_agreement"].append(agreement)
         for name, value in {
             "gradient_norm": norm,

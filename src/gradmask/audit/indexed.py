@@ -24,14 +24,14 @@ class Indexed(Dataset[Any]):
         key: Name of the number in samples that are mappings.
 
     Raises:
-        DataError: If the data set has no places to number.
+        DataError: If the data set has no indices to number.
     """
 
     def __init__(self, dataset: Any, key: str = ID) -> None:
-        no_places = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
-        if no_places or not hasattr(dataset, "__len__"):
+        no_indices = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+        if no_indices or not hasattr(dataset, "__len__"):
             raise DataError(
-                f"A {type(dataset).__name__} has no places to number its samples by (__len__ and "
+                f"A {type(dataset).__name__} has no indices to number its samples by (__len__ and "
                 "__getitem__): let it yield a number of its own with each sample, from 0 on."
             )
         self.dataset, self.key = dataset, key
@@ -40,23 +40,23 @@ class Indexed(Dataset[Any]):
         """Number of samples."""
         return len(self.dataset)
 
-    def __getitem__(self, place: int) -> Any:
+    def __getitem__(self, index: int) -> Any:
         """A sample and its number."""
-        place = int(place)
-        place = place + len(self) if place < 0 else place
-        return self._with_id(self.dataset[place], place)
+        index = int(index)
+        index = index + len(self) if index < 0 else index
+        return self._with_id(self.dataset[index], index)
 
-    def __getitems__(self, places: list[int]) -> list[Any]:
+    def __getitems__(self, indices: list[int]) -> list[Any]:
         """Several at once, in one call where the data set has one for that."""
         fetch = getattr(self.dataset, "__getitems__", None)
-        samples = fetch(places) if fetch else [self.dataset[place] for place in places]
-        return [self._with_id(sample, int(p)) for sample, p in zip(samples, places, strict=True)]
+        samples = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+        return [self._with_id(sample, int(p)) for sample, p in zip(samples, indices, strict=True)]
 
-    def _with_id(self, sample: Any, place: int) -> Any:
+    def _with_id(self, sample: Any, index: int) -> Any:
         if isinstance(sample, Mapping):
             if self.key in sample:
                 raise OptionError(f"The samples have a {self.key!r}: give Indexed another key.")
-            return {**sample, self.key: place}
+            return {**sample, self.key: index}
         if isinstance(sample, tuple | list):
-            return (*sample, place)
-        return sample, place
+            return (*sample, index)
+        return sample, index

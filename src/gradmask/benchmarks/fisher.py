@@ -13,7 +13,7 @@ from rich.table import Table
 
 from gradmask import fisher_diagonal, gradient_moments, make_masks
 from gradmask.benchmarks.memory import peak_megabytes
-from gradmask.benchmarks.peers import PEERS, Diagonal, in_precision, loop, ours, plain
+from gradmask.benchmarks.peers import PEERS, Diagonal, gradmask_diagonal, in_precision, loop, plain
 from gradmask.benchmarks.refresh import overlap
 from gradmask.benchmarks.timing import interleave, ratio
 from gradmask.benchmarks.workloads import make
@@ -78,7 +78,7 @@ def bench_fisher(
     expected = loop(*few)()
     notes = {
         "plain forward + backward": "",
-        "gradmask": _error(ours(*few)(), expected),
+        "gradmask": _error(gradmask_diagonal(*few)(), expected),
         MOMENTS: _error(gradient_moments(few[0], [few[1:]]).square, expected),
     }
     for peer, prepare in PEERS.items() if peers else ():

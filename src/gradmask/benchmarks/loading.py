@@ -23,7 +23,7 @@ from gradmask.recipes.data.images import ImageData
 from gradmask.recipes.data.sources import stored_source
 from gradmask.recipes.data.transforms import augment
 from gradmask.seeding import seeded_generator
-from gradmask.study.processes import ALONE
+from gradmask.study.world import ALONE
 
 
 def bench_loading(
@@ -106,7 +106,7 @@ def _ours(folder: Path, size: int, batch_size: int, workers: int) -> Callable[[]
     def epoch() -> None:
         parts = torch.randperm(len(source.labels)).split(batch_size)
         batches = training_batches(
-            config, data, parts, generator, crops=(0,), prepare=lambda x: x, ours=ALONE
+            config, data, parts, generator, crops=(0,), prepare=lambda x: x, world=ALONE
         )
         deque(batches, maxlen=0)
 

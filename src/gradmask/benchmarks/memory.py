@@ -17,7 +17,7 @@ from gradmask.benchmarks.workloads import make
 
 TASKS = {
     "plain forward + backward": peers.plain,
-    "gradmask": peers.ours,
+    "gradmask": peers.gradmask_diagonal,
     **peers.PEERS,
     **forms.MEMORY,
     **steps.STEPS,

@@ -65,7 +65,7 @@ def plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     return task
 
 
-def ours(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
+def gradmask_diagonal(model: nn.Module, inputs: Tensor, targets: Tensor) -> Task:
     """`gradmask.fisher_diagonal`."""
     return lambda: fisher_diagonal(model, [(inputs, targets)])
 

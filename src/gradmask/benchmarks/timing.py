@@ -54,4 +54,4 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
         The ratio.
     """
     pairs = zip(seconds[name], seconds[base], strict=True)
-    return median(ours / theirs for ours, theirs in pairs)
+    return median(first / second for first, second in pairs)

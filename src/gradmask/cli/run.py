@@ -82,18 +82,18 @@ def run_recipe(config: Options) -> int:
     from gradmask.recipes.theorem.run import run_theorem
     from gradmask.recipes.training.components import resolve_device
     from gradmask.study.budget import EpochsSpent
-    from gradmask.study.processes import joined
     from gradmask.study.progress import Progress
+    from gradmask.study.world import process_group
 
     work_begins()
     device = getattr(config, "device", "cpu")
-    with joined(cuda=resolve_device(device).type == "cuda") as ours:
+    with process_group(cuda=resolve_device(device).type == "cuda") as world:
         try:
             if isinstance(config, Comparison):
-                progress = Progress(terminal(quiet=not ours.main), config.epochs)
+                progress = Progress(terminal(quiet=not world.is_main), config.epochs)
                 results = run_comparison(config, progress)
-                return show(config.output, results) if ours.main else 0
-            if ours.count > 1:
+                return show(config.output, results) if world.is_main else 0
+            if world.size > 1:
                 raise OptionError("This recipe runs in one process: start it without torchrun.")
             if isinstance(config, TheoremCheck):
                 return show_theorem(config.output, run_theorem(config, terminal()))
@@ -106,9 +106,9 @@ def run_recipe(config: Options) -> int:
                 return show(config.output, run_finetuning(config, progress))
             return show(config.output, run_unlearning(config, progress))
         except EpochsSpent as spent:
-            if ours.main:
+            if world.is_main:
                 print(f"gradmask: {spent}")
-            return _TRY_AGAIN if ours.count == 1 else 0  # torchrun takes all others for failures
+            return _TRY_AGAIN if world.size == 1 else 0  # torchrun takes all others for failures
 
 
 def _study(config: Path | None = None, print_config: bool = False, **given: Any) -> int:
@@ -126,20 +126,22 @@ def run_study(options: StudyOptions) -> int:
 
     from gradmask.study import compare
     from gradmask.study.folder import read_results
-    from gradmask.study.processes import joined
     from gradmask.study.progress import Progress
+    from gradmask.study.world import process_group
 
     sys.path.insert(0, "")  # as `python -m` has it: the function may be in a file here
     work_begins()
-    with joined(cuda=False) as ours:
+    with process_group(cuda=False) as world:
         try:
-            results = compare(**asdict(options), progress=Progress(terminal(quiet=not ours.main)))
+            results = compare(
+                **asdict(options), progress=Progress(terminal(quiet=not world.is_main))
+            )
         except TrialError:
-            found = read_results(options.output) if ours.count == 1 else {}
+            found = read_results(options.output) if world.size == 1 else {}
             if found.get("runs"):
                 show(options.output, found)
             raise
-        return show(options.output, results) if ours.main else 0
+        return show(options.output, results) if world.is_main else 0
 
 
 run = recipes_app("run", run_recipe, "Run a recipe: train with each kind of mask, and compare.")

@@ -219,8 +219,8 @@ class Collector(RunningDiagonal):
         likelihood = "cross_entropy" if loss is None else likelihood_of(loss)
         logits = logits_of(outputs)
         if self.scale is None and logits is not None and likelihood in SCALED:
-            node, place = before_casts(logits)
-            note = partial(batch.note_scale, logits.detach(), place, likelihood)
+            node, index = before_casts(logits)
+            note = partial(batch.note_scale, logits.detach(), index, likelihood)
             node.register_prehook(note)
 
     def _started(self, batch: Step, _: Any) -> None:

@@ -35,10 +35,10 @@ class Step:
         self.mark()
 
     def note_scale(
-        self, logits: Tensor, place: int, likelihood: str, gradients: tuple[Tensor | None, ...]
+        self, logits: Tensor, index: int, likelihood: str, gradients: tuple[Tensor | None, ...]
     ) -> None:
         """What the loss multiplies a sample's own by."""
-        gradient = gradients[place]
+        gradient = gradients[index]
         if gradient is not None and gradient.shape == logits.shape:
             with torch.no_grad():
                 self.scale = loss_scale(logits, gradient, likelihood)
@@ -87,9 +87,9 @@ class SingleCapture:
         names = {id(p): name for name, p in self._parameters.items()}
         for name, leaf in leaves(nodes, lambda variable: names.get(id(variable))).items():
             self._uses[name] = [
-                (node, place)
+                (node, index)
                 for node in dict.fromkeys(parents[leaf])
-                for place, (below, _) in enumerate(node.next_functions)
+                for index, (below, _) in enumerate(node.next_functions)
                 if below is leaf
             ]
 
@@ -101,8 +101,8 @@ class SingleCapture:
         """Add the squares of the next backward pass to totals; complete after `square_rest`."""
 
         @torch.no_grad()
-        def add(name: str, place: int, gradients: tuple[Tensor | None, ...], *_: Any) -> None:
-            if (g := gradients[place]) is None:
+        def add(name: str, index: int, gradients: tuple[Tensor | None, ...], *_: Any) -> None:
+            if (g := gradients[index]) is None:
                 return
             g = full_precision(g.to_dense()).sum_to_size(self._parameters[name].shape)
             if len(self._uses[name]) == 1:

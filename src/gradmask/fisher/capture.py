@@ -197,8 +197,8 @@ class Capture:
         wanted: dict[Any, list[tuple[Call, int]]] = defaultdict(list)
         edges: dict[Any, Any] = {}
         for call in self._calls:
-            for place, edge in enumerate(call.edges):
-                wanted[edge.node, edge.output_nr].append((call, place))
+            for index, edge in enumerate(call.edges):
+                wanted[edge.node, edge.output_nr].append((call, index))
                 edges[edge.node, edge.output_nr] = edge
         # The lowest nodes run only if more is asked for, as training does.
         returned = set() if self._listens else lowest(order, {node for node, _ in wanted})
@@ -218,17 +218,17 @@ class Capture:
     def _receive(self, calls: list[tuple[Call, int]], g: Tensor | None) -> None:
         if g is None:
             return
-        for call, place in calls:
+        for call, index in calls:
             if self._norms is not None:
                 rows = call.rows(g).reshape(self._batch_size, -1)
                 rows = rows.abs() if rows.is_complex() else rows
-                self._norms[call, place] = rows.double().norm(dim=1)
+                self._norms[call, index] = rows.double().norm(dim=1)
                 continue
-            call.gradients[place] = g.detach()
+            call.gradients[index] = g.detach()
             # Squared at once, so that the gradient need not be kept.
             if self._is_alone(call) and self._adds(call):
                 self._excerpt(call.names.values(), call.add_squares)
-                call.gradients[place] = None
+                call.gradients[index] = None
                 self._on_complete(call.names.values())
                 if self._listens:
                     call.release()

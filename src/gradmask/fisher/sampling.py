@@ -80,8 +80,8 @@ def _rebuilt(loader: DataLoader[Any], count: int, generator: torch.Generator) ->
         .sort()
         .values.tolist()
     )
-    places = [available[i] for i in chosen]
-    yield from loader_over(loader, places, batches.batch_size, generator)
+    indices = [available[i] for i in chosen]
+    yield from loader_over(loader, indices, batches.batch_size, generator)
 
 
 def _in_order(loader: Iterable[Any], count: int, generator: torch.Generator) -> Iterator[Any]:

@@ -33,15 +33,15 @@ class NumberedSamples(Dataset[Any]):
         """Number of samples."""
         return len(self.dataset)
 
-    def __getitem__(self, place: Any) -> tuple[Any, int]:
+    def __getitem__(self, index: Any) -> tuple[Any, int]:
         """A sample and its number."""
-        return self.dataset[place], int(place)
+        return self.dataset[index], int(index)
 
-    def __getitems__(self, places: list[Any]) -> list[tuple[Any, int]]:
+    def __getitems__(self, indices: list[Any]) -> list[tuple[Any, int]]:
         """Several at once, read as they would be without their numbers."""
         fetch = getattr(self.dataset, "__getitems__", None)
-        samples = fetch(places) if fetch else [self.dataset[place] for place in places]
-        return [(sample, int(place)) for sample, place in zip(samples, places, strict=True)]
+        samples = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+        return [(sample, int(index)) for sample, index in zip(samples, indices, strict=True)]
 
 
 class NumberedCollating:
@@ -57,7 +57,7 @@ class NumberedCollating:
     def __call__(self, pairs: list[tuple[Any, int]]) -> Any:
         """The batch of these samples."""
         batch = self.collate([sample for sample, _ in pairs])
-        batch[KEY] = torch.tensor([place for _, place in pairs], device="cpu")
+        batch[KEY] = torch.tensor([index for _, index in pairs], device="cpu")
         return batch
 
 
@@ -71,11 +71,11 @@ def number(loader: Any) -> int:
         The number of samples.
 
     Raises:
-        DataError: If its samples have no places to number.
+        DataError: If its samples have no indices to number.
     """
     inner = _inner(loader)
     if hasattr(inner, "dataset"):
-        check_places(inner.dataset)
+        check_indices(inner.dataset)
     if getattr(inner, "batch_sampler", None) is None or not hasattr(inner, "collate_fn"):
         raise DataError(
             f"The training loader (a {type(inner).__name__}) does not put batches together of "
@@ -114,8 +114,8 @@ def unnumbered(loader: Any) -> Iterator[None]:
             number(loader)
 
 
-def check_places(dataset: Any) -> None:
-    """Raise an error unless the samples of a data set have places.
+def check_indices(dataset: Any) -> None:
+    """Raise an error unless the samples of a data set have indices.
 
     Args:
         dataset: The data set.
@@ -123,10 +123,10 @@ def check_places(dataset: Any) -> None:
     Raises:
         DataError: If they have none.
     """
-    no_places = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
-    if no_places or not hasattr(dataset, "__len__"):
+    no_indices = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    if no_indices or not hasattr(dataset, "__len__"):
         raise DataError(
-            f"The training data ({type(dataset).__name__}) have no places to number the samples "
+            f"The training data ({type(dataset).__name__}) have no indices to number the samples "
             "by (__len__ and __getitem__), and an audit needs to know each one again: use a "
             "map-style data set."
         )

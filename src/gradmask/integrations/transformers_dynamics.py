@@ -16,7 +16,7 @@ from gradmask.audit import Dynamics
 from gradmask.audit.state_file import load_state, save_state
 from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
 from gradmask.integrations.checkpoints import checkpoint_folder, places_of
-from gradmask.integrations.numbered import KEY, check_places, number, restore
+from gradmask.integrations.numbered import KEY, check_indices, number, restore
 from gradmask.integrations.recording import StepRecorder, labels_of, shifts, unwrapped
 
 try:
@@ -93,7 +93,7 @@ class DynamicsCallback(TrainerCallback, ExportableState):
         Raises:
             OptionError: If an option is out of range, the trainer has such a callback already, or
                 the dynamics cannot be recorded as it trains.
-            DataError: If its training data have no places to number samples by.
+            DataError: If its training data have no indices to number samples by.
         """
         callback = cls(**options)
         if any(isinstance(other, cls) for other in trainer.callback_handler.callbacks):
@@ -101,7 +101,7 @@ class DynamicsCallback(TrainerCallback, ExportableState):
         callback._trainer = trainer
         callback._check_trainer()
         if trainer.train_dataset is not None:
-            check_places(trainer.train_dataset)
+            check_indices(trainer.train_dataset)
         step = trainer.training_step
 
         @wraps(step)

@@ -198,12 +198,12 @@ def _lower(results: Results, arm: str, other: str, form: str, claim: str) -> Fin
 
 def _slower_fall(results: Results, arm: str, other: str, form: str) -> Finding:
     """From the epoch on at which both arms are past their highest, or the middle of training."""
-    ours, theirs = (series(results, name, form) for name in (arm, other))
-    epochs = next(iter(theirs.values()))[0]
-    start = float(epochs[min(max(_peak(ours), _peak(theirs)), len(epochs) // 2)])
+    first, second = (series(results, name, form) for name in (arm, other))
+    epochs = next(iter(second.values()))[0]
+    start = float(epochs[min(max(_peak(first), _peak(second)), len(epochs) // 2)])
     rates = [
         {seed: decay(x, values, start) for seed, (x, values) in found.items()}
-        for found in (ours, theirs)
+        for found in (first, second)
     ]
     here, there = (mean(rate.values()) for rate in rates)
     text = (

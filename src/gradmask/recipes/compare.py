@@ -32,12 +32,12 @@ from gradmask.recipes.training.start import weights_sum
 from gradmask.study import Diverged
 from gradmask.study.budget import EpochBudget
 from gradmask.study.folder import RESULTS_FILE
-from gradmask.study.processes import processes
 from gradmask.study.progress import Progress
 from gradmask.study.results import Results, Row
 from gradmask.study.runs import run_study
 from gradmask.study.spec import Spec
 from gradmask.study.workers import Work
+from gradmask.study.world import current_world
 
 
 def run_comparison(config: Comparison, progress: Progress) -> Results:
@@ -119,7 +119,7 @@ def _train(
 
 def _check_processes(config: Comparison, images: int) -> None:
     """Refuse what several processes cannot share, or not in this way, before training starts."""
-    count = processes().count
+    count = current_world().size
     smallest = images // math.ceil(images / config.batch_size)
     if smallest < count:
         raise OptionError(

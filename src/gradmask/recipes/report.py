@@ -115,10 +115,10 @@ def _figure(results: Results, measured: Sequence[str]) -> Figure:
     panels.append(("½ ε² ‖g‖², squared gradient norm", "squared_norm", ""))
     panels.append((f"{FORMS[measured[0]]} ÷ ½ ε² ‖g‖²", measured[0], "squared_norm"))
     drawn = []
-    for place, (title, name, divisor) in enumerate(panels):
+    for index, (title, name, divisor) in enumerate(panels):
         runs = {look.arm: _runs(results, look, name, divisor) for look in found}
         rows = band_rows(runs, found, lambda value: f"{value:.3g}", log=True)
-        drawn.append(line_panel(title, rows, found, log=True, place=place))
+        drawn.append(line_panel(title, rows, found, log=True, index=index))
     return Figure("influence", "Influence in training", drawn, arms=arms(results))
 
 

@@ -214,8 +214,8 @@ def _held(config: Options, file: str, check: Check) -> tuple[Options, Results]:
         raise damaged(path, error, _MEND) from error
     if not results["runs"] and not _begun(folder):
         return config, results
-    earlier, ours = to_plain(earlier_config), to_plain(config)
-    for name, value in ours.items():
+    earlier, asked = to_plain(earlier_config), to_plain(config)
+    for name, value in asked.items():
         if name not in (*config.EXTENDABLE, *config.NOT_RESULTS) and earlier.get(name) != value:
             mend = "choose another --output, or delete it"
             if name == "epochs":
@@ -227,22 +227,22 @@ def _held(config: Options, file: str, check: Check) -> tuple[Options, Results]:
                 f"{folder} holds a different run, with {name}={earlier.get(name)!r}, not "
                 f"{value!r}: {mend}."
             )
-    merged = {name: _merged(earlier[name], ours[name]) for name in config.EXTENDABLE}
+    merged = {name: _merged(earlier[name], asked[name]) for name in config.EXTENDABLE}
     if None in merged.values():
         raise OptionError(
             f"{folder} holds a sweep over {', '.join(earlier['sweep']) or 'nothing'}, not over "
-            f"{', '.join(ours['sweep']) or 'nothing'}: choose another --output."
+            f"{', '.join(asked['sweep']) or 'nothing'}: choose another --output."
         )
     return replace(config, **merged), results
 
 
-def _merged(earlier: Any, ours: Any) -> Any:
+def _merged(earlier: Any, asked: Any) -> Any:
     """What there was and what is new; None for sweeps over different options."""
     if isinstance(earlier, dict):
-        if earlier.keys() != ours.keys():
+        if earlier.keys() != asked.keys():
             return None
-        return {name: list(_merged(values, ours[name])) for name, values in earlier.items()}
-    return tuple(dict.fromkeys([*earlier, *ours]))
+        return {name: list(_merged(values, asked[name])) for name, values in earlier.items()}
+    return tuple(dict.fromkeys([*earlier, *asked]))
 
 
 _MEND = "choose another --output, or delete the folder."

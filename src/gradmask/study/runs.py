@@ -27,12 +27,12 @@ from gradmask.study.folder import (
 )
 from gradmask.study.metrics import chosen_epoch, metrics_of
 from gradmask.study.options import RunOptions, to_plain, to_yaml
-from gradmask.study.processes import processes
 from gradmask.study.progress import Progress
 from gradmask.study.results import Results, Row, check_results
 from gradmask.study.spec import Spec
 from gradmask.study.statistics import summary_table, value_key
 from gradmask.study.workers import Work, check_workers, execute
+from gradmask.study.world import current_world
 
 OPENING = "opening the output folder"
 
@@ -63,7 +63,7 @@ def run_study(
     Raises:
         TrialError: If runs failed; once all others are done.
     """
-    ours, progress = processes(), progress or Progress()
+    world, progress = current_world(), progress or Progress()
     directories: dict[Path, Spec] = {}
     for spec in every_run(config):
         other = directories.setdefault(run_directory(config.output, spec), spec)
@@ -73,9 +73,9 @@ def run_study(
     check_workers(config.jobs, scheduler)
     with ExitStack() as stack:
         opened = partial(open_folder, config, stack, check=check)
-        config, results = ours.from_main(opened, OPENING)
+        config, results = world.from_main(opened, OPENING)
         work = begin(config, results)
-        ours.from_main(partial(begin_folder, config), OPENING)
+        world.from_main(partial(begin_folder, config), OPENING)
         results["config"] = to_plain(config)
         missing = _missing(config, results)
         if missing:  # a visit that trains nothing does not change what was trained with
@@ -86,7 +86,7 @@ def run_study(
                 torch.set_num_threads(config.threads)
             progress.plan(missing, len(results["runs"]))
             failed = _train_missing(config, work, results, missing, progress, own)
-        if ours.main:
+        if world.is_main:
             save_results(config.output, results)
         if failed:
             raise TrialError(
@@ -106,12 +106,12 @@ def _train_missing(
     own: Iterable[str],
 ) -> list[str]:
     """Train runs, and say which failed."""
-    ours, failed = processes(), []
+    world, failed = current_world(), []
 
     def record(run: Row) -> None:
         results["runs"].append(run | {"commit": results["environment"].get("commit")})
         results["summary"] = summary_table(results)
-        if ours.main:
+        if world.is_main:
             save_results(config.output, results)
             # Only now: they were all there was of it.
             remove_checkpoints(run_directory(config.output, Spec.of(run)))
@@ -131,7 +131,7 @@ def _train_missing(
     limits = {"jobs": config.jobs, "threads": config.threads, "scheduler": scheduler}
     for spec, run in execute(work, todo, progress.epoch, **limits):
         if isinstance(run, TrialError):
-            if ours.count > 1:  # the others train on together
+            if world.size > 1:  # the others train on together
                 raise run
             fail(spec, str(run))
             continue
@@ -180,12 +180,12 @@ def early_stopped(run: Row, arm: Arm, config: Any) -> Row:
             "name another with choose."
         )
     rows, patience = run["epochs"], arm.own.get("patience", math.inf)
-    for place in range(len(rows)):
-        best = rows.index(chosen_epoch(rows[: place + 1], chooser))
-        if rows[place]["epoch"] - rows[best]["epoch"] >= patience:
+    for index in range(len(rows)):
+        best = rows.index(chosen_epoch(rows[: index + 1], chooser))
+        if rows[index]["epoch"] - rows[best]["epoch"] >= patience:
             break
     kept = rows[: best + 1]
-    stopped = run | {"epochs": kept, "seconds": run["seconds"] * (place + 1) / len(rows)}
+    stopped = run | {"epochs": kept, "seconds": run["seconds"] * (index + 1) / len(rows)}
     stopped.pop("diverged", None)
     if "influence" in run:
         records = run["influence"]
@@ -235,7 +235,7 @@ def _missing(config: Any, results: Results) -> list[Spec]:
     done = [(run["arm"], run["seed"], value_key(run)) for run in results["runs"]]
     every = every_run(config)
     keys = {(s.arm, s.seed, value_key(s.as_row())): s for s in every}
-    if processes().main:
+    if current_world().is_main:
         for key in done:  # of a process that was killed before it could remove them
             if key in keys:
                 remove_checkpoints(run_directory(config.output, keys[key]))

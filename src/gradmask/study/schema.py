@@ -67,7 +67,7 @@ def items(check: Check, count: int | None = None) -> Check:
     def checked(value: Any) -> list[Any]:
         if not isinstance(value, list) or count not in (None, len(value)):
             raise Wrong(f"{_short(value)} is no list{'' if count is None else f' of {count}'}")
-        return [_at(place, check, found) for place, found in enumerate(value)]
+        return [_at(where, check, found) for where, found in enumerate(value)]
 
     return checked
 
@@ -143,11 +143,11 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _at(place: object, check: Check, value: Any) -> Any:
+def _at(where: object, check: Check, value: Any) -> Any:
     try:
         return check(value)
     except Wrong as error:
-        raise Wrong(f"{place}: {error}") from None
+        raise Wrong(f"{where}: {error}") from None
 
 
 def _short(value: Any) -> str:

@@ -185,17 +185,17 @@ def summarise(numbers: Sequence[float]) -> Summary:
     return Summary(mean(numbers) if numbers else math.nan, std, len(numbers))
 
 
-def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """Mean of `ours - theirs` over the seeds both have, with a 95 % t-interval.
+def paired_difference(first: dict[int, float], second: dict[int, float]) -> Difference | None:
+    """Mean of `first - second` over the seeds both have, with a 95 % t-interval.
 
     Args:
-        ours: Number by seed.
-        theirs: Number by seed.
+        first: Number by seed.
+        second: Number by seed.
 
     Returns:
         The difference, or None without a common seed.
     """
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    differences = [first[seed] - second[seed] for seed in first if seed in second]
     if not differences:
         return None
     summary = summarise(differences)
@@ -219,15 +219,15 @@ def corrected(differences: Sequence[Difference | None]) -> list[Difference | Non
         The same with `corrected` and `detectable`, in their order.
     """
     tested = sorted(
-        (d.p, place) for place, d in enumerate(differences) if d is not None and d.p is not None
+        (d.p, index) for index, d in enumerate(differences) if d is not None and d.p is not None
     )
     found, least = list(differences), 0.0
-    for rank, (p, place) in enumerate(tested):
+    for rank, (p, index) in enumerate(tested):
         least = max(least, min(1.0, (len(tested) - rank) * p))
-        difference = found[place]
+        difference = found[index]
         assert difference is not None
         detectable = _detectable(difference, len(tested))
-        found[place] = replace(difference, corrected=least, detectable=detectable)
+        found[index] = replace(difference, corrected=least, detectable=detectable)
     return found
 
 

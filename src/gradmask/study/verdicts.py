@@ -119,13 +119,13 @@ def conclusions(results: Results) -> list[str]:
     found = verdicts(results)
     sentences = []
     for arm in dict.fromkeys(verdict.arm for verdict in found):
-        ours = [v for v in found if v.arm == arm]
-        if not any(values(results, arm, v.metric) for v in ours):
+        of_arm = [v for v in found if v.arm == arm]
+        if not any(values(results, arm, v.metric) for v in of_arm):
             sentences.append(f"Conclusion on {named(arm)} in this run: it diverged.")
             continue
         parts = [
-            _conclude([v for v in ours if v.metric == metric])
-            for metric in dict.fromkeys(v.metric for v in ours)
+            _conclude([v for v in of_arm if v.metric == metric])
+            for metric in dict.fromkeys(v.metric for v in of_arm)
         ]
         sentences.append(f"Conclusion on {named(arm)} in this run: {'; '.join(parts)}.")
     if not sentences:
@@ -133,11 +133,11 @@ def conclusions(results: Results) -> list[str]:
     return sentences
 
 
-def _conclude(ours: list[Verdict]) -> str:
+def _conclude(of_arm: list[Verdict]) -> str:
     """One metric: against no mask first, then what else would explain a gain."""
-    name = ours[0].metric.title
-    plain = [v for v in ours if read_arm(v.control).strategy == "none"]
-    rest = [v for v in ours if v not in plain]
+    name = of_arm[0].metric.title
+    plain = [v for v in of_arm if read_arm(v.control).strategy == "none"]
+    rest = [v for v in of_arm if v not in plain]
     if any(v.outcome < 0 for v in plain):
         return f"it makes {name} worse than no mask does"
     if not all(v.outcome > 0 for v in plain):

@@ -81,8 +81,8 @@ def execute(
         specs = [spec for spec, _ in runs]
         client.subscribe_topic(_TOPIC, lambda event: on_epoch(specs[event[1][0]], event[1][1]))
         futures = {
-            client.submit(_task, sent, place, *run, threads, pure=False, priority=-place): run[0]
-            for place, run in enumerate(runs)
+            client.submit(_task, sent, index, *run, threads, pure=False, priority=-index): run[0]
+            for index, run in enumerate(runs)
         }
         for future in as_completed(futures):
             spec = futures[future]
@@ -196,20 +196,20 @@ def _local(jobs: int, threads: int | None) -> Any:
     if torch.cuda.is_available() and devices == [""]:
         devices = [str(i) for i in range(torch.cuda.device_count())]
     workers = {}
-    for place in range(jobs):
-        share = cores[place * len(cores) // jobs : (place + 1) * len(cores) // jobs]
+    for index in range(jobs):
+        share = cores[index * len(cores) // jobs : (index + 1) * len(cores) // jobs]
         environment = {_CORES: ",".join(map(str, share)) if jobs <= len(cores) else ""}
         if torch.cuda.is_available():
-            environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
+            environment["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
         options = {"nthreads": 1, "env": environment, "host": "127.0.0.1", "dashboard": False}
-        workers[place] = {"cls": Nanny, "options": options}
+        workers[index] = {"cls": Nanny, "options": options}
     hidden = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": ":0"}
     return SpecCluster(
         workers=workers, scheduler={"cls": Scheduler, "options": hidden}, silence_logs=50
     )
 
 
-def _task(sent: bytes, place: int, spec: Spec, directory: Path, threads: int | None) -> Row:
+def _task(sent: bytes, index: int, spec: Spec, directory: Path, threads: int | None) -> Row:
     """What a worker does: one run, with no other process in its folder."""
     from distributed import get_worker
 
@@ -224,7 +224,7 @@ def _task(sent: bytes, place: int, spec: Spec, directory: Path, threads: int | N
         raise _not_sent(error) from error
 
     def tell(row: Row) -> None:
-        worker.log_event(_TOPIC, (place, row))
+        worker.log_event(_TOPIC, (index, row))
 
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / ".lock"):  # of one that was given up, and is still alive

@@ -188,12 +188,12 @@ def sentences(results: Results) -> list[str]:
 
 def _regained(results: Results, arm: str, metric: Metric) -> str | None:
     """Share of the gap between noisy and true labels that an arm closes."""
-    every, true, ours = (values(results, name, metric) for name in (ALL, CLEAN, arm))
-    seeds = [seed for seed in ours if seed in every and seed in true]
+    every, true, cleaned = (values(results, name, metric) for name in (ALL, CLEAN, arm))
+    seeds = [seed for seed in cleaned if seed in every and seed in true]
     gap = sum(true[seed] - every[seed] for seed in seeds)
     if not seeds or gap <= 0:
         return None
-    share = sum(ours[seed] - every[seed] for seed in seeds) / gap
+    share = sum(cleaned[seed] - every[seed] for seed in seeds) / gap
     regains = f"regains {share:.0%}" if share > 0 else "regains none"
     gaps = summarise([100 * (true[seed] - every[seed]) for seed in seeds])
     return (

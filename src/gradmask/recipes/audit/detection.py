@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from gradmask.recipes.audit.scores import FORMS, Form
+from gradmask.recipes.audit.scores import AUDIT_SCORES, AuditScore
 from gradmask.study.statistics import Difference, paired_difference, summarise
 
 MEAN, MEAN_RANK = "mean", "mean rank"
@@ -108,7 +108,7 @@ def choose(scores: Scores, wanted: Tensor) -> dict[str, Choice]:
 
 def usual() -> dict[str, Choice]:
     """Each form's mean over epochs, in the order found in `results/audit`."""
-    return {form.name: Choice(form.name, MEAN, form.high) for form in FORMS}
+    return {form.name: Choice(form.name, MEAN, form.high) for form in AUDIT_SCORES}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Detection:
 
     Attributes:
         chosen_on: The seed on which epoch rules, orders and the best forms were chosen; None if
-            there is one seed only: then the mean over epochs, in the order that `Form` has.
+            there is one seed only: then the mean over epochs, in the order that `AuditScore` has.
         seeds: The seeds that are reported.
         ks: Numbers of samples looked at; the last is the number of wrong labels.
         choices: Epoch rule and order of each form.
@@ -140,11 +140,11 @@ class Detection:
 
     def difference(self, k: int | None = None) -> Difference | None:
         """Best form of influence minus best baseline: AUROC, or precision among k samples."""
-        ours, theirs = (
+        influence, baseline = (
             self.aurocs[form] if k is None else self.precisions[form][k]
             for form in (self.best, self.best_baseline)
         )
-        return paired_difference(ours, theirs)
+        return paired_difference(influence, baseline)
 
     def to_plain(self) -> dict[str, Any]:
         """As `audit.json` has it."""
@@ -209,12 +209,12 @@ def detect(scores: dict[int, Scores], wrong: dict[int, Tensor]) -> Detection:
             }
             for seed, found in scores.items()
         },
-        best=_best(quality, [form for form in FORMS if not form.baseline]),
-        best_baseline=_best(quality, [form for form in FORMS if form.baseline]),
+        best=_best(quality, [form for form in AUDIT_SCORES if not form.baseline]),
+        best_baseline=_best(quality, [form for form in AUDIT_SCORES if form.baseline]),
     )
 
 
-def _best(quality: dict[str, float], forms: list[Form]) -> str:
+def _best(quality: dict[str, float], forms: list[AuditScore]) -> str:
     return max((form.name for form in forms), key=lambda name: quality[name])
 
 

@@ -177,5 +177,5 @@ class _Opened:
     def __init__(self, images: Any) -> None:
         self._images = images
 
-    def __getitem__(self, place: int) -> Any:
-        return self._images.open(place)
+    def __getitem__(self, index: int) -> Any:
+        return self._images.open(index)

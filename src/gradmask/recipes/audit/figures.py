@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from gradmask.recipes.audit.detection import MEAN, MEAN_RANK, Detection, ranking
 from gradmask.recipes.audit.run import Audited
-from gradmask.recipes.audit.scores import FORMS
+from gradmask.recipes.audit.scores import AUDIT_SCORES
 from gradmask.recipes.data.sources import in_memory
 from gradmask.recipes.plots import STYLE
 
@@ -34,15 +34,15 @@ def draw_detection(detection: Detection) -> Figure:
     Returns:
         The figure.
     """
-    figure = Figure(figsize=(10, 1.4 + 0.3 * len(FORMS)), layout="constrained")
+    figure = Figure(figsize=(10, 1.4 + 0.3 * len(AUDIT_SCORES)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1))
-    for row, form in enumerate(FORMS):
+    for row, form in enumerate(AUDIT_SCORES):
         values = list(detection.aurocs[form.name].values())
         colour = _BASELINE if form.baseline else _INFLUENCE
         left.plot(values, [row] * len(values), "o", color=colour, alpha=0.4, markersize=4)
         left.plot(np.mean(values), row, "D", color=colour, markersize=6)
-    left.set_yticks(range(len(FORMS)), [form.title for form in FORMS])
-    left.set_ylim(len(FORMS) - 0.5, -0.5)
+    left.set_yticks(range(len(AUDIT_SCORES)), [form.title for form in AUDIT_SCORES])
+    left.set_ylim(len(AUDIT_SCORES) - 0.5, -0.5)
     left.axvline(0.5, color="#777777", linewidth=1)
     left.set_title("AUROC, epochs and order as chosen")
     _over_epochs(right, detection)
@@ -51,7 +51,7 @@ def draw_detection(detection: Detection) -> Figure:
 
 def _over_epochs(axes: Axes, detection: Detection) -> None:
     for name, colour in zip(_DRAWN, _LINES, strict=True):
-        form = next(form for form in FORMS if form.name == name)
+        form = next(form for form in AUDIT_SCORES if form.name == name)
         found = [detection.all_aurocs[seed][name] for seed in detection.seeds]
         rules = [rule for rule in found[0] if rule not in (MEAN, MEAN_RANK)]
         epochs = [int(rule.split()[1]) for rule in rules]

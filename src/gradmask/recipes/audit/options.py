@@ -89,9 +89,9 @@ class Audit:
         """
         check_choice("fisher", self.fisher, ("empirical", "sampled", "exact"))
         check_counts(self, "probe", "top", "threads")
-        from gradmask.recipes.audit.scores import FORMS  # needs PyTorch
+        from gradmask.recipes.audit.scores import AUDIT_SCORES  # needs PyTorch
 
-        check_choice("score", self.score, [form.name for form in FORMS])
+        check_choice("score", self.score, [form.name for form in AUDIT_SCORES])
 
 
 @dataclass(frozen=True)

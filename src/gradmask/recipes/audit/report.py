@@ -14,7 +14,7 @@ from rich.table import Table
 from gradmask.recipes.audit.detection import Choice, Detection
 from gradmask.recipes.audit.figures import contact_sheet, draw_detection
 from gradmask.recipes.audit.run import Audited
-from gradmask.recipes.audit.scores import FORMS, Form
+from gradmask.recipes.audit.scores import AUDIT_SCORES, AuditScore
 from gradmask.recipes.plots import STYLE, to_svg
 from gradmask.study.files import write_atomically
 from gradmask.study.options import to_yaml
@@ -112,12 +112,12 @@ def audit_verdicts(audited: Audited) -> list[str]:
             f"Epochs, orders and the best scores were chosen on seed {detection.chosen_on} and are "
             f"reported on {_listed(detection.seeds)}; k = {k} wrong labels."
         )
-    ours, theirs = (
+    influence, baseline = (
         describe(detection.choices[f]) for f in (detection.best, detection.best_baseline)
     )
     return [
         where,
-        f"Best form of influence: {ours}. Best baseline: {theirs}.",
+        f"Best form of influence: {influence}. Best baseline: {baseline}.",
         f"AUROC: {_compared(detection.difference(), 3, 1.0, '')}",
         f"Precision@{k}: {_compared(detection.difference(k), 1, 100.0, ' points')}",
         _conclusion(detection),
@@ -130,8 +130,8 @@ def describe(choice: Choice) -> str:
     return f"{_form(choice.form).title} ({choice.rule}, {order} first)"
 
 
-def _form(name: str) -> Form:
-    return next(form for form in FORMS if form.name == name)
+def _form(name: str) -> AuditScore:
+    return next(form for form in AUDIT_SCORES if form.name == name)
 
 
 def _compared(difference: Difference | None, digits: int, scale: float, unit: str) -> str:
@@ -168,7 +168,7 @@ def _listed(seeds: tuple[int, ...]) -> str:
 def _rows(detection: Detection) -> list[dict[str, Any]]:
     """One row for each score, baselines first."""
     rows = []
-    for form in FORMS:
+    for form in AUDIT_SCORES:
         choice = detection.choices[form.name]
         numbers = [(detection.aurocs[form.name], 1.0, 3)]
         numbers += [(detection.precisions[form.name][k], 100.0, 1) for k in detection.ks]

@@ -22,7 +22,7 @@ from gradmask.recipes.audit.detection import (
     usual,
 )
 from gradmask.recipes.audit.options import Audit
-from gradmask.recipes.audit.scores import FORMS, Measured, measure
+from gradmask.recipes.audit.scores import AUDIT_SCORES, Measured, measure
 from gradmask.recipes.config import Comparison
 from gradmask.recipes.data.images import ImageData, load_images
 from gradmask.recipes.data.sources import in_memory, stratified
@@ -127,7 +127,10 @@ def run_audit(options: Audit, console: Console) -> Audited:
         )
         runs[seed] = AuditedRun(
             data[seed],
-            {form.name: by_rule({e: form.of(m) for e, m in measured.items()}) for form in FORMS},
+            {
+                form.name: by_rule({e: form.of(m) for e, m in measured.items()})
+                for form in AUDIT_SCORES
+            },
         )
     detection = None
     if all(0 < run.wrong.sum() < len(run.wrong) for run in runs.values()):

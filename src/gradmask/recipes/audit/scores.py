@@ -61,7 +61,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Form:
+class AuditScore:
     """A score of training samples.
 
     Attributes:
@@ -85,22 +85,26 @@ class Form:
 
 _HIGH, _LOW = True, False
 
-FORMS = (
+AUDIT_SCORES = (
     # name, title, expected order, order found, baseline, score
-    Form("loss", "loss", _HIGH, _HIGH, True, lambda m: m.loss),
-    Form("margin", "margin", _LOW, _LOW, True, lambda m: m.margin),
-    Form("norm", "gradient norm", _HIGH, _HIGH, True, lambda m: m.norm),
-    Form("self", "self-influence", _HIGH, _HIGH, True, lambda m: m.own),
-    Form("influence", "influence (eq. 4)", _LOW, _HIGH, False, lambda m: m.everyone),
-    Form("others", "influence, itself left out", _LOW, _HIGH, False, lambda m: m.others),
-    Form("same", "influence on its class", _LOW, _HIGH, False, lambda m: m.same),
-    Form("different", "influence on other classes", _LOW, _HIGH, False, lambda m: m.different),
-    Form("diagonal", "diagonal form (eq. 9)", _LOW, _HIGH, False, lambda m: m.diagonal),
-    Form("same_share", "share on its class", _LOW, _LOW, False, lambda m: m.same_share),
-    Form("per_self", "influence / self-influence", _LOW, _LOW, False, lambda m: m.per_self),
-    Form("per_norm", "influence / norm²", _LOW, _LOW, False, lambda m: m.per_norm(m.others)),
-    Form("same_per_norm", "on its class / norm²", _LOW, _LOW, False, lambda m: m.per_norm(m.same)),
-    Form(
+    AuditScore("loss", "loss", _HIGH, _HIGH, True, lambda m: m.loss),
+    AuditScore("margin", "margin", _LOW, _LOW, True, lambda m: m.margin),
+    AuditScore("norm", "gradient norm", _HIGH, _HIGH, True, lambda m: m.norm),
+    AuditScore("self", "self-influence", _HIGH, _HIGH, True, lambda m: m.own),
+    AuditScore("influence", "influence (eq. 4)", _LOW, _HIGH, False, lambda m: m.everyone),
+    AuditScore("others", "influence, itself left out", _LOW, _HIGH, False, lambda m: m.others),
+    AuditScore("same", "influence on its class", _LOW, _HIGH, False, lambda m: m.same),
+    AuditScore(
+        "different", "influence on other classes", _LOW, _HIGH, False, lambda m: m.different
+    ),
+    AuditScore("diagonal", "diagonal form (eq. 9)", _LOW, _HIGH, False, lambda m: m.diagonal),
+    AuditScore("same_share", "share on its class", _LOW, _LOW, False, lambda m: m.same_share),
+    AuditScore("per_self", "influence / self-influence", _LOW, _LOW, False, lambda m: m.per_self),
+    AuditScore("per_norm", "influence / norm²", _LOW, _LOW, False, lambda m: m.per_norm(m.others)),
+    AuditScore(
+        "same_per_norm", "on its class / norm²", _LOW, _LOW, False, lambda m: m.per_norm(m.same)
+    ),
+    AuditScore(
         "different_per_norm",
         "on other classes / norm²",
         _LOW,
@@ -108,7 +112,7 @@ FORMS = (
         False,
         lambda m: m.per_norm(m.different),
     ),
-    Form(
+    AuditScore(
         "diagonal_per_norm",
         "diagonal form / norm²",
         _LOW,

@@ -92,10 +92,10 @@ def print_detection(runs: list[RankedRun], console: Console) -> None:
         style = "bold" if name == COMBINED else None
         table.add_row(name.replace("_", " "), *cells, style=style, end_section=name == COMBINED)
     console.print(table)
-    ours, theirs = (
+    first, second = (
         {i: d[name]["auroc"] for i, d in enumerate(found.values())} for name in (COMBINED, BASELINE)
     )
-    difference = paired_difference(ours, theirs)
+    difference = paired_difference(first, second)
     if difference is not None and difference.low is not None and difference.high is not None:
         console.print(
             f"AUROC of the combined rank is {difference.mean:+.3f} against the loss of the last "

@@ -17,7 +17,7 @@ from gradmask.recipes.data.sources import Images
 from gradmask.recipes.data.stored import Key, Labelled, StoredImages, View, decoded
 from gradmask.recipes.data.transforms import augment_batch, transform_of
 from gradmask.seeding import derive_seed
-from gradmask.study.processes import ALONE, Processes
+from gradmask.study.world import ALONE, World
 
 Prepare = Callable[[Tensor], Tensor]
 EVALUATION_BATCH = 1024  # at most
@@ -35,19 +35,19 @@ class Batches:
         labels: Their labels.
         prepare: Turns uint8 images into the network's inputs.
         size: Images in a batch (default: as many as take little memory).
-        ours: Of every batch, the images of this process among those that measure together.
+        world: Of every batch, the images of this process among those that measure together.
     """
 
     images: Images
     labels: Tensor
     prepare: Prepare
     size: int | None = None
-    ours: Processes = ALONE
+    world: World = ALONE
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `(inputs, labels)` batches; the last may be smaller."""
         size = self.batch_size
-        labels = [self.ours.part(part) for part in self.labels.split(size)]
+        labels = [self.world.part(part) for part in self.labels.split(size)]
         for images, part in zip(self._images(size), labels, strict=True):
             yield self.prepare(images), part
 
@@ -59,11 +59,11 @@ class Batches:
 
     def _images(self, size: int) -> Iterator[Tensor]:
         if not isinstance(self.images, StoredImages):
-            yield from (self.ours.part(batch) for batch in self.images.split(size))
+            yield from (self.world.part(batch) for batch in self.images.split(size))
             return
-        places = torch.arange(len(self.images)).split(size)
+        indices = torch.arange(len(self.images)).split(size)
         keys: Iterable[list[Key]] = (
-            [(i, None) for i in self.ours.part(p).tolist()] for p in places
+            [(i, None) for i in self.world.part(p).tolist()] for p in indices
         )
         for images in decoded(self.images, keys, self.labels.is_cuda):
             yield images.to(self.labels.device, non_blocking=True)
@@ -83,9 +83,9 @@ class InMemory(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, places: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch, which nothing need collate."""
-        chosen = torch.tensor(places, device=self.labels.device)
+        chosen = torch.tensor(indices, device=self.labels.device)
         return self.images[chosen], self.labels[chosen]
 
 
@@ -98,7 +98,7 @@ def fisher_batches(batches: Batches) -> DataLoader[Any]:
     Returns:
         A loader over this process's part of them.
     """
-    mine = slice(batches.ours.rank, None, batches.ours.count)
+    mine = slice(batches.world.rank, None, batches.world.size)
     images, labels = batches.images[mine], batches.labels[mine]
     dataset: Dataset[tuple[Tensor, Tensor]]
     if isinstance(images, StoredImages):
@@ -125,12 +125,12 @@ def training_batches(
     augmentation: torch.Generator,
     crops: tuple[int | str, ...],
     prepare: Prepare,
-    ours: Processes,
+    world: World,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this process's part of each training batch, augmented.
 
     Random numbers are those of the whole batch, whatever the number of processes. Those of a
-    stored image depend on `crops` and its place alone, so that workers may run ahead.
+    stored image depend on `crops` and its index alone, so that workers may run ahead.
 
     Args:
         config: Options of the comparison.
@@ -139,27 +139,27 @@ def training_batches(
         augmentation: Random numbers for images in memory.
         crops: Seed of this epoch's random crops of stored images.
         prepare: Turns uint8 images into the network's inputs.
-        ours: This process among those that train.
+        world: This process among those that train.
 
     Yields:
         Inputs and labels.
     """
     images, device = data.train_images, data.train_labels.device
     # To the device all at once: a copy in each step would have to be waited for.
-    places = torch.cat(list(batches)).to(device).split([len(batch) for batch in batches])
+    indices = torch.cat(list(batches)).to(device).split([len(batch) for batch in batches])
     if isinstance(images, StoredImages):
         keys = (
             [(i, derive_seed(*crops, i) if config.augment else None) for i in part]
-            for part in (ours.part(batch).tolist() for batch in batches)
+            for part in (world.part(batch).tolist() for batch in batches)
         )
         view = View(config.crop, config.flip, transform_of(config))
         stored = decoded(images, keys, device.type == "cuda", view)
-        for batch, found in zip(places, stored, strict=True):
+        for batch, found in zip(indices, stored, strict=True):
             yield (
                 prepare(found.to(device, non_blocking=True)),
-                data.train_labels[ours.part(batch)],
+                data.train_labels[world.part(batch)],
             )
         return
-    for batch in places:
+    for batch in indices:
         augmented = augment_batch(config, images[batch], augmentation)
-        yield prepare(ours.part(augmented)), data.train_labels[ours.part(batch)]
+        yield prepare(world.part(augmented)), data.train_labels[world.part(batch)]

@@ -22,8 +22,8 @@ from gradmask.recipes.data.decoding import middle
 from gradmask.recipes.data.folders import warn_once
 from gradmask.recipes.data.stored import StoredImages, damaged
 from gradmask.study.files import keep, read_kept
-from gradmask.study.processes import processes
 from gradmask.study.progress import EVERY, duration
+from gradmask.study.world import current_world
 
 _DECODER = 2  # changes with the pixels that are made of a file
 _ELSEWHERE = "point GRADMASK_CACHE to a folder of your own."
@@ -154,14 +154,14 @@ def _decode(images: StoredImages) -> tuple[Tensor, Sizes]:
     arrays: list[np.ndarray] = []
     sizes: set[tuple[int, int]] = set()
     words = f"Decoding {images.where}"
-    for place in followed(range(len(images)), len(images), words):
-        image = images.open(place)
+    for index in followed(range(len(images)), len(images), words):
+        image = images.open(index)
         sizes.add(image.size)
         array = np.asarray(middle(image, images.size) if images.size else image)
         if arrays and array.shape[:2] != arrays[0].shape[:2]:
             (height, width), (other, wide) = array.shape[:2], arrays[0].shape[:2]
             raise DataError(
-                f"{images.name(place)} is {height} x {width} pixels, not {other} x {wide}: give "
+                f"{images.name(index)} is {height} x {width} pixels, not {other} x {wide}: give "
                 "one size for all with --image-size."
             )
         arrays.append(array)
@@ -187,7 +187,7 @@ def followed(items: Iterable[Item], total: int, words: str) -> Iterator[Item]:
     Yields:
         The items.
     """
-    console = Console(stderr=True, soft_wrap=True, quiet=not processes().main)
+    console = Console(stderr=True, soft_wrap=True, quiet=not current_world().is_main)
     if console.is_terminal:
         yield from track(items, words, total=total, console=console, transient=True)
         return

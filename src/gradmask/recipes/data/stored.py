@@ -22,7 +22,7 @@ from gradmask.recipes.data.decoding import decode, middle
 from gradmask.recipes.data.own import Transform
 
 MOST_WORKERS = 8  # by default
-Key = tuple[int, int | None]  # place of an image, and the seed of its random crop
+Key = tuple[int, int | None]  # index of an image, and the seed of its random crop
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class StoredImages:
         """Shape of the tensor they stand for."""
         return torch.Size((len(self), 3, self.size, self.size))
 
-    def open(self, place: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image:
         """Decode one image in its own size, grey (L) or RGB.
 
         Args:
-            place: Its place among these images.
+            index: Its index among these images.
 
         Returns:
             The image.
@@ -69,22 +69,22 @@ class StoredImages:
         Raises:
             DataError: If it is damaged; names the file, or its row in the data set.
         """
-        stored = self._stored(place)
+        stored = self._stored(index)
         try:
             return decode(
                 stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
             )
         except Exception as error:  # Pillow raises whatever the bytes lead it to
             raise DataError(
-                f"Cannot decode {self.name(place)}: {str(error) or type(error).__name__}. Mend "
+                f"Cannot decode {self.name(index)}: {str(error) or type(error).__name__}. Mend "
                 "it, or leave damaged images out with --skip_damaged true."
             ) from error
 
-    def name(self, place: int) -> str:
+    def name(self, index: int) -> str:
         """What to call an image in a message: its file, or its row in the data set."""
-        path = (self._stored(place) or {}).get("path")
+        path = (self._stored(index) or {}).get("path")
         known = path and os.path.exists(path)
-        return str(path) if known else f"image {int(self.indices[place])} of {self.where}"
+        return str(path) if known else f"image {int(self.indices[index])} of {self.where}"
 
     def names(self) -> list[str]:
         """What to call each image in a table: its file, or its row in the data set."""
@@ -95,26 +95,26 @@ class StoredImages:
         named = zip(found, self.indices.tolist(), strict=True)
         return [path or f"image {row} of {self.where}" for path, row in named]
 
-    def _stored(self, place: int) -> Any:
-        row = int(self.indices[place])
+    def _stored(self, index: int) -> Any:
+        row = int(self.indices[index])
         return self.rows.data[self.column][row].as_py()  # as `rows[row]`, without its overhead
 
-    def centre(self, place: int) -> Tensor:
+    def centre(self, index: int) -> Tensor:
         """The middle of one image, for measuring: uint8 (3, size, size)."""
-        return _to_tensor(middle(self.open(place), self.size))
+        return _to_tensor(middle(self.open(index), self.size))
 
-    def cropped(self, place: int, seed: int, crop: bool = True, flip: bool = True) -> Tensor:
+    def cropped(self, index: int, seed: int, crop: bool = True, flip: bool = True) -> Tensor:
         """A random part of one image, mirrored or not, for training: uint8 (3, size, size)."""
-        image = self.open(place)
+        image = self.open(index)
         if not crop:
             image = middle(image, self.size)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # this one only: `torch.manual_seed` is slow
             return _to_tensor(_random_part(self.size if crop else None, flip)(image))
 
-    def whole(self, place: int) -> Tensor:
+    def whole(self, index: int) -> Tensor:
         """One image in its own size: uint8 (3, height, width)."""
-        return _to_tensor(self.open(place))
+        return _to_tensor(self.open(index))
 
 
 @lru_cache
@@ -163,12 +163,12 @@ class View:
 
     def __call__(self, images: StoredImages, key: Key) -> Tensor:
         """The view of one image; without a seed its middle."""
-        place, seed = key
+        index, seed = key
         if seed is None:
-            return images.centre(place)
+            return images.centre(index)
         if self.transform is not None:
-            return self.transform(images.whole(place), seed, images.size)
-        return images.cropped(place, seed, self.crop, self.flip)
+            return self.transform(images.whole(index), seed, images.size)
+        return images.cropped(index, seed, self.crop, self.flip)
 
 
 def _damage(images: StoredImages, key: Key) -> str:
@@ -257,7 +257,7 @@ def damaged(images: StoredImages) -> Iterator[tuple[int, str]]:
     Yields:
         Row and message of each image; none for one that is sound.
     """
-    keys: list[Key] = [(place, None) for place in range(len(images))]
+    keys: list[Key] = [(index, None) for index in range(len(images))]
     batches = _in_workers(images, _damage, sampler=keys, batch_size=64, collate_fn=_as_list)
     messages = (message for batch in batches for message in batch)
     yield from zip(images.indices.tolist(), messages, strict=True)
@@ -277,6 +277,6 @@ class Labelled(Dataset[tuple[Any, Tensor]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, places: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch, which nothing need collate."""
-        return torch.stack([self.images.centre(place) for place in places]), self.labels[places]
+        return torch.stack([self.images.centre(index) for index in indices]), self.labels[indices]

@@ -71,8 +71,8 @@ def save_run(directory: Path, described: dict[str, Any], log: Position, run: Run
         newest, previous = (directory / name for name in SHARDS)
         plain = {"version": VERSION, "run": described, **state}
         plain["shapes"] = shapes(run.model.state_dict())
-        save_shards(newest, previous, plain, run.shards(), run.ours)
-    elif run.ours.main:
+        save_shards(newest, previous, plain, run.shards(), run.world)
+    elif run.world.is_main:
         save_checkpoint(directory, described, state)
 
 
@@ -94,7 +94,7 @@ def load_run(directory: Path, described: dict[str, Any], run: RunState) -> Posit
             run or network, or of other processes. No file is changed then.
     """
     others = (NEWEST, PREVIOUS) if run.in_shards else SHARDS
-    with all_ranks_raise(run.ours.groups, READING):
+    with all_ranks_raise(run.world.groups, READING):
         for name in others:
             if (directory / name).exists():
                 engine = "ddp, or by one process" if run.in_shards else "fsdp, by several processes"
@@ -111,9 +111,9 @@ def load_run(directory: Path, described: dict[str, Any], run: RunState) -> Posit
         found = load_checkpoint(directory, described, run.model)
         return found is not None
 
-    there = run.ours.from_main(read, READING)  # first: it may mend the folder
-    with all_ranks_raise(run.ours.groups, READING):
-        if not run.ours.main and read() != there:
+    there = run.world.from_main(read, READING)  # first: it may mend the folder
+    with all_ranks_raise(run.world.groups, READING):
+        if not run.world.is_main and read() != there:
             raise StateError(f"{directory} is not the same folder on all machines: share it.")
     if found is None:
         return None
@@ -122,11 +122,11 @@ def load_run(directory: Path, described: dict[str, Any], run: RunState) -> Posit
 
 
 def _load_shards(directory: Path, described: dict[str, Any], run: RunState) -> Position | None:
-    ours = run.ours
+    world = run.world
     path, plain, spoilt = _newest_sound(
         [directory / name for name in SHARDS],
-        lambda path: ours.from_main(path.exists, READING),
-        lambda path: read_plain(path, ours),
+        lambda path: world.from_main(path.exists, READING),
+        lambda path: read_plain(path, world),
     )
     if path is None:
         return None
@@ -135,9 +135,9 @@ def _load_shards(directory: Path, described: dict[str, Any], run: RunState) -> P
     read_shards(path, tensors)
     _fill(directory, run, plain, tensors)
     if spoilt:
-        if ours.main:
+        if world.is_main:
             _warn(spoilt)
-        ours.from_main(lambda: shutil.rmtree(directory / SHARDS[0]), READING)
+        world.from_main(lambda: shutil.rmtree(directory / SHARDS[0]), READING)
     return _position(plain)
 
 

@@ -37,7 +37,7 @@ def divergence_named(
     except DataError as error:
         ended = isinstance(error, NotFinite)
         # Several processes have agreed on it, or may not have come here all of them.
-        if not ended and (run.ours.count > 1 or _is_finite(run, train_set)):
+        if not ended and (run.world.size > 1 or _is_finite(run, train_set)):
             raise
         reason = f"{'' if ended else 'the network is no longer finite: '}{error}"
         who = f"arm {arm!r}, seed {seed}"

@@ -49,7 +49,7 @@ def evaluate(model: nn.Module, batches: Batches, classes: int) -> Measured:
         logits = model(inputs)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         right += labels[logits.argmax(1) == labels].bincount(minlength=classes)
-    loss, right = batches.ours.sum(loss), batches.ours.sum(right)
+    loss, right = batches.world.sum(loss), batches.world.sum(right)
     shares = right.double() / every.bincount(minlength=classes)
     return Measured(loss.item() / len(every), right.sum().item() / len(every), shares.tolist())
 

@@ -97,7 +97,7 @@ def train_run(
     steps = math.ceil(len(data.train_labels) / config.batch_size)
     train_set = Batches(data.train_images, data.train_labels, prepare, config.batch_size)
     run = new_state(config, data, arm, seed, train_set, steps)
-    ours = run.ours
+    world = run.world
     balance = class_weights(data) if config.class_weights == "balanced" else None
 
     def save_if_due(now: bool = False) -> None:
@@ -129,7 +129,7 @@ def train_run(
                 yield
         except Diverged as error:
             error.run["seconds"] = time.perf_counter() - started
-            if checkpoints and ours.main:  # going on from one would end here again
+            if checkpoints and world.is_main:  # going on from one would end here again
                 remove_checkpoints(directory)
             raise
 
@@ -138,15 +138,15 @@ def train_run(
         worker_errors(),
         ExitStack() as stack,
     ):
-        torch.manual_seed(derive_seed(seed, "dropout", *[ours.rank] * (ours.rank > 0)))
+        torch.manual_seed(derive_seed(seed, "dropout", *[world.rank] * (world.rank > 0)))
         position = load_run(directory, described, run) if checkpoints else None
-        log = stack.enter_context(RunLog(directory, position or START)) if ours.main else None
+        log = stack.enter_context(RunLog(directory, position or START)) if world.is_main else None
         if position is not None:
             started -= run.seconds
             for row in run.rows:
                 on_epoch(row)
         else:
-            if ours.main:
+            if world.is_main:
                 remove_weights(directory)  # of an earlier training
             if run.monitor is not None:  # at the start as well
                 write_record(run.monitor.measure())
@@ -161,22 +161,24 @@ def train_run(
             )
             row["seconds"] = run.epoch_seconds
             check_finite(row, "train_loss")
-            ours.same_buffers(run.model)
+            world.same_buffers(run.model)
             last = run.epoch == config.epochs
             if last or run.epoch % config.evaluate_every == 0:
                 began = time.perf_counter()
                 with precision:
-                    row |= evaluation(data, run.model, partial(Batches, prepare=prepare, ours=ours))
+                    row |= evaluation(
+                        data, run.model, partial(Batches, prepare=prepare, world=world)
+                    )
                 row["evaluation_seconds"] = time.perf_counter() - began
             row |= _mask_row(run.mask)  # the mask this epoch was trained with
             if run.mask is not None and not last:
                 check_finite(row, *(row.keys() & {"val_loss", "test_loss"}))
                 began = time.perf_counter()
-                run.mask.refresh(fisher_batches(replace(train_set, ours=ours)))
+                run.mask.refresh(fisher_batches(replace(train_set, world=world)))
                 row["refresh_seconds"] = time.perf_counter() - began
             if config.save_every and (run.epoch % config.save_every == 0 or last):
                 weights = run.weights()
-                if ours.main:
+                if world.is_main:
                     row["weights"] = save_weights(weights_path(directory, run.epoch), weights)
             observe(row, run.model, train_set)
             run.rows.append(row)
@@ -188,7 +190,7 @@ def train_run(
                 save_if_due(now=budget.spent)
             on_epoch(row)
     run.dynamics.gather()
-    if ours.main:
+    if world.is_main:
         keep(directory / DYNAMICS, described, run.dynamics.state_dict())
     seconds = time.perf_counter() - started
     result: Row = {"arm": arm, "seed": seed, "seconds": seconds, "epochs": run.rows}
@@ -222,28 +224,28 @@ def train_epoch(
     """
     started = time.perf_counter() - run.epoch_seconds
     order = run.order.clone_state()  # the run's own stays as it is, to draw the same when resumed
-    places = torch.randperm(images, generator=order)
-    batches = places.tensor_split(steps)[run.step :]  # no last batch of one
+    indices = torch.randperm(images, generator=order)
+    batches = indices.tensor_split(steps)[run.step :]  # no last batch of one
     run.model.train()
-    ours = run.ours
-    inputs_of = batches_of(batches=batches, augmentation=run.augmentation, ours=ours)
+    world = run.world
+    inputs_of = batches_of(batches=batches, augmentation=run.augmentation, world=world)
     for batch, (inputs, labels) in zip(batches, inputs_of, strict=True):
         # Engines take the mean over the processes, whose parts of a batch may differ in size.
-        scale = len(labels) * ours.count / len(batch)
+        scale = len(labels) * world.size / len(batch)
         run.optimizer.zero_grad()
         seen: list[Tensor] = []
         loss_of = partial(_loss, run.trained, inputs, labels, scale, precision, class_weights, seen)
         loss = run.backward(run.model, loss_of, run.scaler.scale)
-        run.dynamics.update(ours.part(batch), seen[0], labels)  # of `sam` at its own weights
+        run.dynamics.update(world.part(batch), seen[0], labels)  # of `sam` at its own weights
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.schedule.step()
-        run.loss += loss * (len(batch) / ours.count)
+        run.loss += loss * (len(batch) / world.size)
         run.step += 1
         run.epoch_seconds = time.perf_counter() - started
         after_step()
     run.order = order
-    train_loss = ours.sum(run.loss).item() / images
+    train_loss = world.sum(run.loss).item() / images
     run.epoch_seconds = time.perf_counter() - started
     return train_loss
 

@@ -19,14 +19,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from gradmask.errors import StateError
 from gradmask.study.files import read_tensors
-from gradmask.study.processes import Processes
+from gradmask.study.world import World
 from gradmask.tensor_files import atomic_file
 
 RUN_FILE = "run.pt"
 
 
 def save_shards(
-    folder: Path, previous: Path, plain: dict[str, Any], tensors: dict[str, Any], ours: Processes
+    folder: Path, previous: Path, plain: dict[str, Any], tensors: dict[str, Any], world: World
 ) -> None:
     """Write a checkpoint whole or not at all, and keep the one before it.
 
@@ -35,13 +35,13 @@ def save_shards(
         previous: Where the folder that is there goes.
         plain: Plain values and whole tensors, the same in every process.
         tensors: Nested dicts of DTensors.
-        ours: This process among all.
+        world: This process among all.
     """
     new = folder.with_name(f".{folder.name}.tmp")
-    ours.from_main(lambda: shutil.rmtree(new, ignore_errors=True), "writing a checkpoint")
+    world.from_main(lambda: shutil.rmtree(new, ignore_errors=True), "writing a checkpoint")
     save(tensors, checkpoint_id=new)
     names = sorted(path.name for path in new.iterdir())
-    sums = {name: _sum(new / name) for name in names[ours.rank :: ours.count]}
+    sums = {name: _sum(new / name) for name in names[world.rank :: world.size]}
 
     def finish(sums: dict[str, str]) -> None:
         with atomic_file(new / RUN_FILE) as file:
@@ -51,16 +51,16 @@ def save_shards(
             os.replace(folder, previous)
         os.replace(new, folder)
 
-    together = {name: found for part in ours.gather(sums) for name, found in part.items()}
-    ours.from_main(lambda: finish(together), "writing a checkpoint")
+    together = {name: found for part in world.gather(sums) for name, found in part.items()}
+    world.from_main(lambda: finish(together), "writing a checkpoint")
 
 
-def read_plain(folder: Path, ours: Processes) -> dict[str, Any]:
+def read_plain(folder: Path, world: World) -> dict[str, Any]:
     """Read what is not in shards, after a check of all files.
 
     Args:
         folder: A checkpoint.
-        ours: This process among all.
+        world: This process among all.
 
     Returns:
         What was saved as `plain`.
@@ -74,11 +74,11 @@ def read_plain(folder: Path, ours: Processes) -> dict[str, Any]:
         sums = plain.pop("files")
         if sums.keys() != {path.name for path in folder.iterdir()} - {RUN_FILE}:
             raise KeyError("files are missing, or others there")
-        names = sorted(sums)[ours.rank :: ours.count]
+        names = sorted(sums)[world.rank :: world.size]
         damaged = next((n for n in names if _sum(folder / n) != sums[n]), None)
     except (StateError, OSError, KeyError, AttributeError, TypeError):
         damaged = RUN_FILE
-    for found in ours.gather(damaged):
+    for found in world.gather(damaged):
         if found is not None:
             raise StateError(f"{folder / found} is damaged: delete the run's folder.")
     return plain

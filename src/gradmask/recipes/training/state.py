@@ -33,8 +33,7 @@ from gradmask.recipes.training.components import (
 )
 from gradmask.recipes.training.engines import distribute
 from gradmask.seeding import seeded_generator
-from gradmask.study import processes
-from gradmask.study.processes import Processes
+from gradmask.study.world import World, current_world
 
 _PARTS = ("model", "optimizer", "schedule", "scaler", "mask", "monitor", "dynamics")
 _IN_SHARDS = ("model", "optimizer", "mask")  # with `fully_shard`
@@ -49,7 +48,7 @@ class RunState:
     Attributes:
         model: The network.
         trained: What is called in training: the network as the processes share it.
-        ours: This process among those that train.
+        world: This process among those that train.
         optimizer: Its optimizer.
         schedule: The learning-rate schedule.
         scaler: Loss scaling, which does nothing but for `fp16`.
@@ -70,7 +69,7 @@ class RunState:
 
     model: nn.Module
     trained: nn.Module
-    ours: Processes
+    world: World
     optimizer: Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
@@ -117,7 +116,7 @@ class RunState:
         own = {"loss": self.loss.cpu(), "random": torch.get_rng_state()}
         if self.loss.is_cuda:
             own["cuda_random"] = torch.cuda.get_rng_state(self.loss.device)
-        return state | {"processes": self.ours.gather(own)}
+        return state | {"processes": self.world.gather(own)}
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers, whole, in the main process; every process must call it."""
@@ -129,7 +128,7 @@ class RunState:
 
     def shards(self) -> dict[str, Any]:
         """DTensors of network, optimizer and mask, in nested dicts."""
-        self.ours.same_buffers(self.model)  # or those of any process might be saved
+        self.world.same_buffers(self.model)  # or those of any process might be saved
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         if self.mask is not None and self.mask.masks:
@@ -180,12 +179,12 @@ class RunState:
         for name in _VALUES:
             setattr(self, name, state[name])
         own = state["processes"]
-        if len(own) == self.ours.count:
-            self.loss.copy_(own[self.ours.rank]["loss"])
-        elif self.ours.main:
+        if len(own) == self.world.size:
+            self.loss.copy_(own[self.world.rank]["loss"])
+        elif self.world.is_main:
             self.loss.copy_(torch.stack([part["loss"] for part in own]).sum())
-        if self.ours.rank < len(own):
-            own = own[self.ours.rank]
+        if self.world.rank < len(own):
+            own = own[self.world.rank]
             torch.set_rng_state(own["random"])
             if self.loss.is_cuda and "cuda_random" in own:
                 torch.cuda.set_rng_state(own["cuda_random"], self.loss.device)
@@ -216,8 +215,8 @@ def new_state(
     model = new_model(config, data, seed).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    ours = processes.processes()
-    shared = distribute(model, config.engine) if ours.count > 1 else model
+    world = current_world()
+    shared = distribute(model, config.engine) if world.size > 1 else model
     # Not `shared.compile()`, which older versions of torch ignore for an nn.Sequential.
     trained: Any = torch.compile(shared) if config.compile else shared
     optimizer, schedule = new_optimizer(config, model, steps * config.epochs)
@@ -227,7 +226,7 @@ def new_state(
     return RunState(
         model=model,
         trained=trained,
-        ours=ours,
+        world=world,
         optimizer=optimizer,
         schedule=schedule,
         scaler=new_scaler(config, device),

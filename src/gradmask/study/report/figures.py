@@ -44,7 +44,7 @@ def curves(studies: Mapping[str, Results], looks: Sequence[Look]) -> Figure | No
             title = f"{title}: {name}" if len(studies) > 1 else title
             if found_rows:
                 panels.append(
-                    line_panel(title, found_rows, looks, domain=domain, place=len(panels))
+                    line_panel(title, found_rows, looks, domain=domain, index=len(panels))
                 )
     columns = len(studies) if len(studies) > 1 else 2
     title = "Every metric over the epochs of training"
@@ -101,8 +101,12 @@ def _difference_rows(results: Results, look: Look, metric: Metric) -> list[dict[
     difference = compare_arms(results, arm, plain, metric)
     if difference is None:
         return []
-    ours, theirs = values(results, arm, metric), values(results, plain, metric)
-    pairs = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+    values_of_arm, values_of_plain = values(results, arm, metric), values(results, plain, metric)
+    pairs = {
+        seed: values_of_arm[seed] - values_of_plain[seed]
+        for seed in values_of_arm
+        if seed in values_of_plain
+    }
     rows: list[dict[str, Any]] = [
         {
             "arm": look.title,
@@ -190,8 +194,8 @@ def kept(results: Results, looks: Sequence[Look]) -> Figure | None:
         tensors = lengths.pop()
         labels = names if len(names) == tensors else [f"tensor {i + 1}" for i in range(tensors)]
         means = [[mean(column) for column in zip(*found, strict=True)] for found in shares.values()]
-        for place, label in enumerate(labels):
-            line = [round(share[place], 3) for share in means]
+        for index, label in enumerate(labels):
+            line = [round(share[index], 3) for share in means]
             rows.append({"arm": look.title, "layer": label, "epoch": list(shares), "share": line})
         shown.append(look.title)
     if not shown:

@@ -55,8 +55,8 @@ def band_rows(
             ends = (middle, middle - spread, middle + spread)
             middle, low, high = (short(10**end if log else end) for end in ends)
             text = show(10 ** mean(numbers)) if log else summarise(here).show(show)
-            place = {"arm": look.title, "epoch": epoch, "shown": text, "seeds": len(here)}
-            rows.append(place | {"mean": middle, "low": low, "high": high})
+            point = {"arm": look.title, "epoch": epoch, "shown": text, "seeds": len(here)}
+            rows.append(point | {"mean": middle, "low": low, "high": high})
     return rows
 
 
@@ -67,7 +67,7 @@ def line_panel(
     *,
     domain: tuple[float, float] | None = None,
     log: bool = False,
-    place: int = 0,
+    index: int = 0,
 ) -> Spec:
     """Lines with bands, and the values nearest to the pointer.
 
@@ -77,7 +77,7 @@ def line_panel(
         looks: How arms look.
         domain: Ends of the vertical axis.
         log: Give it a logarithmic scale.
-        place: Its place in the figure.
+        index: Its place in the figure.
 
     Returns:
         The panel.
@@ -92,7 +92,7 @@ def line_panel(
     colour = arm_colour(looks)
     dashes = {"domain": colour["scale"]["domain"], "range": [list(look.dash) for look in looks]}
     single = len({row["epoch"] for row in rows}) < 2  # a line of one point is not seen
-    name = f"near{place}"
+    name = f"near{index}"
     near = {"param": name, "empty": False}
     return {
         "title": title,

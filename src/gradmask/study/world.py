@@ -22,31 +22,31 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Processes:
+class World:
     """This process among those that train together.
 
     Attributes:
         rank: Its number, from 0.
-        count: How many they are.
+        size: How many they are.
     """
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes files and prints."""
         return self.rank == 0
 
     @property
     def groups(self) -> Groups:
         """The group of all of them; none if there is one only."""
-        group = dist.group.WORLD if self.count > 1 else None
+        group = dist.group.WORLD if self.size > 1 else None
         return () if group is None else (group,)
 
     def part(self, batch: Tensor) -> Tensor:
         """This process's part of a batch."""
-        return batch[self.rank :: self.count]
+        return batch[self.rank :: self.size]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes."""
@@ -54,8 +54,8 @@ class Processes:
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in order."""
-        values = [value] * self.count
-        if self.count > 1:
+        values = [value] * self.size
+        if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
@@ -73,27 +73,27 @@ class Processes:
             DistributedError: On the other processes, if it failed.
         """
         with all_ranks_raise(self.groups, doing):
-            result: list[Any] = [work() if self.main else None]
-        if self.count > 1:
+            result: list[Any] = [work() if self.is_main else None]
+        if self.size > 1:
             dist.broadcast_object_list(result, src=0)
         found: Result = result[0]
         return found
 
     def same_buffers(self, model: nn.Module) -> None:
         """Give all processes the buffers of the main one: running statistics are each its own."""
-        if self.count > 1:
+        if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
 
-ALONE = Processes()
+ALONE = World()
 
 
-def processes() -> Processes:
+def current_world() -> World:
     """This process among those that have joined."""
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
-    return Processes(dist.get_rank(), dist.get_world_size())
+    return World(dist.get_rank(), dist.get_world_size())
 
 
 def launched() -> int:
@@ -129,7 +129,7 @@ def _no_launcher(name: str, text: str | None, expected: str) -> OptionError:
 
 
 @contextmanager
-def joined(cuda: bool) -> Iterator[Processes]:
+def process_group(cuda: bool) -> Iterator[World]:
     """Join the processes that `torchrun` has started; without it there is this one only.
 
     Args:
@@ -142,12 +142,12 @@ def joined(cuda: bool) -> Iterator[Processes]:
         OptionError: If the environment is not that of a launcher.
     """
     if dist.is_initialized() or launched() == 1:
-        yield processes()
+        yield current_world()
         return
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=LIMIT)
     try:
-        yield processes()
+        yield current_world()
     finally:
         dist.destroy_process_group()
