@@ -1,6 +1,7 @@
 """Every score of the registry against single samples, and the masks that are made of it."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -145,6 +146,24 @@ def test_states_and_files_go_on(name, tmp_path):
         assert all(torch.equal(other.masks[k], m) for k, m in mask.masks.items())
     with pytest.raises(StateError, match=r"average|score"):
         FisherMask(model, keep=0.3).load_state_dict(state)
+
+def test_the_order_of_a_file_does_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    names = [f"p{i}" for i in range(40)]
+    parameters = {n: nn.Parameter(torch.zeros(7, dtype=torch.float64)) for n in names}
+    first, second = (
+        {n: torch.rand(7, generator=generator, dtype=torch.float64) ** 9 for n in names}
+        for _ in range(2)
+    )
+    average, _ = RunningAverage(0.5).add({"square": first}, ())
+    state = average.state_dict()
+    _, expected = average.add({"square": second}, ())
+    for order in range(20):
+        keys = random.Random(order).sample(list(state["sums"]), len(names))
+        other = RunningAverage(0.5)
+        other.load_state_dict(state | {"sums": {k: state["sums"][k] for k in keys}}, parameters)
+        _, found = other.add({"square": second}, ())
+        assert all(torch.equal(found["square"][n], v) for n, v in expected["square"].items())
 
 
 def train(model, mask=None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
@@ -139,7 +140,8 @@ def _possible(value: Tensor, what: str) -> bool:
 def _mean(squares: Mapping[str, Tensor], names: Collection[str], groups: Groups) -> float:
     """Mean of all entries of the tensors that are named, over all shards; 0 of none."""
     parts = [local(squares[name]) for name in names if name in squares]
-    own = sum(float(t.double().sum()) for t in parts), sum(t.numel() for t in parts)
+    # Exact, so that the order of a file's entries does not matter.
+    own = math.fsum(float(t.double().sum()) for t in parts), sum(t.numel() for t in parts)
     numbers = torch.tensor(own, dtype=torch.float64, device="cpu")
     total, entries = sum_over(numbers, groups).tolist()
     return float(total / entries) if entries else 0.0
