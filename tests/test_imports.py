@@ -11,6 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "gradmask"
 # and these foundations.
 CORE = [
     "errors",
+    "extras",
     "tensor_files",
     "named",
     "interrupts",
@@ -43,7 +44,7 @@ CORE = [
     "__init__",
 ]
 TOP = ["study", "audit", "integrations", "recipes", "benchmarks", "cli", "__main__"]
-PUBLIC = ["__init__", "lazy", "errors", "tensor_files", "named", "interrupts", "seeding"]
+PUBLIC = ["__init__", "lazy", "errors", "extras", "tensor_files", "named", "interrupts", "seeding"]
 PUBLIC += ["distributed", "loaders"]
 HEAVY = {
     "distributed",

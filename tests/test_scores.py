@@ -147,6 +147,7 @@ def test_states_and_files_go_on(name, tmp_path):
     with pytest.raises(StateError, match=r"average|score"):
         FisherMask(model, keep=0.3).load_state_dict(state)
 
+
 def test_the_order_of_a_file_does_not_matter():
     generator = torch.Generator().manual_seed(0)
     names = [f"p{i}" for i in range(40)]

@@ -11,6 +11,7 @@ from cyclopts import App, Group, Parameter
 from gradmask.cli.options import command, help_of, parameter, parameters_of
 from gradmask.cli.terminal import terminal
 from gradmask.errors import OptionError
+from gradmask.extras import require
 from gradmask.interrupts import work_begins
 from gradmask.recipes.audit.options import Audit, Clean, DynamicsAudit
 
@@ -26,6 +27,7 @@ def _audit(by: Kind = "dynamics", **given: Any) -> int:
         if name not in _names(_KINDS[by]):
             other = next(kind for kind in _KINDS if name in _names(_KINDS[kind]))
             raise OptionError(f"--{name.replace('_', '-')} is an option of --by {other}.")
+    require("experiments", "gradmask audit")
     console = terminal()
     work_begins()
     pages = _by_dynamics if by == "dynamics" else _by_influence
@@ -62,6 +64,7 @@ def _by_influence(options: dict[str, Any], console: Console) -> list[Path]:
 
 
 def _clean(**given: Any) -> int:
+    require("experiments", "gradmask audit clean")
     from gradmask.recipes.audit.clean import run_clean, sentences
     from gradmask.study import report
     from gradmask.study.progress import Progress

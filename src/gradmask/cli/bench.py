@@ -13,6 +13,7 @@ from gradmask.cli.run import recipes_app
 from gradmask.cli.terminal import terminal
 from gradmask.cli.values import read_items, read_whole
 from gradmask.errors import OptionError
+from gradmask.extras import require
 from gradmask.interrupts import work_begins
 from gradmask.recipes.catalogue import Options
 
@@ -117,6 +118,7 @@ def _annotation(name: str, default: Any) -> Any:
 
 
 def _measure(place: str, defaults: dict[str, Any], **given: Any) -> int:
+    require("experiments", "gradmask bench")
     from gradmask.recipes.training.components import resolve_device
 
     module, _, function = place.partition(".")
@@ -131,6 +133,7 @@ def _measure(place: str, defaults: dict[str, Any], **given: Any) -> int:
 
 
 def _refresh(config: Options) -> int:
+    require("experiments", "gradmask bench")
     from gradmask.benchmarks import refresh
     from gradmask.recipes.config import Comparison
 

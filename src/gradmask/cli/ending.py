@@ -58,7 +58,8 @@ def _ending(error: BaseException) -> tuple[str, int]:
         case GradmaskError():
             return f"{prefix} {text}", WRONG_USE
         case ImportError():
-            return f"{prefix} {text.rstrip('.')}. Install what is missing: {EXTRAS}", WRONG_USE
+            more = "" if "pip install" in text else f" Install what is missing: {EXTRAS}"
+            return f"{prefix} {text.rstrip('.')}.{more}", WRONG_USE
         case subprocess.CalledProcessError():
             last = [line for line in _text(error.stderr).splitlines() if line.strip()][-1:]
             told = [line for line in last if line.startswith(prefix)]

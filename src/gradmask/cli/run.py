@@ -21,6 +21,7 @@ from gradmask.cli.options import (
 from gradmask.cli.report import show, show_theorem
 from gradmask.cli.terminal import terminal
 from gradmask.errors import OptionError, TrialError
+from gradmask.extras import require
 from gradmask.interrupts import work_begins
 from gradmask.recipes.catalogue import RECIPES, Options, Recipe
 from gradmask.study.config import StudyOptions
@@ -76,6 +77,7 @@ def _print_config(options: Options | StudyOptions) -> int:
 
 def run_recipe(config: Options) -> int:
     """Run a recipe, and show its results."""
+    require("experiments", "gradmask run")
     from gradmask.recipes.compare import run_comparison
     from gradmask.recipes.config import Comparison
     from gradmask.recipes.theorem.config import TheoremCheck

@@ -2,7 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from gradmask.extras import require
 from gradmask.lazy import lazily
+
+require("study", "gradmask.study")
 
 if TYPE_CHECKING:
     from gradmask.study.comparison import compare

@@ -113,10 +113,6 @@ def check_workers(jobs: int, scheduler: str | None) -> None:
             f"Workers import the script again, and {script!r} is no file: save it, or leave out "
             "jobs."
         )
-    try:
-        import distributed  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Several jobs need dask: pip install 'gradmask[study]'.") from error
 
 
 def _not_sent(error: Exception) -> OptionError:

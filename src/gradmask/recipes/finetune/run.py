@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmask import SCORES, FisherMask, fisher_diagonal
-from gradmask.errors import OptionError
+from gradmask.extras import require
 from gradmask.recipes.finetune.config import LOWEST, UNMASKED, FineTuning
 from gradmask.recipes.finetune.tasks import (
     Tasks,
@@ -59,6 +59,8 @@ def run_finetuning(config: FineTuning, progress: Progress) -> Results:
     """
     options = {k: v for k, v in to_plain(config).items() if k not in FineTuning.NOT_RESULTS}
     # What cannot work is told before the folder is made.
+    if any(arm.partition(":")[0] == "lora" for arm in config.arms):
+        require("peft", "Arm 'lora'")
     tasks = load_tasks(config, config.seeds[0])
     network = None if config.pretrained is None else _sum_of(config.pretrained, config, tasks)
     return compare(
@@ -177,14 +179,9 @@ def with_lora(model: nn.Module, rank: int) -> nn.Module:
     Args:
         model: The network; its new head learns in full.
         rank: Rank of each.
-
-    Raises:
-        OptionError: If PEFT is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise OptionError("Arm 'lora' needs PEFT: pip install 'gradmask[peft]'.") from error
+    from peft import LoraConfig, get_peft_model
+
     layers = (nn.Conv2d, nn.Linear)
     body = model.get_submodule("body")
     targets = [f"body.{name}" for name, m in body.named_modules() if isinstance(m, layers)]
