@@ -35,6 +35,7 @@ extensions = [
 root_doc = "docs/index"
 include_patterns = [
     "docs/**.md",
+    "results/README.md",
     "results/*/README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",

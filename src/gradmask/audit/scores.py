@@ -86,7 +86,7 @@ _ALL = (
 SCORES = {score.name: score for score in _ALL}
 
 # Weights of the combined rank, of each score's rank: chosen on scikit-learn's digits, in short and
-# long trainings, by results/audit-weights/fit.py.
+# long trainings, by results/audit-dynamics/fit.py.
 COMBINED = {"area_under_margin": 0.9, "cumulative_loss": 0.1}
 
 

@@ -1,6 +1,6 @@
 """Weights of the combined rank, fitted on scikit-learn's digits.
 
-    python results/audit-weights/fit.py > results/audit-weights/fit.log
+    python results/audit-dynamics/fit.py > results/audit-dynamics/fit.log
 
 Networks of one hidden layer learn the 1,797 digits with 20 or 40 % of the labels wrong, for 5, 20
 or 100 epochs, at a constant learning rate or with warm-up and decay, in small or large batches:
