@@ -15,7 +15,9 @@ def commits_in(found):
 
 
 def test_every_folder_has_its_row_and_every_row_its_commits():
-    rows = dict(re.findall(r"^\| \[(\S+)\]\(\1\) (.*)\|$", (RESULTS / "README.md").read_text(), re.M))
+    rows = dict(
+        re.findall(r"^\| \[(\S+)\]\(\1\) (.*)\|$", (RESULTS / "README.md").read_text(), re.M)
+    )
     assert rows.keys() == {path.name for path in RESULTS.iterdir() if path.is_dir()}
     for name, row in rows.items():
         assert (RESULTS / name / "README.md").exists()
