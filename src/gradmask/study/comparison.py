@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -15,10 +13,11 @@ from gradmask.errors import GradmaskWarning, OptionError
 from gradmask.named import named
 from gradmask.study.arms import STRATEGIES, parse_arm
 from gradmask.study.config import StudyOptions
+from gradmask.study.functions import name_of, run_trial, source_sum
 from gradmask.study.progress import Progress
 from gradmask.study.results import Results
 from gradmask.study.runs import run_study
-from gradmask.study.trial import Trial, run_trial
+from gradmask.study.trial import Trial
 from gradmask.study.workers import Work, ship_module
 
 
@@ -114,32 +113,6 @@ def _own_arms(arms: Mapping[str, Callable[..., Any] | None]) -> dict[str, Callab
         if own.setdefault(name, function) != function:
             raise OptionError(f"Arm {arm!r}: {name!r} has another function: give it another name.")
     return own
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """A function's name, `package.module:function`."""
-    inner: Any = function
-    while isinstance(inner, partial):
-        inner = inner.func
-    module = getattr(inner, "__module__", "") or "__main__"
-    return f"{module}:{getattr(inner, '__qualname__', type(inner).__name__)}"
-
-
-def source_sum(function: Callable[..., Any]) -> str:
-    """SHA-256 of the file that a function is in, and of arguments that it has already."""
-    digest = hashlib.sha256()
-    while isinstance(function, partial):
-        digest.update(repr((function.args, function.keywords)).encode())
-        function = function.func
-    plain = (int, float, str, bool, type(None))
-    own = getattr(function, "__dict__", {}) if not inspect.isroutine(function) else {}
-    digest.update(repr({k: v for k, v in own.items() if isinstance(v, plain)}).encode())
-    try:
-        of = inspect.unwrap(function) if inspect.isroutine(function) else type(function)
-        digest.update(Path(inspect.getsourcefile(of) or "").read_bytes())
-    except (TypeError, OSError):  # typed by hand
-        digest.update(getattr(getattr(function, "__code__", None), "co_code", b""))
-    return digest.hexdigest()
 
 
 def _plain(name: str, value: Any) -> Any:

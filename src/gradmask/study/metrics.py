@@ -28,6 +28,9 @@ _SHARES = ("accuracy", "acc", "memorised")  # shown in percent, if they are in [
 _NO_METRICS = ("epoch", "lr", "seconds", "refresh_seconds", "evaluation_seconds", "kept", "step")
 
 
+Chooser = tuple[tuple[str, bool], ...]  # metrics that choose an epoch, and whether more is better
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number of a run: a metric at an epoch.
@@ -45,7 +48,7 @@ class Metric:
     at: str
     higher_is_better: bool | None
     percent: bool
-    chooser: tuple[tuple[str, bool], ...] = ()
+    chooser: Chooser = ()
     share: float = 1.0
 
     @property
@@ -153,7 +156,7 @@ class Metrics:
     judged: tuple[Metric, ...]
     front: tuple[Metric, ...]
     validation: Metric | None
-    chooser: tuple[tuple[str, bool], ...]
+    chooser: Chooser
 
 
 def metrics_of(results: Results) -> Metrics:
@@ -230,7 +233,8 @@ def _common_keys(runs: list[Row]) -> list[str]:
 
     Of `early`, whose last epochs are cut off, only if there is nothing else.
     """
-    runs = [run for run in runs if read_arm(run["arm"]).strategy != "early"] or runs
+    early = {arm for arm in {run["arm"] for run in runs} if read_arm(arm).strategy == "early"}
+    runs = [run for run in runs if run["arm"] not in early] or runs
     found = [
         dict.fromkeys(
             key
@@ -243,7 +247,7 @@ def _common_keys(runs: list[Row]) -> list[str]:
     return [key for key in (found[0] if found else ()) if all(key in other for other in found)]
 
 
-def _chooser(choose: str | None, ways: Mapping[str, bool | None]) -> tuple[tuple[str, bool], ...]:
+def _chooser(choose: str | None, ways: Mapping[str, bool | None]) -> Chooser:
     """The metric that chooses, then the others of validation; accuracies before losses."""
     known = {key: up for key, up in ways.items() if up is not None}
     named = [key for key in known if key.startswith("val_")]

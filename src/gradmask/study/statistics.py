@@ -14,7 +14,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from gradmask.study.arms import arm_title
-from gradmask.study.metrics import Metric, Metrics, chosen_epoch, metrics_of
+from gradmask.study.metrics import Chooser, Metric, chosen_epoch, metrics_of
 from gradmask.study.results import Results as Results
 from gradmask.study.results import Row, diverged_at, values_of
 
@@ -95,7 +95,7 @@ def value_key(run: Row) -> str:
     return json.dumps(values_of(run), sort_keys=True)
 
 
-def best_runs(results: Results, arm: str, metrics: Metrics | None = None) -> dict[int, Row]:
+def best_runs(results: Results, arm: str, chooser: Chooser | None = None) -> dict[int, Row]:
     """The run of each seed; of a sweep that at the values which validation chooses.
 
     The values are chosen for each seed by the mean validation metric of the OTHER seeds, so that no
@@ -104,7 +104,7 @@ def best_runs(results: Results, arm: str, metrics: Metrics | None = None) -> dic
     Args:
         results: Contents of `results.json`.
         arm: The arm.
-        metrics: What `metrics_of` returned.
+        chooser: What chooses, if `metrics_of` has said so.
 
     Returns:
         Runs that did not diverge, by seed.
@@ -115,7 +115,7 @@ def best_runs(results: Results, arm: str, metrics: Metrics | None = None) -> dic
     seeds = list(dict.fromkeys(run["seed"] for run in every))
     if len(tried) <= 1:
         return {seed: run for (_, seed), run in runs.items()}
-    chooser = (metrics or metrics_of(results)).chooser
+    chooser = metrics_of(results).chooser if chooser is None else chooser
 
     def scores(value: str, seed: int) -> list[float]:
         run = runs.get((value, seed))
@@ -137,7 +137,10 @@ def best_runs(results: Results, arm: str, metrics: Metrics | None = None) -> dic
 
 def values(results: Results, arm: str, metric: Metric) -> dict[int, float]:
     """The metric of every run of an arm that did not diverge, by seed; of a sweep the best runs."""
-    runs = best_runs(results, arm)
+    return _values(best_runs(results, arm, metric.chooser), metric)
+
+
+def _values(runs: Mapping[int, Row], metric: Metric) -> dict[int, float]:
     found = {seed: metric.of(run["epochs"]) for seed, run in runs.items()}
     return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
@@ -269,8 +272,9 @@ def compare_arms(results: Results, arm: str, other: str, metric: Metric) -> Diff
 
 def summary_table(results: Results) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """Mean and standard deviation by arm and metric, as stored in `results.json`."""
-    metrics = available(results)
+    metrics = metrics_of(results)
+    best = {arm: best_runs(results, arm, metrics.chooser) for arm in arms(results)}
     return {
-        arm: {m.name: vars(summarise(list(values(results, arm, m).values()))) for m in metrics}
-        for arm in arms(results)
+        arm: {m.name: vars(summarise(list(_values(runs, m).values()))) for m in metrics.shown}
+        for arm, runs in best.items()
     }

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -20,8 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradmask import FisherMask
-from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError, TrialError
-from gradmask.seeding import random_states, restore_random_states, seed_everything
+from gradmask.errors import DataError, GradmaskWarning, OptionError, StateError
+from gradmask.seeding import random_states, restore_random_states
 from gradmask.study.arms import Arm, parse_arm
 from gradmask.study.controls import new_mask
 from gradmask.study.files import damaged, read_tensors
@@ -31,7 +28,6 @@ from gradmask.study.spec import Spec
 from gradmask.tensor_files import atomic_file
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-ERROR = "error.txt"  # the traceback of a run that failed
 VERSION = 1
 _RESERVED = ("kept_per_parameter", "weights", "test_accuracy_per_class", "share")
 _PLAIN = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -362,70 +358,6 @@ class Trial:
 
 
 _NONE = parse_arm("none")
-
-
-def run_trial(
-    train: Callable[[Trial], Any],
-    options: Mapping[str, Any],
-    arms: Mapping[str, Callable[..., Any] | None],
-    source: str,
-    spec: Spec,
-    directory: Path,
-    on_epoch: Callable[[Row], None],
-) -> Row:
-    """Train one run by a function of the user's own.
-
-    Args:
-        train: The function.
-        options: Options of the study.
-        arms: Arms of the user's own by name.
-        source: Sum of the function's code, kept with the run.
-        spec: The run.
-        directory: Its folder.
-        on_epoch: Called with each reported row.
-
-    Returns:
-        The run as `results.json` has it; the loss of a diverged one is not finite.
-
-    Raises:
-        OptionError: If nothing was reported, or an option was never looked at.
-        TrialError: If the function failed; the traceback is then in `error.txt` of the folder.
-    """
-    trial = Trial(spec, directory, options=options, arms=arms, on_epoch=on_epoch)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / ERROR).unlink(missing_ok=True)
-    seed_everything(spec.seed)
-    folder, dtype, threads = Path.cwd(), torch.get_default_dtype(), torch.get_num_threads()
-    try:
-        train(trial)
-    except Diverged as diverged:
-        trial._diverged = diverged
-    except OptionError:  # wrong use, most likely of every run
-        raise
-    except (Exception, SystemExit) as error:
-        with suppress(OSError):  # a full disk, perhaps
-            (directory / ERROR).write_text(traceback.format_exc(), "utf-8", "backslashreplace")
-        raise TrialError(f"{spec.title}: {type(error).__name__}: {error}") from error
-    finally:  # the next run begins as this one did
-        trial._close()
-        os.chdir(folder)
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-    run = trial._run() if trial._diverged is None else trial._diverged.run
-    run |= {"seconds": trial.seconds, "source": source}
-    if (named := trial.options.unread) and "diverged" not in run:
-        raise OptionError(
-            f"{sorted(named)[0]!r} of the run {spec.title} was never looked at by the training "
-            "function: read trial.options, or leave it out."
-        )
-    if "diverged" not in run:
-        trial.check_used()
-    if not run["epochs"] and "diverged" not in run:
-        raise OptionError(
-            "The training function reported nothing: call trial.report(epoch=..., "
-            "val_accuracy=..., test_accuracy=...) after each epoch."
-        )
-    return run
 
 
 def _check_plain(where: str, value: Any) -> None:

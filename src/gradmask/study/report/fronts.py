@@ -21,7 +21,7 @@ def front(results: Results, looks: Sequence[Look]) -> Figure | None:
     axes = dict(zip("xy", metrics.front, strict=False))
     rows = []
     for look in looks:
-        chosen = [value_key(run) for run in best_runs(results, look.arm, metrics).values()]
+        chosen = [value_key(run) for run in best_runs(results, look.arm, metrics.chooser).values()]
         runs: dict[str, list[dict[str, Any]]] = {}
         for run in results["runs"]:
             if run["arm"] == look.arm and diverged_at(run) is None:
@@ -106,7 +106,7 @@ def values_table(results: Results, looks: Sequence[Look]) -> Table:
     words = {value_key(run): values_words(run) for run in results["runs"]}
     rows = []
     for look in looks:
-        chosen = [value_key(run) for run in best_runs(results, look.arm, metrics).values()]
+        chosen = [value_key(run) for run in best_runs(results, look.arm, metrics.chooser).values()]
         cells = [Cell(look.title, look.title, arm=look.arm)]
         for key in every:
             found = [
