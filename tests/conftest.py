@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from hostile import LAUNCHER
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
@@ -95,3 +96,16 @@ def repeatable():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """An empty working folder, beside an empty home."""
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    home.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(home))
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    return work

@@ -2,13 +2,13 @@
 
 import copy
 import gc
-import io
 import itertools
 import pickle
 import weakref
 
 import pytest
 import torch
+from copies import COPIES
 from small_models import FIRST, pair
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
@@ -36,20 +36,6 @@ def masked_pair(**options):
     mask.update(FIRST)
     step(model, optimizer)
     return {"model": model, "optimizer": optimizer, "mask": mask}
-
-
-def by_pickle(value):
-    return pickle.loads(pickle.dumps(value))
-
-
-def by_save(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": by_pickle, "torch.save": by_save}
 
 
 @pytest.mark.parametrize("scope", SCOPES)

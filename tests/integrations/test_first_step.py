@@ -5,14 +5,12 @@ import warnings
 
 import pytest
 import torch
-from test_lightning import (  # noqa: F401
+from lightning_runs import (
     PACKAGES,
-    FisherMaskCallback,
     Pair,
     lightning,
     module_of,
     network,
-    own_environment,
     samples,
     shuffled,
     trainer_of,
@@ -22,6 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradmask.errors import DataError, GradmaskWarning, ModelError
+from gradmask.integrations.lightning import FisherMaskCallback
 
 pytestmark = pytest.mark.usefixtures("repeatable", "own_environment")
 

@@ -12,95 +12,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning_runs import (
+    PACKAGES,
+    FisherMaskCallback,
+    Noisy,
+    Pair,
+    adam,
+    assert_same,
+    fitted,
+    lightning,
+    module_of,
+    network,
+    pytorch_lightning,
+    samples,
+    shuffled,
+    trainer_of,
+)
 from processes import run_processes
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from gradmask import FisherMask, fisher_diagonal
 from gradmask.errors import (
-    DataError,
     GradmaskWarning,
-    ModelError,
-    OptimizerError,
-    OptionError,
     StateError,
 )
 
-lightning = pytest.importorskip("lightning.pytorch")
-pytorch_lightning = pytest.importorskip("pytorch_lightning")
-FisherMaskCallback = pytest.importorskip("gradmask.integrations.lightning").FisherMaskCallback
-
-PACKAGES = {"lightning": lightning, "pytorch_lightning": pytorch_lightning}
 pytestmark = pytest.mark.usefixtures("repeatable", "own_environment")
-
-
-@pytest.fixture
-def own_environment():
-    """Lightning leaves ranks in the environment."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def network():
-    torch.manual_seed(1)
-    layers = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)
-    return nn.Sequential(*layers)
-
-
-def samples(n=40):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(3, (n,), generator=generator)
-    return TensorDataset(torch.randn(n, 6, generator=generator), labels)
-
-
-def shuffled():
-    """In an order that every epoch has by its number, so that a run may go on."""
-    data = samples()
-    return DataLoader(data, 8, sampler=DistributedSampler(data, num_replicas=1, rank=0))
-
-
-def adam(model):
-    return torch.optim.AdamW(model.parameters(), lr=0.05)
-
-
-def module_of(package, net=None):
-    class Module(package.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = net or network()
-
-        def forward(self, inputs):
-            return self.net(inputs)
-
-        def training_step(self, batch, _):
-            inputs, labels = batch
-            return functional.cross_entropy(self(inputs), labels)
-
-        def validation_step(self, batch, _):
-            """Nothing: what matters is when it runs."""
-
-        def configure_optimizers(self):
-            return adam(self)
-
-    return Module()
-
-
-def trainer_of(package, *callbacks, **options):
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    defaults = {**dict.fromkeys(quiet, False), "accelerator": "cpu", "devices": 1, "max_epochs": 4}
-    return package.Trainer(callbacks=list(callbacks), **defaults | options)
-
-
-def fitted(package=lightning, callback=None, loader=None, net=None, **options):
-    """The weights after training with the callback."""
-    module = module_of(package, net)
-    torch.manual_seed(2)
-    trainer = trainer_of(package, *[callback] if callback else [], **options)
-    trainer.fit(module, loader or shuffled())
-    return module.net.state_dict()
 
 
 def plain(refresh, *, epochs=4, accumulate=1, clip=None, cast=None, net=None, **options):
@@ -135,12 +74,6 @@ def plain(refresh, *, epochs=4, accumulate=1, clip=None, cast=None, net=None, **
     return model.state_dict()
 
 
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        assert torch.equal(ours[name], theirs[name]), name
-
-
 @pytest.mark.parametrize("scope", ["gradient", "update"])
 @pytest.mark.parametrize("refresh", ["epoch", "start", 3])
 @pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
@@ -164,15 +97,6 @@ def test_accumulation_clipping_and_precision(precision):
     assert callback.steps == 12
 
 
-class Noisy(TensorDataset):
-    """Samples with noise from everybody's random states."""
-
-    def __getitem__(self, i):
-        inputs, label = super().__getitem__(i)
-        noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
-        return inputs + noise, label
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("refresh", ["epoch", "start", 2])
 def test_a_mask_that_keeps_all_changes_nothing(refresh, accumulate):
@@ -188,29 +112,6 @@ def test_a_mask_that_keeps_all_changes_nothing(refresh, accumulate):
 
 
 # Several optimizers
-
-
-class Pair(lightning.LightningModule):
-    """Two networks that take turns, each with its own optimizer, in manual optimization."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.first, self.second = network(), network()
-
-    def training_step(self, batch, index):
-        inputs, labels = batch
-        for turn, (net, optimizer) in enumerate(
-            zip((self.first, self.second), self.optimizers(), strict=True)
-        ):
-            if turn and index % 2:
-                continue
-            optimizer.zero_grad()
-            self.manual_backward(functional.cross_entropy(net(inputs), labels))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return adam(self.first), adam(self.second)
 
 
 def test_two_networks_with_optimizers_of_their_own():
@@ -408,77 +309,6 @@ def test_the_autoencoder_of_the_documentation(package):
 
 
 # Refusals and warnings
-
-
-def test_a_mask_that_was_never_made():
-    with pytest.warns(GradmaskWarning, match="before a mask was made.*refresh='start'"):
-        fitted(callback=FisherMaskCallback(0.3), max_epochs=1)
-    for options in ({"fast_dev_run": True}, {"max_epochs": 0}):
-        callback = FisherMaskCallback(0.3)
-        fitted(callback=callback, **options)
-        assert callback.mask is None or not callback.mask.refreshes
-
-
-def loaders(kind):
-    return {"list": [shuffled(), shuffled()], "dict": {"a": shuffled(), "b": shuffled()}}[kind]
-
-
-@pytest.mark.parametrize("kind", ["list", "dict"])
-def test_combined_loaders(kind):
-    with pytest.raises(DataError, match=rf"is a {kind}.*data="):
-        fitted(callback=FisherMaskCallback(0.3, refresh="start"), loader=loaders(kind))
-
-
-def test_submodules_that_cannot_be_measured():
-    with pytest.raises(ModelError, match="no submodule 'nett': it has net"):
-        fitted(callback=FisherMaskCallback(0.3, model="nett"))
-    with pytest.raises(ModelError, match=r"no forward to measure.*model="):
-        trainer_of(lightning, FisherMaskCallback(0.3)).fit(Pair(), shuffled())
-
-
-def test_optimizers_that_cannot_be_masked():
-    class Other(type(module_of(lightning))):
-        def configure_optimizers(self):
-            return torch.optim.LBFGS(self.net.parameters())
-
-    with pytest.raises(OptimizerError, match="L-BFGS"):
-        trainer_of(lightning, FisherMaskCallback(0.3)).fit(Other(), shuffled())
-
-    class Spare(type(module_of(lightning))):
-        def configure_optimizers(self):
-            return adam(nn.Linear(1, 1))
-
-    with pytest.raises(OptimizerError, match="No optimizer of configure_optimizers"):
-        trainer_of(lightning, FisherMaskCallback(0.3)).fit(Spare(), shuffled())
-
-
-def test_deepspeed_is_refused_by_name():
-    class DeepSpeedStrategy(lightning.strategies.SingleDeviceStrategy):
-        """As Lightning's is called; that needs the package."""
-
-    trainer = trainer_of(
-        lightning, FisherMaskCallback(0.3), strategy=DeepSpeedStrategy("cpu"), accelerator="auto"
-    )
-    with pytest.raises(OptionError, match=r"DeepSpeedStrategy.*strategy='ddp'"):
-        trainer.fit(module_of(lightning), shuffled())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"keep": 0.0}, {"refresh": "never"}, {"refresh": 0}, {"scope": "weights"}, {"unpack": 3}],
-)
-def test_bad_options_are_told_at_once(options):
-    with pytest.raises(OptionError):
-        FisherMaskCallback(**options)
-
-
-def test_it_is_a_callback_of_both():
-    for package in PACKAGES.values():
-        assert issubclass(FisherMaskCallback, package.Callback)
-        trainer = package.Trainer(
-            callbacks=FisherMaskCallback(0.3), logger=False, accelerator="cpu"
-        )
-        assert any(isinstance(c, FisherMaskCallback) for c in trainer.callbacks)
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])

@@ -9,16 +9,9 @@ import torch
 pytest.importorskip("lightning.pytorch")
 pytest.importorskip("pytorch_lightning")
 import lightning.pytorch as lightning
+from lightning_recording import Named, assert_nothing_left, assert_scores, fit, loader_of, plain
+from lightning_runs import adam, module_of, network, samples, trainer_of
 from processes import run_processes
-from test_lightning import adam, module_of, network, own_environment, samples, trainer_of  # noqa: F401
-from test_lightning_dynamics import (
-    Named,
-    assert_nothing_left,
-    assert_scores,
-    fit,
-    loader_of,
-    plain,
-)
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diagonals import USELESS, assert_near, diagonals, hooks_of  # noqa: F401
+from diagonals import USELESS, assert_near, hooks_of
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from test_trainer import (
+from trainer_runs import (
     Noisy,
     Ordered,
     Stream,
@@ -53,7 +53,7 @@ def online(keep=0.3, **options):
         ("class", {"bf16": True, "gradient_accumulation_steps": 3}),
     ],
 )
-def test_the_diagonal_is_that_of_each_samples_own_loss(tmp_path, diagonals, kind, options):  # noqa: F811
+def test_the_diagonal_is_that_of_each_samples_own_loss(tmp_path, diagonals, kind, options):
     """Whatever the mean is over; what is evaluated in between is not collected."""
     model, data = made(kind, **STILL[kind]), samples(kind=kind)
     host = trainer(
@@ -70,7 +70,7 @@ def test_the_diagonal_is_that_of_each_samples_own_loss(tmp_path, diagonals, kind
     assert not host.optimizer.optimizer._optimizer_step_pre_hooks
 
 
-def test_steps_instead_of_epochs(tmp_path, diagonals):  # noqa: F811
+def test_steps_instead_of_epochs(tmp_path, diagonals):
     """A mask has its first batch even if it has fewer than `every`."""
     model, callback = made(**STILL["text"]), online(steps=3)
     host = trainer(tmp_path, callback, model=model, learning_rate=0.0, max_steps=10)
@@ -183,7 +183,8 @@ def test_a_mask_that_is_never_made(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    script = [str(Path(__file__).parent / "trainer_processes.py"), str(tmp_path), "online"]
+    here = Path(__file__).parents[1] / "helpers"
+    script = [str(here / "trainer_processes.py"), str(tmp_path), "online"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     found = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr[-5000:]

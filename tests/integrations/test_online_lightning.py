@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from diagonals import USELESS, assert_near, diagonals, hooks_of  # noqa: F401
+from diagonals import USELESS, assert_near, hooks_of
 from processes import run_processes
 from torch import nn
 from torch.nn import functional
@@ -17,14 +17,13 @@ from gradmask.errors import GradmaskWarning, ModelError, OptionError
 
 pytest.importorskip("lightning.pytorch")
 pytest.importorskip("pytorch_lightning")
-from test_lightning import (
+from lightning_runs import (
     PACKAGES,
     Noisy,
     assert_same,
     fitted,
     lightning,
     module_of,
-    own_environment,  # noqa: F401
     samples,
     shuffled,
     trainer_of,
@@ -61,7 +60,7 @@ def module(step=None, net=None):
         {"strategy": "ddp", "use_distributed_sampler": False},  # calls forward for training_step
     ],
 )
-def test_the_diagonal_is_that_of_each_samples_own_loss(diagonals, monkeypatch, model, options):  # noqa: F811
+def test_the_diagonal_is_that_of_each_samples_own_loss(diagonals, monkeypatch, model, options):
     """Whatever the mean is over; what is validated in between is not collected."""
     monkeypatch.setenv("MASTER_PORT", "0")
     trained, callback = module(), online(every=1, model=model)

@@ -5,8 +5,7 @@ import torch
 
 pytest.importorskip("peft")
 import peft
-from hosts import bert, gpt2, language_batches, with_labels
-from test_hugging_face import assert_near, classes, own_loss
+from hosts import assert_near, bert, classes, gpt2, language_batches, own_loss, with_labels
 
 from gradmask import FisherMask, fisher_diagonal
 from gradmask.errors import DataError, ModelError, OptionError

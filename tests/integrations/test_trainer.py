@@ -1,6 +1,5 @@
 """The mask in the real `Trainer`: as in a plain loop, resumed, and without any other effect."""
 
-import importlib
 import json
 import random
 import re
@@ -16,105 +15,32 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from hosts import bert, gpt2, labels_of, tokens
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from hosts import bert
+from torch.utils.data import DataLoader
+from trainer_runs import (
+    Noisy,
+    Ordered,
+    assert_same,
+    collate,
+    long,
+    made,
+    own_loss,
+    questions,
+    samples,
+    trainer,
+    weights,
+)
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from gradmask import FisherMask, fisher_diagonal, load_masks
 from gradmask.errors import (
-    DataError,
     GradmaskWarning,
-    OptimizerError,
     OptionError,
     StateError,
 )
 from gradmask.integrations.transformers import FILE, FisherMaskCallback
 
 pytestmark = pytest.mark.usefixtures("repeatable")
-
-
-def long(cases):
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
-def samples(n=20, kind="text"):
-    """Texts of different lengths, with the next token or one of three classes as labels."""
-    found = []
-    for seed in range(n):
-        row = tokens(seed, (4 + seed % 5,))
-        labels = labels_of(row) if kind == "text" else torch.tensor([seed % 3])
-        found.append({"input_ids": row["input_ids"][0], "labels": labels[0]})
-    return found
-
-
-def collate(rows):
-    length = max(len(row["input_ids"]) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    labels = torch.full_like(ids, -100)
-    for n, row in enumerate(rows):
-        ids[n, : len(row["input_ids"])] = row["input_ids"]
-        if row["labels"].dim():
-            labels[n, : len(row["labels"])] = row["labels"]
-    if not rows[0]["labels"].dim():
-        labels = torch.stack([row["labels"] for row in rows])
-    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
-
-
-def own_loss(outputs, labels):
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
-
-
-class Noisy:
-    """Draws at random, of all that may be drawn from, and of a generator of its own."""
-
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(3)
-
-    def __call__(self, rows):
-        batch = collate(rows)
-        shape = batch["input_ids"].shape
-        noise = torch.rand(shape) + torch.rand(shape, generator=self.generator)
-        noise = noise + random.random() + torch.tensor(numpy.random.rand(*shape)).float()  # noqa: NPY002
-        changed = (batch["input_ids"] + (noise * 10).long()) % 36 + 1
-        batch["input_ids"] = changed * batch["attention_mask"]
-        return batch
-
-
-def made(kind="text", **more):
-    torch.manual_seed(0)
-    if kind == "text":
-        return gpt2(**more)
-    return bert("SequenceClassification", num_labels=3, **more)
-
-
-def trainer(folder, callback=None, *, kind="text", model=None, data=None, collator=None, **options):
-    chosen = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
-        "per_device_train_batch_size": 4, "learning_rate": 0.05, "weight_decay": 0.1,
-        "save_strategy": "no", "logging_steps": 1, "num_train_epochs": 4, "seed": 5,
-        "dataloader_pin_memory": False, **options,
-    }  # fmt: skip
-    eval_data = chosen.pop("eval_data", None)
-    callbacks = [callback] if callback and not isinstance(callback, list) else callback
-    return Trainer(
-        model or made(kind),
-        TrainingArguments(**chosen),
-        train_dataset=samples(kind=kind) if data is None else data,
-        eval_dataset=eval_data,
-        data_collator=collator or collate,
-        callbacks=callbacks,
-    )
-
-
-def weights(host):
-    return {name: w.clone() for name, w in host.model.state_dict().items()}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def differ(found, expected):
@@ -129,11 +55,6 @@ class Seen(TrainerCallback):
 
     def on_step_begin(self, *_, **__):
         self.masks.append(dict(self.callback.mask.masks))
-
-
-class Ordered(Trainer):
-    def _get_train_sampler(self, *_):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 @pytest.mark.parametrize(
@@ -371,52 +292,6 @@ def test_the_monitor_changes_nothing(tmp_path):
     assert_same(runs[1], runs[0])
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(samples())
-
-
-def test_streams_need_other_data(tmp_path):
-    host = trainer(tmp_path, FisherMaskCallback(refresh=2), data=Stream(), max_steps=4)
-    with pytest.raises(DataError, match=r"Stream.*data="):
-        host.train()
-    assert host.state.global_step == 0  # not after the first steps
-    loader = DataLoader(samples(8), batch_size=4, collate_fn=collate)
-    runs = []
-    for callback in (None, FisherMaskCallback(1.0, data=loader)):
-        host = trainer(tmp_path, callback, data=Stream(), max_steps=12)
-        host.train()
-        runs.append(weights(host))
-    assert callback.mask.refreshes == 2
-    assert_same(runs[1], runs[0])
-
-
-def test_a_mask_that_is_never_made(tmp_path):
-    for options in ({"num_train_epochs": 1}, {"max_steps": 4}):
-        message = r"training ends after (\d).*refresh='start', or .*number of steps below \1>"
-        with pytest.warns(GradmaskWarning, match=message):
-            trainer(tmp_path, FisherMaskCallback(), **options).train()
-    with pytest.warns(GradmaskWarning, match=r"refresh=30"):
-        trainer(tmp_path, FisherMaskCallback(refresh=30), max_steps=4).train()
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            control.should_training_stop = state.global_step == 2
-
-    with pytest.warns(GradmaskWarning, match="training ended after 2 steps"):
-        trainer(tmp_path, [FisherMaskCallback(), Stop()]).train()
-
-
-def questions(n=8):
-    """Texts with the places where an answer begins and ends."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 37, (n, 9), generator=generator)
-    ends = torch.randint(9, (n, 2), generator=generator).sort(1).values
-    names = "input_ids", "start_positions", "end_positions"
-    rows = zip(ids, ends[:, 0], ends[:, 1], strict=True)
-    return [dict(zip(names, row, strict=True)) for row in rows]
-
-
 def test_question_answering_of_the_documentation(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
     (shown,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "start_positions" in b)
@@ -444,52 +319,10 @@ def test_question_answering_of_the_documentation(tmp_path):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("refresh", ["epoch", 3])
-def test_misfits_are_told_before_training(tmp_path, refresh):
-    model, data = bert("QuestionAnswering"), questions()
-    options = {"model": model, "data": data, "collator": torch.utils.data.default_collate}
-    host = trainer(tmp_path, FisherMaskCallback(refresh=refresh), **options)
-    with pytest.raises(DataError, match="start_positions"):
-        host.train()
-    assert host.state.global_step == 0
-    # A random mask is measured on nothing.
-    trainer(tmp_path, FisherMaskCallback(refresh=1, strategy="random"), **options).train()
-
-
-def test_label_smoothing_is_told(tmp_path):
-    host = trainer(tmp_path, FisherMaskCallback(refresh=2), max_steps=3, label_smoothing_factor=0.1)
-    with pytest.warns(GradmaskWarning, match="without the smoothing"):
-        host.train()
-
-
-def test_what_cannot_work_is_told(tmp_path):
-    from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
-
-    with pytest.raises(OptionError, match="Did you mean 'scope'"):
-        FisherMaskCallback(scop="update")
-    with pytest.raises(OptionError, match="group"):
-        FisherMaskCallback(group=None)
-    with pytest.raises(OptionError, match="keep"):
-        FisherMaskCallback(2.0)
-    with pytest.raises(OptionError, match="refresh"):
-        FisherMaskCallback(refresh="never")
-    host = trainer(tmp_path, [FisherMaskCallback(), FisherMaskCallback()])
-    with pytest.raises(OptionError, match="2 FisherMaskCallbacks"):
-        host.train()
-    host = trainer(tmp_path, FisherMaskCallback(), max_steps=2)
-    host.create_optimizer()
-    wrapped = DeepSpeedOptimizerWrapper.__new__(DeepSpeedOptimizerWrapper)
-    wrapped.optimizer = host.optimizer
-    given = {"model": host.model, "optimizer": wrapped, "train_dataloader": None}
-    callback = host.callback_handler.callbacks[-2]
-    with pytest.raises(OptimizerError, match="DeepSpeed"):
-        callback.on_train_begin(host.args, host.state, host.control, **given)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes(tmp_path, engine):
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "helpers"
     script = [str(here / "trainer_processes.py"), str(tmp_path), engine]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     found = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=300)
@@ -502,14 +335,6 @@ def test_the_example(capsys):
     assert "share that learns: 0.25" in capsys.readouterr().out
 
 
-def test_without_transformers(monkeypatch):
-    name = "gradmask.integrations.transformers"
-    monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'gradmask\[transformers\]'"):
-        importlib.import_module(name)
-
-
 @pytest.mark.parametrize("options", [{"score": "ratio"}, {"which": "lowest"}])
 def test_protected_data_are_those_of_the_mask(tmp_path, options):
     old = DataLoader(samples(8), batch_size=4, collate_fn=collate)
@@ -520,16 +345,3 @@ def test_protected_data_are_those_of_the_mask(tmp_path, options):
     mask.refresh(DataLoader(samples(), batch_size=4, collate_fn=collate), protect=old)
     assert mask.kept_fractions == callback.mask.kept_fractions
     assert_same(callback.mask.masks, mask.masks)
-
-
-def test_protected_data_without_use_are_told_before_training(tmp_path):
-    old = DataLoader(samples(8), batch_size=4, collate_fn=collate)
-    host = trainer(tmp_path, FisherMaskCallback(protect=old))
-    with pytest.raises(OptionError, match="which='lowest'"):
-        host.train()
-    host = trainer(tmp_path, FisherMaskCallback(score="ratio"))
-    with pytest.raises(OptionError, match="protect="):
-        host.train()
-    assert host.state.global_step == 0
-    with pytest.raises(OptionError, match="protect="):
-        FisherMaskCallback(refresh="online", protect=old, which="lowest")

@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 import transformers
 from hosts import bert, gpt2, llama, t5
-from test_trainer import assert_same, collate, made, samples, trainer, weights
-from test_trainer_dynamics import assert_scores, watched
 from torch.utils.data import DataLoader, IterableDataset
+from trainer_recording import assert_scores, watched
+from trainer_runs import assert_same, collate, made, samples, trainer, weights
 
 from gradmask.audit.state_file import load_state
 from gradmask.errors import DataError, GradmaskWarning, ModelError, OptionError, StateError
@@ -253,7 +253,8 @@ def test_another_loader_of_ones_own(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    script = [str(Path(__file__).parent / "trainer_dynamics_processes.py"), str(tmp_path)]
+    here = Path(__file__).parents[1] / "helpers"
+    script = [str(here / "trainer_dynamics_processes.py"), str(tmp_path)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     found = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr[-5000:]

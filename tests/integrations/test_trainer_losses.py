@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from test_trainer import made, own_loss, samples, trainer
 from torch import nn
+from trainer_runs import made, own_loss, samples, trainer
 from transformers import Trainer
 
 from gradmask.errors import GradmaskWarning

@@ -18,7 +18,7 @@ from gradmask.study import compare
 
 pytest.importorskip("distributed", reason="several jobs need dask")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 ARMS = ["none", "fisher:keep=0.25", "early"]
 
 
