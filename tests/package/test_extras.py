@@ -35,7 +35,7 @@ CASES = [
 ]
 SCRIPT = """
 import contextlib, io, json, os, sys
-import torch, gradmask
+import cyclopts, torch, gradmask  # for all of them at once
 for missing, code in json.load(sys.stdin):
     sys.stdout.flush()
     if os.fork() == 0:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from typing import Any
 
 import numpy as np
@@ -123,8 +123,10 @@ def best_runs(results: Results, arm: str, chooser: Chooser | None = None) -> dic
         found = [float(row.get(key, math.nan)) * (1 if up else -1) for key, up in chooser]
         return [-math.inf if math.isnan(number) else number for number in found]
 
+    of_each = {(value, seed): scores(value, seed) for value in tried for seed in seeds}
+
     def rank(value: str, seeds: list[int]) -> list[float]:
-        return [mean(numbers) for numbers in zip(*(scores(value, s) for s in seeds), strict=True)]
+        return [fmean(numbers) for numbers in zip(*(of_each[value, s] for s in seeds), strict=True)]
 
     found = {}
     for seed in seeds:

@@ -85,18 +85,17 @@ def verdicts(results: Results) -> list[Verdict]:
     Returns:
         By arm, metric and control.
     """
-    present = arms(results)
+    present, judged = arms(results), metrics_of(results).judged
     pairs = [
         (metric, arm, control)
         for arm in present
         if read_arm(arm).is_method
-        for metric in metrics_of(results).judged
+        for metric in judged
         for control in controls(arm, present)
     ]
-    found = [
-        paired_difference(values(results, arm, metric), values(results, control, metric))
-        for metric, arm, control in pairs
-    ]
+    used = {(arm, metric) for metric, *both in pairs for arm in both}
+    of = {(arm, metric): values(results, arm, metric) for arm, metric in used}
+    found = [paired_difference(of[arm, m], of[control, m]) for m, arm, control in pairs]
     run = {arm: {r["seed"] for r in results["runs"] if r["arm"] == arm} for arm in present}
     missing = [tuple(sorted(run[arm] ^ run[control])) for _, arm, control in pairs]
     # What is not compared is not tested either, and must not cost the others their level.

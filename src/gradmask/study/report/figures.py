@@ -32,10 +32,10 @@ def curves(studies: Mapping[str, Results], looks: Sequence[Look]) -> Figure | No
         for metric in (*found.shown, *validation):
             metrics.setdefault(metric.key, {})[name] = metric
     panels: list[Spec] = []
-    for key, own in metrics.items():
+    for own in metrics.values():
         metric = next(iter(own.values()))
         rows = {
-            name: band_rows(_series(studies[name], key, looks), looks, m.show, scale=m.scale)
+            name: band_rows(_series(studies[name], m, looks), looks, m.show, scale=m.scale)
             for name, m in own.items()
         }
         domain = _domain([row for found in rows.values() for row in found], metric)
@@ -52,11 +52,11 @@ def curves(studies: Mapping[str, Results], looks: Sequence[Look]) -> Figure | No
     return Figure("curves", title, panels, columns, arms) if panels else None
 
 
-def _series(results: Results, key: str, looks: Sequence[Look]) -> dict[str, list[Series]]:
+def _series(results: Results, metric: Metric, looks: Sequence[Look]) -> dict[str, list[Series]]:
     return {
         look.arm: [
-            {row["epoch"]: row[key] for row in run["epochs"] if key in row}
-            for run in best_runs(results, look.arm).values()
+            {row["epoch"]: row[metric.key] for row in run["epochs"] if metric.key in row}
+            for run in best_runs(results, look.arm, metric.chooser).values()
         ]
         for look in looks
     }
@@ -181,9 +181,10 @@ def _difference_panel(title: list[str], rows: list[dict[str, Any]], looks: Seque
 def kept(results: Results, looks: Sequence[Look]) -> Figure | None:
     """Share of every parameter tensor that learns, epoch by epoch, under each measured mask."""
     names = [f"{name} ({entries:,})" for name, entries in results.get("parameters", ())]
-    rows, shown = [], []
+    rows, shown, chooser = [], [], metrics_of(results).chooser
     for look in looks:
-        runs = best_runs(results, look.arm).values() if read_arm(look.arm).is_method else ()
+        is_method = read_arm(look.arm).is_method
+        runs = best_runs(results, look.arm, chooser).values() if is_method else ()
         key = "kept_per_parameter"
         shares: dict[float, list[list[float]]] = {}
         for row in (row for run in runs for row in run["epochs"] if key in row):
