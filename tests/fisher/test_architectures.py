@@ -8,6 +8,15 @@ from gradmask import fisher_diagonal
 
 models = pytest.importorskip("torchvision.models")
 
+SMALL_SWIN = {"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+SMALL_SWIN |= {"window_size": [7, 7]}
+SMALL_CONVNEXT = {
+    "block_setting": [
+        models.convnext.CNBlockConfig(16, 32, 2),
+        models.convnext.CNBlockConfig(32, None, 2),
+    ]
+}
+
 
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
@@ -16,8 +25,10 @@ models = pytest.importorskip("torchvision.models")
         ("mobilenet_v3_small", {}, ()),
         ("squeezenet1_1", {}, ()),
         ("densenet121", {}, ()),
-        ("swin_t", {}, ("attn",)),
-        ("convnext_tiny", {}, ()),
+        ("SwinTransformer", SMALL_SWIN, ("attn",)),
+        ("ConvNeXt", SMALL_CONVNEXT, ()),
+        pytest.param("swin_t", {}, ("attn",), marks=pytest.mark.slow),
+        pytest.param("convnext_tiny", {}, (), marks=pytest.mark.slow),
         pytest.param("vit_b_16", {"image_size": 32}, (), marks=pytest.mark.slow),
     ],
 )

@@ -8,11 +8,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from gradmask import FisherMask
 
 
-def images():
+def images(n=24):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(24, 3, 32, 32, generator=generator)
-    data = TensorDataset(x, torch.randint(4, (24,), generator=generator))
-    return DataLoader(data, batch_size=8, shuffle=True, generator=generator)
+    x = torch.randn(n, 3, 32, 32, generator=generator)
+    data = TensorDataset(x, torch.randint(4, (n,), generator=generator))
+    return DataLoader(data, batch_size=n // 3, shuffle=True, generator=generator)
 
 
 def assert_masked_entries_stay(model, before, mask):
@@ -65,17 +65,17 @@ def test_timm(name, opt):
 
 
 def test_torchvision():
-    from torchvision.models import resnet18
+    from torchvision.models.resnet import BasicBlock, ResNet
 
     torch.manual_seed(0)
-    model = resnet18(num_classes=4)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
     decayed = [p for n, p in model.named_parameters() if "bn" not in n]
     others = [p for n, p in model.named_parameters() if "bn" in n]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
     average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-    loader, scaler = images(), torch.amp.GradScaler("cpu")
+    loader, scaler = images(12), torch.amp.GradScaler("cpu")
     mask = FisherMask(model, keep=0.25, scope="update").attach(optimizer)
     for _ in range(2):
         before = copied(model)

@@ -1,5 +1,6 @@
 """The recipe `finetune`, on digits, and its fronts on made-up numbers."""
 
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -230,6 +231,13 @@ def test_a_seed_is_not_judged_at_what_it_chose_itself():
 def test_options_that_cannot_work(options, words, tmp_path):
     with pytest.raises(Exception, match=words):
         run(tmp_path / "out", **options, seeds=(0,))
+    assert not (tmp_path / "out").exists()
+
+
+def test_peft_is_asked_for_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"Arm 'lora' needs peft: pip install 'gradmask\[peft\]'"):
+        run(tmp_path / "out", arms=("none", "lora:rank=2"))
     assert not (tmp_path / "out").exists()
 
 
