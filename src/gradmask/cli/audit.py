@@ -42,11 +42,12 @@ def _names(kind: type) -> set[str]:
 
 def _by_dynamics(options: dict[str, Any], console: Console) -> list[Path]:
     from gradmask.recipes.audit.dynamics import audit_dynamics
-    from gradmask.recipes.audit.tables import print_detection, write_audit
+    from gradmask.recipes.audit.tables import print_detection, print_suspicious, write_audit
 
     found = DynamicsAudit(**options)
     config, runs = audit_dynamics(found)
     pages = write_audit(found, config, runs)
+    print_suspicious(runs[0], console)
     print_detection(runs, console)
     return pages
 

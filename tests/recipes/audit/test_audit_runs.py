@@ -61,6 +61,8 @@ def test_audit_writes_a_folder_for_each_run_and_a_table_of_80_columns(folder, ca
     wrong = run.data.train_labels != run.data.train_clean_labels
     audited = [int(row["sample"]) for row in rows if row["planted"] == "0"]
     assert wrong[audited[:100]].double().mean() > 0.7
+    first = [cells[1].strip() for line in table if len(cells := line.split("│")) == 6]
+    assert first[:10] == [row["sample"] for row in rows[:10]]
     for row in rows[:20]:
         assert row["label"] == str(run.data.train_labels[int(row["sample"])].item())
     written = json.loads((folder / "audit" / "none-seed0" / "audit.json").read_text())

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from gradmask.audit.export import columns
 from gradmask.audit.report import write_page
 from gradmask.recipes.audit.dynamics import (
     BASELINE,
@@ -65,6 +67,26 @@ def write_audit(options: DynamicsAudit, config: Comparison, runs: list[RankedRun
             },
         )
     return pages
+
+
+def print_suspicious(run: RankedRun, console: Console, top: int = 10) -> None:
+    """Print which samples come first.
+
+    Args:
+        run: The run.
+        console: Where to print.
+        top: How many.
+    """
+    table = Table(title=f"The most suspicious labels, {run.spec.title}")
+    for title in ("sample", "label", "looks like"):
+        table.add_column(title, overflow="fold")
+    table.add_column("suspicion", justify="right")
+    first = columns(run.ranking, run.ranking.order[:top])
+    names = first.get("key", first["sample"])
+    for cells in zip(names, first["label"], first["suggestion"], first["suspicion"], strict=True):
+        table.add_row(*(escape(str(cell)) for cell in cells[:-1]), f"{cells[-1]:.3f}")
+    console.print(table)
+    console.print("All of them, of each run: samples.csv beside its report.", highlight=False)
 
 
 def print_detection(runs: list[RankedRun], console: Console) -> None:
