@@ -70,9 +70,10 @@ def show(directory: Path, results: Results) -> int:
     console = terminal()
     print_summary(results, console)
     if results["config"].get("train") == "gradmask.recipes.finetune.run:train":
-        from gradmask.recipes.finetune.fronts import print_fronts
+        from gradmask.recipes.finetune.fronts import print_fronts, write_figure
 
         print_fronts(results, console)
+        write_figure(directory, results)
     page = write_report(directory, results)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0

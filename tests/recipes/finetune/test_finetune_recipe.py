@@ -60,6 +60,8 @@ def test_a_report_has_the_fronts(results, tmp_path_factory, capsys):
     folder = next(tmp_path_factory.getbasetemp().glob("finetune*")) / "out"
     assert main(["report", str(folder)]) == 0
     assert "Fronts over learning rates" in capsys.readouterr().out
+    figure = (folder / "figures" / "fronts.svg").read_text()
+    assert all(front.name in figure for front in fronts(results)[0])
 
 
 def test_network_of_another_study(results, tmp_path_factory, tmp_path):

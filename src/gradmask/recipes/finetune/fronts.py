@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from gradmask.recipes.plots import STYLE, to_svg
 from gradmask.study.arms import read_arm
+from gradmask.study.files import write_atomically
 from gradmask.study.results import Results, diverged_at
 from gradmask.study.statistics import (
     Difference,
@@ -27,6 +32,7 @@ SHARES = tuple(float(share) for share in np.linspace(0.85, 1.0, 31))
 AT = 0.95
 # What needs neither a mask nor old data.
 SIMPLE = ("none", "probe", "frozen", "slow", "l2sp")
+_COLUMNS = 4  # of the figure
 _SIZE = ("keep", "penalty", "rank")  # options that a front runs over, beside the learning rate
 
 Rows = dict[Any, dict[int, dict[str, float]]]  # by arm and rate, then by seed
@@ -42,6 +48,7 @@ class Front:
         new: New accuracy where `AT` of the old is kept.
         kept: Share of the old accuracy that is kept there.
         against: Paired difference of the area to the best simple arm's.
+        curve: New accuracy reached at each of `SHARES`.
     """
 
     name: str
@@ -49,6 +56,7 @@ class Front:
     new: Summary
     kept: Summary
     against: Difference | None = None
+    curve: tuple[Summary, ...] = ()
 
 
 def fronts(results: Results) -> tuple[list[Front], str]:
@@ -91,6 +99,10 @@ def fronts(results: Results) -> tuple[list[Front], str]:
             summarise(list(areas[name].values())),
             summarise([row["test_new_accuracy"] for row in at]),
             summarise([row["test_kept"] for row in at]),
+            curve=tuple(
+                summarise([picked[i]["test_new_accuracy"] for picked in chosen.values()])
+                for i in range(len(SHARES))
+            ),
         )
     simple = [name for name in found if name in SIMPLE and areas[name]]
     best = max(simple, key=lambda name: found[name].area.mean, default="")
@@ -143,6 +155,54 @@ def print_fronts(results: Results, console: Console) -> None:
         table.add_row(front.name, *cells, *_difference(front.against))
     console.print(table)
     console.print(sentence(found, best), highlight=False)
+
+
+def draw_fronts(results: Results) -> Figure | None:
+    """New accuracy against the share of the old that is kept, a panel for each kind of arm.
+
+    Each panel has the best simple arm's front beside its own, with a standard deviation over seeds.
+
+    Args:
+        results: Contents of `results.json`.
+
+    Returns:
+        The figure; None without a front.
+    """
+    found, best = fronts(results)
+    simple = next((front for front in found if front.name == best), None)
+    others = [front for front in found if front.name != best]
+    if simple is None or not others:
+        return None
+    rows = -(-len(others) // _COLUMNS)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3 * _COLUMNS, 2.1 * rows), layout="constrained")
+        panels = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False).flat
+        for panel in panels[len(others) :]:
+            panel.set_axis_off()
+        for panel, front in zip(panels, others, strict=False):
+            for one, color in ((simple, "0.45"), (front, "#0072b2")):
+                middle = np.array([100 * point.mean for point in one.curve])
+                spread = np.array([100 * (point.std or 0.0) for point in one.curve])
+                kept = [100 * share for share in SHARES]
+                panel.plot(kept, middle, color=color, label=one.name)
+                panel.fill_between(kept, middle - spread, middle + spread, color=color, alpha=0.15)
+            panel.set_title(front.name, fontsize=8.5)
+        panels[0].legend(fontsize=7, loc="lower left")
+        figure.supxlabel("old accuracy kept (%)", fontsize=9)
+        figure.supylabel("new accuracy (%)", fontsize=9)
+    return figure
+
+
+def write_figure(folder: Path, results: Results) -> None:
+    """Write `figures/fronts.svg` into the study's folder.
+
+    Args:
+        folder: The study's folder.
+        results: Contents of `results.json`.
+    """
+    if figure := draw_fronts(results):
+        (folder / "figures").mkdir(exist_ok=True)
+        write_atomically(folder / "figures" / "fronts.svg", to_svg("fronts", figure))
 
 
 def sentence(found: list[Front], best: str) -> str:
