@@ -4,10 +4,12 @@
 PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
+# The core, without what starts processes or makes networks at random.
+CORE := $(filter-out %random_models.py %processes.py %distributed.py,$(wildcard tests/fisher/test_*.py tests/test_*.py))
 READY := .venv/.ready
 DEMO_READY := .venv/.ready-demo
 
-.PHONY: help demo test test-slow test-oldest lint format docs bench clean
+.PHONY: help demo test test-fast test-slow test-oldest lint format docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -28,6 +30,9 @@ demo: $(DEMO_READY) ## train on real digits with and without the mask, print the
 
 test: $(READY) ## run the tests, two at a time
 	$(BIN)/pytest -n 2 --dist worksteal
+
+test-fast: $(READY) ## run the tests of the core: Fisher information, masks, scores (a minute)
+	$(BIN)/pytest -n 2 --dist worksteal $(CORE)
 
 test-slow: $(READY) ## run every test, the long ones too
 	$(BIN)/pytest -m ""
