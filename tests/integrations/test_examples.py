@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
-QUICK = {"plain_loop"}  # the others import what takes seconds
 
 
 def absent(path):
@@ -44,11 +43,8 @@ def run(path, folder, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=() if p.stem in QUICK else pytest.mark.slow) for p in SCRIPTS],
-    ids=lambda p: p.stem,
-)
+@pytest.mark.slow  # what the pages in docs/start have runs always
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_examples_run(path, tmp_path):
     if absent(path):
         pytest.skip(f"needs {', '.join(absent(path))}")

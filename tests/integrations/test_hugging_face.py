@@ -15,6 +15,7 @@ from hosts import (
     tokens,
 )
 from processes import run_processes
+from trainer_runs import long
 from transformers import BatchEncoding
 
 from gradmask import FisherMask, InfluenceMonitor, fisher_diagonal, gradient_norms, influence
@@ -33,9 +34,16 @@ def test_fisher_is_that_of_the_models_own_loss(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["bert", "bert-square", "gpt2", "t5", "bert-several", "bert-value"]
+    ("case", "kind"),
+    [
+        *(
+            (c, k)
+            for c in ("bert", "bert-square", "bert-several", "bert-value")
+            for k in ("exact", "sampled")
+        ),
+        *(("gpt2", "sampled"), ("t5", "exact"), *long([("gpt2", "exact"), ("t5", "sampled")])),
+    ],
 )
-@pytest.mark.parametrize("kind", ["exact", "sampled"])
 def test_other_labels_of_the_fisher(case, kind):
     """The mean over many seeds of the sampled form is the exact one; exact by all labels alone."""
     model, data, _ = made(case)
@@ -85,8 +93,14 @@ def test_in_shards(tmp_path):
     run_processes(check_in_shards, 2, tmp_path)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("case", ["bert", "bert-tokens", "bert-masked", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("case", "labelled"),
+    [
+        *(("bert", True), ("bert", False), ("bert-masked", False), ("llama", True)),
+        *long([("bert-tokens", True), ("bert-tokens", False), ("bert-masked", True)]),
+        *long([("gpt2", True), ("gpt2", False), ("llama", False)]),
+    ],
+)
 def test_padding_of_a_probe_does_not_count(case, labelled):
     model, data, _ = made(case)
     probe, alone = tokens(5, (3, 2)), []

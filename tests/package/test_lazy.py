@@ -32,7 +32,7 @@ def test_every_name_is_what_its_module_has(package):
 @pytest.mark.parametrize(
     "code",
     [
-        "gradmask.study.compare; gradmask.errors.OptionError; gradmask.FisherMask",
+        "gradmask.study.compare; gradmask.errors.OptionError; gradmask.FisherMask\n"
         "from gradmask import FisherMask; from gradmask.study import *; Diverged, Trial, compare",
         "from gradmask import *; SCORES, influence([], [], [])",
     ],

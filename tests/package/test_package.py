@@ -88,7 +88,7 @@ def test_kernels_and_types_are_in_both(released):
         assert any(found.endswith(f"/{name}") for found in sdist)
 
 
-@pytest.mark.parametrize("kernels", ["1", "0"])
+@pytest.mark.parametrize("kernels", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_it_runs_where_it_is_installed(installed, kernels):
     run, site = installed
     done = run("-c", USE, GRADMASK_KERNELS=kernels)

@@ -199,7 +199,7 @@ def test_a_truncated_file_is_named(folder, workers):
     assert "Traceback" not in str(error.value)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_damaged_file_is_named_in_a_fisher_pass(folder, workers, monkeypatch):
     path = truncate(folder)
     config = config_of(folder, workers=workers, epochs=2, arms=("fisher",), seeds=(0,))

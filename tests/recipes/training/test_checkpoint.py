@@ -2,6 +2,7 @@ import dataclasses
 import json
 import random
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -84,13 +85,19 @@ def run_in_pieces(batches, config, directory, arm="fisher"):
             continue
 
 
-@pytest.mark.parametrize(
-    ("arm", "optimizer", "scope"),
-    [(arm, "sgd", "gradient") for arm in ARMS]
-    + [(arm, "adamw", "update") for arm in ARMS]
-    + [("fisher", "sgd", "update"), ("fisher", "adamw", "gradient")],
-)
-@pytest.mark.parametrize(("every", "batches", "visits"), [(2, 4, 7), (None, 8, 3)])
+TRAININGS = [
+    *product(ARMS, ["sgd"], ["gradient"]),
+    *product(ARMS, ["adamw"], ["update"]),
+    *(("fisher", "sgd", "update"), ("fisher", "adamw", "gradient")),
+]
+PIECES = [(*training, 2, 4, 7) for training in TRAININGS]
+PIECES += [  # with a checkpoint after each epoch only
+    pytest.param(*training, None, 8, 3, marks=() if training[0] == "fisher" else pytest.mark.slow)
+    for training in TRAININGS
+]
+
+
+@pytest.mark.parametrize(("arm", "optimizer", "scope", "every", "batches", "visits"), PIECES)
 def test_an_interrupted_run_ends_with_the_same_bits(
     arm, optimizer, scope, every, batches, visits, config, tmp_path
 ):
