@@ -1,5 +1,13 @@
 import os
 import sys
+from pathlib import Path
+
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    # No files beside the sources, then; but with none at all, each of the hundred processes that
+    # tests start would compile PyTorch anew.
+    folder = Path(__file__).resolve().parents[1] / "build" / "bytecode"
+    sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(folder))
+    sys.dont_write_bytecode = False
 
 import pytest
 import torch
