@@ -39,9 +39,10 @@ include_patterns = [
     "results/*/README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "tests/README.md",
     "SECURITY.md",
 ]
-exclude_patterns = [".*", "build", "data", "dist", "runs", "src", "tests"]
+exclude_patterns = [".*", "build", "data", "dist", "runs", "src"]
 highlight_language = "text"
 
 myst_heading_anchors = 4
